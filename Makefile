@@ -1,0 +1,37 @@
+# `make` lists the targets.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.edgekv-ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check bench format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+setup: $(STAMP) ## environment and all that the targets need (idempotent)
+
+$(STAMP): pyproject.toml tools/setup.sh $(wildcard runtime/csrc/*)
+	@tools/setup.sh $(VENV)
+	@touch $@
+
+demo: setup ## the main job: export the bundled model, run it under a phone's memory, show what happened
+	@$(PY) examples/demo.py
+
+test: setup ## the suite, as CI runs it
+	@$(VENV)/bin/pytest -q
+
+test-slow: setup ## the slow tests
+	@$(VENV)/bin/pytest -q -m slow
+
+check: setup ## lint, types and quick tests
+	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(VENV)/bin/pytest -q -x
+
+format: setup ## format the code
+	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+
+bench: setup ## speed against peers: JSON lines, then a table of every bar with its ratio; exit 1 when one is missed
+	@$(PY) benchmarks/bench.py
+
+clean: ## remove the environment and what was built
+	rm -rf $(VENV) build demo-output bench-output

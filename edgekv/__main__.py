@@ -1,0 +1,5 @@
+"""`python -m edgekv`."""
+
+from edgekv.cli.main import main
+
+main()

@@ -1,0 +1,80 @@
+"""`edgekv export`: a Hugging Face checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from edgekv.types import format_bytes
+
+EPILOG = (
+    "Examples:  edgekv export demo --out demo.edgekv  |  edgekv export ./Llama-3.2-1B --out llama.edgekv  |  "
+    "edgekv export ./Qwen3-0.6B --out qwen.edgekv --weights int8 --form inline"
+)
+
+
+def export_command(
+    source: Annotated[str, typer.Argument(help="A Hugging Face checkpoint folder, or `demo` for the bundled model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's folder; it appears whole or not at all.")],
+    engine: Annotated[str, typer.Option("--engine", metavar="onnx|executorch", help="What will run it.")] = "onnx",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--form",
+            metavar="split|inline",
+            help="split: fast, for `edgekv run`. inline: one graph that any ONNX Runtime runs without our code.",
+        ),
+    ] = "split",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="int4|int8|fp16|fp32",
+            help="How weights are stored. Default: int4 from 100 million parameters on, fp32 below.",
+        ),
+    ] = None,
+    page_size: Annotated[
+        int, typer.Option("--page-size", metavar="16|32|64|128", help="Tokens per page of the KV cache.")
+    ] = 32,
+    force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON on stdout.")] = False,
+) -> None:
+    """Export a checkpoint to a bundle that `edgekv run` reads."""
+    from edgekv.export import export_model
+
+    console = Console(stderr=True)
+    start = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading the checkpoint", total=None)
+        manifest = export_model(
+            source,
+            out,
+            engine=engine,
+            form=form,
+            weights=weights,
+            page_size=page_size,
+            force=force,
+            progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
+        )
+    if as_json:
+        typer.echo(json.dumps(manifest.to_json(), indent=1))
+        return
+    model = manifest.model
+    size_bytes = sum(entry["bytes"] for entry in manifest.files.values())
+    chosen = manifest.weights + (" (chosen by size; --weights decides)" if weights is None else "")
+    console.print(
+        escape(
+            f"{out}: {model.architecture}, {model.n_layers} layers, weights {chosen}, {manifest.engine} {manifest.form},"
+            f" pages of {page_size} tokens, {format_bytes(size_bytes)}, {time.perf_counter() - start:.1f} s"
+        ),
+        soft_wrap=True,
+        highlight=False,
+    )

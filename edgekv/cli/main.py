@@ -1,0 +1,62 @@
+"""The `edgekv` command: mounts the subcommands and prints errors, in one place."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import edgekv
+from edgekv.cli.export import export_command
+from edgekv.cli.inspect import inspect_command
+from edgekv.cli.profiles import app as profiles_app
+from edgekv.cli.run import run_command
+from edgekv.errors import EdgeKVError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Virtual memory for attention: run decoder LLMs with a paged KV cache inside a memory budget.",
+    epilog="Start with: `edgekv export demo --out demo.edgekv && edgekv run demo.edgekv --prompt 'It was'`",
+    pretty_exceptions_enable=False,
+)
+app.command("export")(export_command)
+app.command("run")(run_command)
+app.command("inspect")(inspect_command)
+app.add_typer(profiles_app, name="profiles")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"edgekv {edgekv.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; an EdgeKVError becomes one line on stderr and its exit code."""
+    try:
+        app()
+    except EdgeKVError as error:
+        print(f"edgekv: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("edgekv: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

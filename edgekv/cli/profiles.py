@@ -1,0 +1,116 @@
+"""``edgekv profiles``: list, show, compare and check device profiles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from edgekv import device_profiles
+from edgekv.device_profiles import Quantity
+from edgekv.errors import ProfileError
+
+app = typer.Typer(
+    help="List, show, compare and check device profiles. Without a command: list.",
+    epilog="Examples:  edgekv profiles  |  edgekv profiles show pixel-8-8gb  |  "
+    "edgekv profiles diff galaxy-s23-8gb galaxy-s24-8gb  |  edgekv profiles validate my-board.toml",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A profile's name, or the path of a .toml file.")]
+
+
+@app.callback(invoke_without_command=True)
+def profiles(ctx: typer.Context, as_json: Json = False) -> None:
+    """List, show, compare and check device profiles. Without a command: list."""
+    if ctx.invoked_subcommand is None:
+        list_profiles(as_json)
+
+
+@app.command("list", epilog="Examples:  edgekv profiles list  |  edgekv profiles list --json")
+def list_profiles(as_json: Json = False) -> None:
+    """List all profiles, bundled and your own."""
+    found, problems = device_profiles.load_many(device_profiles.names())
+    if as_json:
+        _print_json([profile.to_json() for profile in found])
+    else:
+        table = Table("name", "kind", "RAM", "limit", "beyond", "from", box=None, pad_edge=False)
+        table.columns[0].no_wrap = True
+        for profile in found:
+            memory = profile.memory
+            limits = (str(memory.ram_bytes), str(memory.app_limit_bytes), memory.kill)
+            origin = "you" if profile.path.parent == device_profiles.user_dir() else "edgekv"
+            table.add_row(profile.name, profile.kind, *limits, origin)
+        Console().print(table)
+    _raise(problems)
+
+
+@app.command(
+    epilog="Examples:  edgekv profiles show raspberry-pi-5-8gb  |  edgekv profiles show ./my-board.toml --json"
+)
+def show(name: Name, as_json: Json = False) -> None:
+    """Show every number of a profile with its source and confidence."""
+    profile = device_profiles.load(name)
+    if as_json:
+        _print_json(profile.to_json())
+        return
+    table = Table("field", "value", "confidence", "source", box=box.SIMPLE_HEAD)
+    for column in table.columns[:3]:
+        column.no_wrap = True
+    section = ""
+    for key, entry in profile.entries().items():
+        if key.rpartition(".")[0] != section:
+            section = key.rpartition(".")[0]
+            table.add_section()
+            table.add_row(escape(f"[{section}]"))
+        if isinstance(entry, Quantity):
+            table.add_row(key.rpartition(".")[2], str(entry), entry.confidence, escape(entry.source))
+        elif section:
+            table.add_row(key.rpartition(".")[2], entry)
+    console = Console()
+    console.print(escape(f"{profile.name}: {profile.title} ({profile.kind})"))
+    console.print(table)
+
+
+@app.command(epilog="Examples:  edgekv profiles diff galaxy-s23-8gb galaxy-s24-8gb")
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="A profile's name or file.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another profile's name or file.")],
+    as_json: Json = False,
+) -> None:
+    """Show the fields in which two profiles differ."""
+    a, b = device_profiles.load(first), device_profiles.load(second)
+    rows = device_profiles.diff(a, b)
+    if as_json:
+        _print_json([row._asdict() for row in rows])
+        return
+    table = Table("field", a.name, b.name, box=box.SIMPLE_HEAD)
+    table.columns[1].overflow = table.columns[2].overflow = "fold"
+    table.columns[0].no_wrap = True
+    for row in rows:
+        table.add_row(row.field, escape(row.first or "-"), escape(row.second or "-"))
+    Console().print(table if rows else f"{a.name} and {b.name} have the same values")
+
+
+@app.command(epilog="Examples:  edgekv profiles validate my-board.toml  |  edgekv profiles validate *.toml")
+def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Profile files.")]) -> None:
+    """Check profile files; exit 2 when one is wrong."""
+    found, problems = device_profiles.load_many(files)
+    for profile in found:
+        typer.echo(f"{profile.path}: ok")
+    _raise(problems)
+
+
+def _print_json(data: object) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _raise(problems: list[ProfileError]) -> None:
+    if problems:
+        raise ProfileError("\n".join(map(str, problems)))

@@ -1,0 +1,201 @@
+"""`edgekv run`: generate text from a bundle inside a memory budget."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from edgekv.errors import EdgeKVError, UsageError
+from edgekv.types import KVMode, format_bytes
+
+if TYPE_CHECKING:
+    from edgekv.runtime.generate import Generator
+    from edgekv.runtime.sampling import SamplingOptions
+
+_EPILOG = """
+Examples:
+
+`edgekv run demo.edgekv --prompt "It was a dark night"`
+
+`edgekv run llama.edgekv --profile raspberry-pi-5-8gb --chat`
+
+`edgekv run llama.edgekv --kv-budget 64MiB --context 16384 --prompt-file book.txt --max-tokens 200`
+
+`edgekv run llama.edgekv --kv-budget 25% --prompt "..." --json | jq .decode_tokens_per_s`
+"""
+
+
+def run_command(
+    bundle: Annotated[Path, typer.Argument(help="A folder made by `edgekv export`.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="Read the prompt from a file; - is stdin.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Hold a conversation: one line per turn from stdin.")] = False,
+    system: Annotated[str | None, typer.Option("--system", help="System message of the conversation.")] = None,
+    profile: Annotated[str | None, typer.Option("--profile", help="Device whose memory sets the KV budget; see `edgekv profiles`.")] = None,
+    kv_budget: Annotated[str | None, typer.Option("--kv-budget", metavar="SIZE|SHARE", help="RAM for keys and values: 64MiB, or 25% of the fp16 cache of the context.")] = None,
+    context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens in the sequence at the most. Default: what the prompt and --max-tokens need.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to generate at the most.")] = 256,
+    kv: Annotated[KVMode, typer.Option("--kv", help="auto: fp16 while the context fits the budget, INT8 otherwise. int8: from the first full page. fp16: until memory runs out.")] = KVMode.AUTO,
+    policy: Annotated[str, typer.Option("--policy", help="Which pages leave RAM first: lru, heavy, window, random.")] = "lru",
+    offload: Annotated[Path | None, typer.Option("--offload", metavar="DIR", help="Folder for pages that do not fit. Default: a private file in the user's cache folder.")] = None,
+    allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Forget pages when flash is full, instead of stopping. Changes results.")] = False,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Keep the most likely tokens up to this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Keep this many tokens; 0 keeps all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Above 1 makes repeated tokens less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Equal seeds give equal text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be given several times.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: the cores of this process, 4 at the most.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object (text and statistics) instead of text.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No statistics on stderr.")] = False,
+) -> None:  # fmt: skip
+    """Generate text from a bundle, inside a memory budget. The text goes to stdout, everything else to stderr."""
+    from edgekv.runtime.generate import Generator, RunOptions, default_threads
+    from edgekv.runtime.sampling import SamplingOptions
+
+    given = [name for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--chat", chat or None)) if value is not None]
+    if len(given) != 1:
+        raise UsageError("give one of --prompt, --prompt-file or --chat" + (f", not {' and '.join(given)}" if given else ""))
+    if kv_budget and profile:
+        raise UsageError("give --kv-budget or --profile, not both: the profile sets the budget")
+    sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
+    console = Console(stderr=True)
+    budget: int | str | None = kv_budget
+    if profile:
+        budget = _profile_budget(profile, bundle, console, quiet=quiet)
+    options = RunOptions(
+        kv_budget=budget, kv=kv, context=context, policy=policy, offload=offload, allow_drop=allow_drop,
+        threads=threads or default_threads(),
+    )  # fmt: skip
+    text = _read_prompt(prompt, prompt_file)
+    with Generator.open(bundle, options) as generator:
+        if generator.kernels.isa() == "numpy":
+            console.print("edgekv: the native kernels are not built; using NumPy, which is many times slower", style="yellow")
+        if chat:
+            _converse(generator, console, system, max_tokens, sampling, stop or [], as_json=as_json)
+        else:
+            assert text is not None
+            if as_json:
+                pieces = list(generator.stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop or []))
+                print(json.dumps({"text": "".join(pieces), **_stats(generator)}))
+                return
+            _print_stream(generator, text, console, max_tokens, sampling, stop or [])
+        if not quiet and not as_json:
+            console.print(_summary(generator))
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
+    if prompt_file is None:
+        return prompt
+    try:
+        return sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the prompt from {prompt_file}: {error}") from error
+
+
+def _profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -> int:
+    from edgekv.bundle import read_manifest
+    from edgekv.device_profiles import kv_budget, load
+    from edgekv.runtime.budget import RUNTIME_OVERHEAD_BYTES
+
+    manifest = read_manifest(bundle)
+    weights_bytes = sum(entry["bytes"] for entry in manifest.files.values())
+    budget = kv_budget(load(name), weights_bytes, RUNTIME_OVERHEAD_BYTES)
+    if not quiet:
+        console.print(f"{name}: {budget}", style="dim", highlight=False)
+    return budget.kv_bytes
+
+
+def _print_stream(
+    generator: Generator, prompt: str | list[int], console: Console, max_tokens: int, sampling: SamplingOptions, stop: list[str]
+) -> str:
+    """Print text as it comes, with a progress bar on stderr while the prompt is read; returns it."""
+    columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    said = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("prefill", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            if done == total:
+                progress.stop()
+
+        pieces: Iterator[str] = generator.stream(
+            prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, progress=advance
+        )
+        for piece in pieces:
+            said.append(piece)
+            print(piece, end="", flush=True)
+    print(flush=True)
+    return "".join(said)
+
+
+def _converse(
+    generator: Generator, console: Console, system: str | None, max_tokens: int, sampling: SamplingOptions,
+    stop: list[str], *, as_json: bool,
+) -> None:  # fmt: skip
+    messages = [{"role": "system", "content": system}] if system else []
+    interactive = sys.stdin.isatty()
+    if interactive:
+        console.print("One line per turn; Ctrl-D ends.", style="dim")
+    while True:
+        if interactive:
+            console.print("[bold]>[/bold] ", end="")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        tokens = generator.text.encode_chat(messages)
+        try:
+            if as_json:
+                answer = "".join(generator.stream(tokens, max_tokens=max_tokens, sampling=sampling, stop=stop))
+                print(json.dumps({"text": answer, **_stats(generator)}), flush=True)
+            else:
+                answer = _print_stream(generator, tokens, console, max_tokens, sampling, stop)
+        except EdgeKVError as error:
+            if not interactive:
+                raise
+            console.print(f"edgekv: {error}", style="red")
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _stats(generator: Generator) -> dict[str, Any]:
+    stats = generator.report()
+    return {
+        **asdict(stats),
+        "prefill_tokens_per_s": stats.prefill_tokens_per_s,
+        "decode_tokens_per_s": stats.decode_tokens_per_s,
+        "kernels": generator.kernels.isa(),
+    }
+
+
+def _summary(generator: Generator) -> Table:
+    stats = generator.report()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("prompt", f"{stats.prefill_tokens} tokens, {stats.prefill_tokens_per_s:.0f}/s" + (f", {stats.reused_tokens} reused" if stats.reused_tokens else ""))
+    table.add_row("generated", f"{stats.decode_tokens + 1} tokens, {stats.decode_tokens_per_s:.1f}/s")
+    table.add_row("peak memory", f"{format_bytes(stats.peak_rss_bytes)} (whole process, as the OS counts it)")
+    if stats.cache is not None and generator.budget is not None:
+        tiers = ", ".join(f"{format_bytes(size)} {tier}" for tier, size in stats.cache.bytes_by_tier.items() if size)
+        table.add_row("keys and values", f"{tiers or '0 B'}; budget {format_bytes(generator.budget.budget_bytes)}")
+    if stats.pages is not None:
+        moved = stats.pages
+        table.add_row("pages", f"{moved.pages_compressed} compressed, {moved.pages_offloaded} offloaded, {moved.pages_fetched} fetched, {moved.pages_dropped} dropped")
+        if moved.pages_dropped:
+            table.add_row("", "[yellow]pages were dropped: the text may differ from a run with more memory[/yellow]")
+    return table

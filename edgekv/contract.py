@@ -1,0 +1,101 @@
+"""The I/O contract: the name, dtype and shape of every tensor that an exported graph takes and gives.
+
+All that `export` and `runtime` share is here and in :mod:`edgekv.bundle`. Shapes mix numbers and
+symbols: ``T`` new tokens in this step, ``N`` pages, ``R`` recent tokens kept in fp16. Version 1.
+
+``inline``: one graph with the paged cache as explicit inputs and outputs.
+``split``: the dense parts between the attention seams; segment ``l`` ends where layer ``l`` attends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgekv.spec import ModelSpec
+
+CONTRACT_VERSION = 1
+FORMS = ("split", "inline")
+ENGINES = ("onnx", "executorch")
+WEIGHTS = ("int4", "int8", "fp16", "fp32")
+
+Dim = int | str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One documented input or output."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+    meaning: str
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph: its inputs and outputs, in order."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def segment_spec(model: ModelSpec, index: int) -> GraphSpec:
+    """Return the contract of segment ``index`` (0 .. n_layers) of the split form.
+
+    Segment ``l`` holds the output projection and MLP of layer ``l - 1`` and the norm, QKV projection
+    and RoPE of layer ``l``. The last one ends in the logits.
+    """
+    hidden, heads, kv_heads, dim = model.hidden_size, model.n_q_heads, model.n_kv_heads, model.head_dim
+    half = model.rope.rotary_dim // 2
+    residual = TensorSpec("residual", "float32", ("T", hidden), "the residual stream that enters this segment")
+    attention = TensorSpec("attention", "float32", ("T", heads, dim), f"what the seam of layer {index - 1} returned")
+    rope = (
+        TensorSpec("cos", "float32", ("T", half), "cosine of position times rope.inv_freq, scaled"),
+        TensorSpec("sin", "float32", ("T", half), "sine of position times rope.inv_freq, scaled"),
+    )
+    next_residual = TensorSpec("next_residual", "float32", ("T", hidden), "the residual stream that leaves this segment")
+    qkv = (
+        TensorSpec("q", "float32", ("T", heads, dim), f"queries of layer {index}, after RoPE"),
+        TensorSpec("k", "float32", ("T", kv_heads, dim), f"keys of layer {index}, after RoPE"),
+        TensorSpec("v", "float32", ("T", kv_heads, dim), f"values of layer {index}"),
+    )
+    name = f"segment_{index}"
+    if index == 0:
+        embedded = TensorSpec("residual", "float32", ("T", hidden), "rows of the embedding for the new tokens")
+        return GraphSpec(name, (embedded, *rope), qkv)
+    if index < model.n_layers:
+        return GraphSpec(name, (residual, attention, *rope), (next_residual, *qkv))
+    logits = TensorSpec("logits", "float32", ("T", model.vocab_size), "scores of the next token, one row per token given")
+    return GraphSpec(name, (residual, attention), (logits,))
+
+
+def inline_spec(model: ModelSpec, page_size: int) -> GraphSpec:
+    """Return the contract of the inline form: the paged cache itself as inputs and outputs."""
+    kv_heads, dim = model.n_kv_heads, model.head_dim
+    inputs = [
+        TensorSpec("input_ids", "int64", ("T",), "the new tokens"),
+        TensorSpec("position_ids", "int64", ("T",), "their positions, increasing"),
+    ]
+    outputs = [TensorSpec("logits", "float32", ("T", model.vocab_size), "scores of the next token after each new token")]
+    for layer in range(model.n_layers):
+        inputs += [
+            TensorSpec(f"key_pages.{layer}", "int8", ("N", kv_heads, page_size, dim), "codes of the keys, after RoPE"),
+            TensorSpec(f"key_scales.{layer}", "float16", ("N", kv_heads, dim), "key scale per channel within a page"),
+            TensorSpec(f"value_pages.{layer}", "int8", ("N", kv_heads, page_size, dim), "codes of the values"),
+            TensorSpec(f"value_scales.{layer}", "float16", ("N", kv_heads, page_size), "value scale per token"),
+            TensorSpec(f"recent_keys.{layer}", "float16", ("R", kv_heads, dim), "keys not yet quantised"),
+            TensorSpec(f"recent_values.{layer}", "float16", ("R", kv_heads, dim), "values not yet quantised"),
+            TensorSpec(
+                f"slot_mask.{layer}",
+                "bool",
+                ("T", "S"),
+                f"S = N * {page_size} + R: the slots that each new token may attend to (pages first, then recent)",
+            ),
+        ]
+        outputs += [
+            TensorSpec(f"new_keys.{layer}", "float32", ("T", kv_heads, dim), "keys of the new tokens, after RoPE"),
+            TensorSpec(f"new_values.{layer}", "float32", ("T", kv_heads, dim), "values of the new tokens"),
+            TensorSpec(f"page_mass.{layer}", "float32", ("N",), "softmax mass per page, mean over heads and new tokens"),
+        ]
+    return GraphSpec("model", tuple(inputs), tuple(outputs))

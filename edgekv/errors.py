@@ -1,0 +1,86 @@
+"""Every error that edgekv raises on purpose.
+
+The command line prints an :class:`EdgeKVError` as one line and exits with its ``exit_code``:
+2 when the request itself cannot be met (usage), 1 when something failed while running.
+Anything else is a bug and keeps its traceback. A message names what was asked, the limit,
+and the way out.
+"""
+
+from __future__ import annotations
+
+
+class EdgeKVError(Exception):
+    """Base of the tree: something failed while running."""
+
+    exit_code = 1
+
+
+class UsageError(EdgeKVError, ValueError):
+    """The request cannot be met as asked; nothing was changed."""
+
+    exit_code = 2
+
+
+class CheckpointError(UsageError):
+    """A checkpoint folder cannot be exported: unknown architecture, missing or damaged tensors."""
+
+
+class BundleError(UsageError):
+    """A bundle cannot be used: not a bundle, a newer format, a file that differs from its hash."""
+
+
+class ProfileError(UsageError):
+    """A device profile cannot be used: unknown name, missing or impossible number."""
+
+
+class BudgetError(UsageError):
+    """The memory budget cannot hold what the run needs at the least."""
+
+
+class PromptTooLong(UsageError):
+    """The prompt and the tokens to generate exceed the context."""
+
+
+class OutOfPages(EdgeKVError):
+    """No page can be freed for new tokens. Nothing was changed."""
+
+
+class TokenNotFound(EdgeKVError, KeyError):
+    """Keys and values were asked for a token that the cache never held or has lost on purpose."""
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0])
+
+
+class TokenDropped(TokenNotFound):
+    """The token was dropped by reclaim: its keys and values are gone."""
+
+
+class TokenPruned(TokenNotFound):
+    """The token was pruned by the caller: its keys and values are gone."""
+
+
+class StoreError(EdgeKVError):
+    """The backing store cannot be read or written."""
+
+
+class StoreFull(StoreError):
+    """The backing store has no room left. Nothing was changed: the pages are still in memory."""
+
+
+class StoreLocked(StoreError):
+    """Another process uses this store."""
+
+    exit_code = 2
+
+
+class CorruptPage(StoreError):
+    """A record differs from its checksum. It was not used, and it was not deleted."""
+
+
+class EngineError(EdgeKVError):
+    """The inference engine refused a graph or a run."""
+
+
+class EngineMissing(UsageError):
+    """A package that this bundle or command needs is not installed."""

@@ -1,0 +1,160 @@
+"""The geometry of a model and of its pages: every byte count in edgekv is derived here."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgekv.errors import UsageError
+
+#: Alignment of a record on flash. O_DIRECT asks for the logical block size, 512 or 4096 bytes.
+RECORD_ALIGN_BYTES = 4096
+RECORD_HEADER_BYTES = 64
+#: Alignment of a page in RAM: one cache line, one AVX-512 register.
+PAGE_ALIGN_BYTES = 64
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the smallest multiple of ``multiple`` that is not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class PageSpec:
+    """Shape of one page: ``page_size`` tokens of one layer, all KV heads.
+
+    Memory layouts (C order). The interleaved INT8 layouts put what one dot-product instruction reads
+    side by side, so that a kernel attends to a page where it lies:
+
+    ======================  =========================================  =======
+    part                    shape                                      dtype
+    ======================  =========================================  =======
+    HOT keys                [n_kv_heads, head_dim, page_size]          float16
+    HOT values              [n_kv_heads, page_size, head_dim]          float16
+    WARM keys               [n_kv_heads, head_dim/4, page_size, 4]     int8
+    WARM values             [n_kv_heads, page_size/4, head_dim, 4]     int8
+    WARM key scales         [n_kv_heads, head_dim]                     float16
+    WARM value scales       [n_kv_heads, page_size]                    float16
+    ======================  =========================================  =======
+
+    A HOT page is its keys, then its values. A WARM page is keys, values, key scales, value scales.
+    """
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    page_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "n_kv_heads", "head_dim", "page_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.head_dim % 4 or self.page_size % 4:
+            raise UsageError(
+                f"head_dim ({self.head_dim}) and page_size ({self.page_size}) must be multiples of 4"
+            )
+        if self.page_size > 128:
+            raise UsageError(f"page_size {self.page_size} is above 128; use 16, 32, 64 or 128")
+
+    @property
+    def elements(self) -> int:
+        """Number of key elements in a page (the values have as many)."""
+        return self.n_kv_heads * self.page_size * self.head_dim
+
+    @property
+    def hot_bytes(self) -> int:
+        """Bytes of an fp16 page."""
+        return 4 * self.elements
+
+    @property
+    def warm_bytes(self) -> int:
+        """Bytes of an INT8 page with its scales, without padding."""
+        return 2 * self.elements + 2 * self.n_kv_heads * (self.head_dim + self.page_size)
+
+    @property
+    def warm_slot_bytes(self) -> int:
+        """Bytes that an INT8 page takes in the arena."""
+        return round_up(self.warm_bytes, PAGE_ALIGN_BYTES)
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of an arena frame: it holds one HOT page or two WARM pages."""
+        return max(round_up(self.hot_bytes, PAGE_ALIGN_BYTES), 2 * self.warm_slot_bytes)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one page on flash: header, INT8 payload, padding."""
+        return round_up(RECORD_HEADER_BYTES + self.warm_bytes, RECORD_ALIGN_BYTES)
+
+    def fp16_cache_bytes(self, n_tokens: int) -> int:
+        """Bytes of a plain fp16 cache for ``n_tokens``, all layers: what ``--kv-budget 25%`` is a share of."""
+        return 4 * self.n_layers * self.n_kv_heads * self.head_dim * n_tokens
+
+    def to_json(self) -> dict[str, int]:
+        """Return the fields as plain data."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding with every scaling variant already folded in.
+
+    ``inv_freq`` has ``rotary_dim / 2`` angles per position; channel ``i`` is rotated with channel
+    ``i + rotary_dim / 2`` (the "half" layout of Hugging Face checkpoints). ``attention_scaling``
+    multiplies cosine and sine.
+    """
+
+    inv_freq: tuple[float, ...]
+    attention_scaling: float = 1.0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated; the rest pass through."""
+        return 2 * len(self.inv_freq)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the runtime must know of a decoder. ``windows[l]`` is 0 for full attention in layer l."""
+
+    architecture: str
+    n_layers: int
+    hidden_size: int
+    n_q_heads: int
+    n_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_context: int
+    rope: RopeSpec
+    softmax_scale: float
+    windows: tuple[int, ...]
+    tied_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = field(default=())
+
+    def pages(self, page_size: int) -> PageSpec:
+        """Return the page geometry for this model."""
+        return PageSpec(self.n_layers, self.n_kv_heads, self.head_dim, page_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelSpec:
+        """Rebuild a spec from :meth:`to_json`.
+
+        Raises:
+            TypeError, KeyError: a field is missing or unknown.
+        """
+        rope = data["rope"]
+        return cls(
+            **{
+                **data,
+                "rope": RopeSpec(tuple(rope["inv_freq"]), rope["attention_scaling"]),
+                "windows": tuple(data["windows"]),
+                "eos_token_ids": tuple(data["eos_token_ids"]),
+            }
+        )

@@ -1,0 +1,58 @@
+"""The small words that everything else shares: tiers, modes, and sizes in bytes."""
+
+from __future__ import annotations
+
+import enum
+import re
+
+from edgekv.errors import UsageError
+
+
+class Tier(enum.IntEnum):
+    """Where the keys and values of a page are; the order is the cost of reaching them."""
+
+    HOT = 0  #: RAM, fp16
+    WARM = 1  #: RAM, INT8
+    COLD = 2  #: flash, INT8
+    REMOTE = 3  #: object store, INT8
+    DROPPED = 4  #: tokens known, keys and values gone
+    FREE = 5  #: no page here (never written, or every token pruned)
+
+
+class KVMode(str, enum.Enum):
+    """When a page is compressed to INT8."""
+
+    AUTO = "auto"  #: fp16 if the whole context fits the budget, INT8 at seal otherwise
+    FP16 = "fp16"  #: only when memory runs out
+    INT8 = "int8"  #: as soon as a page is full
+
+
+_UNITS = {
+    "": 1, "b": 1,
+    "k": 1000, "kb": 1000, "kib": 1024,
+    "m": 1000**2, "mb": 1000**2, "mib": 1024**2,
+    "g": 1000**3, "gb": 1000**3, "gib": 1024**3,
+}  # fmt: skip
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``64MiB``, ``1.5 GB`` or ``4096`` as bytes.
+
+    Raises:
+        UsageError: the text is not a positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise UsageError(f"not a size: {text!r}; write it like 64MiB, 1.5GB or a number of bytes")
+    size_bytes = int(float(match[1]) * _UNITS[match[2].lower()])
+    if size_bytes <= 0:
+        raise UsageError(f"a size must be above zero: {text!r}")
+    return size_bytes
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Print bytes in the largest binary unit that keeps at least one whole digit."""
+    for unit, factor in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
+        if abs(size_bytes) >= factor:
+            return f"{size_bytes / factor:.1f} {unit}"
+    return f"{size_bytes:.0f} B"

@@ -1,0 +1,8 @@
+"""From a Hugging Face checkpoint to a bundle (needs the extra `edgekv[export]`)."""
+
+if __name__ != "edgekv.export":
+    raise ImportError("import this package as edgekv.export")
+
+from edgekv.export.model import export_model
+
+__all__ = ["export_model"]

@@ -1,0 +1,154 @@
+"""From a torch module to a piece of an ONNX graph, through torch.onnx's dynamo exporter.
+
+A piece is structure only: its weights are open inputs, so one export serves every layer of the same structure and
+costs no memory, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir
+import torch
+from onnxscript import optimizer
+from torch import nn
+
+from edgekv.export.attention import InlineAttention, Positions
+from edgekv.export.config import DecoderConfig
+from edgekv.export.decoder import build_segment, segment_kind
+from edgekv.export.ops import ONNX_TRANSLATIONS
+from edgekv.spec import ModelSpec
+
+#: Opset 21 is the newest whose every operator runs in ONNX Runtime 1.20 and later, on desktop and mobile builds.
+OPSET = 21
+Tensor = torch.Tensor
+Dynamic = Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Nodes in order, the values they read from outside, those they give, their weights and constants."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[str, ...]
+    constants: tuple[onnx.TensorProto, ...]
+    nodes: tuple[onnx.NodeProto, ...]
+
+
+def export_segment(config: DecoderConfig, index: int) -> Piece:
+    """Export the structure of segment ``index`` of the split form."""
+    model = config.model
+    half = model.rope.rotary_dim // 2
+    rope = [_example(_T, half), _example(_T, half)]
+    residual, attention = _example(_T, model.hidden_size), _example(_T, model.n_q_heads, model.head_dim)
+    if index == 0:
+        example, names = [residual, *rope], ["q", "k", "v"]
+    elif index < model.n_layers:
+        example, names = [residual, attention, *rope], ["next_residual", "q", "k", "v"]
+    else:
+        example, names = [residual, attention], ["logits"]
+    return _export(build_segment(config, index), example, [{0: "T"}] * len(example), names)
+
+
+def export_attention(model: ModelSpec, page_size: int) -> Piece:
+    """Export the seam in stock operations: one layer's, the same for all."""
+    kv, dim = model.n_kv_heads, model.head_dim
+    n, r, s = 3, 5, 3 * page_size + 5
+    page = torch.empty(n, kv, page_size, dim, dtype=torch.int8, device="meta")
+    example = [
+        _example(_T, model.n_q_heads, dim),
+        _example(_T, kv, dim),
+        _example(_T, kv, dim),
+        page,
+        _example(n, kv, dim).half(),
+        page.clone(),
+        _example(n, kv, page_size).half(),
+        _example(r, kv, dim).half(),
+        _example(r, kv, dim).half(),
+        torch.empty(_T, s, dtype=torch.bool, device="meta"),
+        torch.empty(_T, _T, dtype=torch.bool, device="meta"),
+    ]
+    dynamic: list[Dynamic] = [{0: "T"}] * 3 + [{0: "N"}] * 4 + [{0: "R"}] * 2 + [{0: "T", 1: "S"}, {0: "T", 1: "T"}]
+    return _export(InlineAttention(model), example, dynamic, ["attention", "page_mass"])
+
+
+def export_positions(model: ModelSpec) -> Piece:
+    """Export what the inline form derives from position_ids: cosines, sines and causal masks."""
+    module = Positions(model)
+    names = ["cos", "sin", *(f"causal_{window}" for window in module.windows)]
+    return _export(module, [torch.zeros(_T, dtype=torch.int64)], [{0: "T"}], names)
+
+
+def export_segments(config: DecoderConfig) -> dict[str, Piece]:
+    """Export each distinct segment structure once, by its kind."""
+    pieces: dict[str, Piece] = {}
+    for index in range(config.model.n_layers + 1):
+        kind = segment_kind(config, index)
+        if kind not in pieces:
+            pieces[kind] = export_segment(config, index)
+    return pieces
+
+
+_T = 7  # any number of new tokens that no dimension of a model has
+
+
+def _example(*shape: int) -> Tensor:
+    return torch.empty(*shape, device="meta")
+
+
+def _export(module: nn.Module, example: list[Tensor], dynamic: list[Dynamic], names: list[str]) -> Piece:
+    dims: dict[str, object] = {}
+
+    def dim(name: str) -> object:
+        return dims.setdefault(name, torch.export.Dim.DYNAMIC if name == "S" else torch.export.Dim(name, min=1, max=1 << 20))
+
+    shapes = tuple({axis: dim(name) for axis, name in axes.items()} for axes in dynamic)
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(module.eval(), tuple(example), dynamic_shapes=shapes)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=dict(ONNX_TRANSLATIONS),
+            output_names=names,
+            optimize=False,  # it would read the weights, and there are none
+            verbose=False,
+        )
+    assert exported is not None
+    model = exported.model
+    parameters = [name for name, _ in module.named_parameters()]
+    inputs = [str(value.name) for value in model.graph.inputs]
+    for name in parameters:
+        value = model.graph.initializers.pop(name)
+        value.const_value = None  # a meta tensor: nothing to read
+        model.graph.inputs.append(value)
+    optimizer.optimize_ir(model)
+    graph = onnx_ir.to_proto(model).graph
+    return Piece(
+        inputs=tuple(inputs),
+        outputs=tuple(value.name for value in graph.output),
+        parameters=tuple(parameters),
+        constants=tuple(graph.initializer),
+        nodes=tuple(graph.node),
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes about optional packages off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,83 @@
+"""How a KV budget is divided: staging, arena, and whether pages are compressed as they fill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgekv.errors import BudgetError, UsageError
+from edgekv.runtime.cache import KVCache
+from edgekv.spec import PageSpec
+from edgekv.types import KVMode, format_bytes, parse_bytes
+
+#: RAM of the process beyond weights and cache: interpreter, libraries, activations. Measured on Linux x86-64; see README.
+RUNTIME_OVERHEAD_BYTES = 160 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """The parts of a budget; ``arena_bytes + staging_bytes <= budget_bytes``.
+
+    ``fits``: the whole context fits the arena, so that no page needs to leave RAM.
+    """
+
+    budget_bytes: int
+    arena_bytes: int
+    staging_bytes: int
+    compress_at_seal: bool
+    fits: bool
+
+
+def resolve_budget(kv_budget: int | str | None, spec: PageSpec, context: int) -> int | None:
+    """Return a budget in bytes; ``"25%"`` is a share of the fp16 cache of ``context`` tokens.
+
+    Raises:
+        UsageError: it is not a size or a share.
+    """
+    if kv_budget is None or isinstance(kv_budget, int):
+        return kv_budget
+    if kv_budget.strip().endswith("%"):
+        try:
+            share = float(kv_budget.strip()[:-1])
+        except ValueError:
+            share = 0.0
+        if share <= 0:
+            raise UsageError(f"not a share: {kv_budget!r}; write it like 25%")
+        return int(spec.fp16_cache_bytes(context) * share / 100)
+    return parse_bytes(kv_budget)
+
+
+def plan_budget(
+    spec: PageSpec, *, kv_budget: int | str | None, context: int, mode: KVMode, staging_bytes: int, inline: bool = False
+) -> BudgetPlan:
+    """Divide a budget for a sequence of up to ``context`` tokens.
+
+    Raises:
+        BudgetError: it is below what the run needs at the least; the message says how much that is.
+    """
+    pages = -(-context // spec.page_size)
+    whole_fp16 = spec.n_layers * pages * spec.frame_bytes
+    # Sealed pages in pairs per frame, one open page per layer, one frame to work with.
+    whole_int8 = (spec.n_layers * pages + 1) // 2 * spec.frame_bytes + (spec.n_layers + 1) * spec.frame_bytes
+    budget = resolve_budget(kv_budget, spec, context)
+    if budget is None:
+        compress = mode == KVMode.INT8
+        arena = max(whole_int8 if compress else whole_fp16, KVCache.least_bytes(spec))
+        return BudgetPlan(arena, arena, 0, compress, True)
+    compress = mode == KVMode.INT8 or (mode == KVMode.AUTO and whole_fp16 > budget)
+    whole = max(whole_int8 if compress else whole_fp16, KVCache.least_bytes(spec))
+    if whole <= budget:
+        return BudgetPlan(budget, whole, 0, compress, True)
+    needed = KVCache.least_bytes(spec) + staging_bytes
+    gathered = 2 * spec.n_layers * pages * spec.warm_bytes if inline else 0
+    if inline and budget < needed + gathered:
+        raise BudgetError(
+            f"the inline form takes every page of {context} tokens in one call: {format_bytes(needed + gathered)}, and the KV"
+            f" budget is {format_bytes(budget)}; export with --form split, which needs {format_bytes(needed)}, or raise --kv-budget"
+        )
+    if budget < needed:
+        raise BudgetError(
+            f"a KV budget of {format_bytes(budget)} is too small: {spec.n_layers} layers need one open page of"
+            f" {spec.page_size} tokens each, one to work with and a staging ring, {format_bytes(needed)} in all;"
+            " raise --kv-budget, or export with a smaller --page-size"
+        )
+    return BudgetPlan(budget, budget - staging_bytes - gathered, staging_bytes, compress, False)

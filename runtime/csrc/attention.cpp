@@ -1,0 +1,196 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+namespace edgekv {
+namespace {
+
+// Up to this many query rows per KV head a WARM page is attended to in INT8 where it lies; above, as float tiles.
+constexpr int kDecodeRows = 16;
+// Partial states kept before they are merged: enough for long contiguous shares per thread, small beside the cache.
+constexpr size_t kSlabFloats = 1 << 19;
+
+State state_in(float* base, size_t rows) { return {base, base + rows, base + 2 * rows}; }
+
+size_t state_floats(size_t rows, int dim_pad) {
+    return (rows * (dim_pad + 2) + 15) / 16 * 16;
+}
+
+}  // namespace
+
+Attention::Attention(ThreadPool& pool, const Kernels& kernels, const Geometry& geometry, float scale,
+                     std::vector<float> sinks, int max_tokens)
+    : pool_(pool), kernels_(kernels), g_(geometry), scale_(scale), sinks_(std::move(sinks)), max_tokens_(max_tokens) {
+    for (float& sink : sinks_) sink = std::min(std::max(sink, -kScoreLimit), kScoreLimit);
+    const size_t tile = 2 * static_cast<size_t>(kTileColumns) * g_.dim_pad + kRowBlock * kTileColumns;
+    scratch_.reserve(tile * pool_.size());
+    positions_.resize(max_tokens_);
+    first_own_.resize(max_tokens_);
+}
+
+size_t Attention::buffer_bytes() const {
+    return query_.bytes() + new_k_.bytes() + new_v_.bytes() + totals_.bytes() + partials_.bytes() + mass_.bytes() +
+           scratch_.bytes();
+}
+
+void Attention::begin(const float* q, const float* new_k, const float* new_v, const int64_t* positions, int n_new,
+                      int64_t window, int64_t n_pages, bool want_mass) {
+    const int rows = n_new * g_.group;
+    const size_t n_rows = static_cast<size_t>(g_.n_kv_heads) * rows;
+    float* query = query_.reserve(n_rows * g_.dim_pad);
+    for (int h = 0; h < g_.n_kv_heads; ++h) {
+        for (int row = 0; row < rows; ++row) {
+            const int t = row / g_.group;
+            const float* from =
+                q + (static_cast<size_t>(t) * g_.n_kv_heads * g_.group + h * g_.group + row % g_.group) * g_.dim;
+            float* to = query + (static_cast<size_t>(h) * rows + row) * g_.dim_pad;
+            for (int c = 0; c < g_.dim; ++c) {
+                const float x = from[c] * scale_;
+                const float y = x < kScoreLimit ? x : kScoreLimit;
+                to[c] = y > -kScoreLimit ? y : -kScoreLimit;
+            }
+            for (int c = g_.dim; c < g_.dim_pad; ++c) to[c] = 0.f;
+        }
+    }
+    const size_t new_floats = static_cast<size_t>(n_new) * g_.n_kv_heads * g_.dim;
+    std::memcpy(new_k_.reserve(new_floats), new_k, new_floats * sizeof(float));
+    std::memcpy(new_v_.reserve(new_floats), new_v, new_floats * sizeof(float));
+    std::memcpy(positions_.data(), positions, n_new * sizeof(int64_t));
+    int first = 0;
+    for (int t = 0; t < n_new; ++t) {
+        while (window > 0 && first < t && positions_[t] - positions_[first] >= window) ++first;
+        first_own_[t] = first;
+    }
+    batch_ = {&g_,           n_new,         rows, window, query, new_k_.data(), new_v_.data(), positions_.data(),
+              first_own_.data()};
+
+    state_ = state_in(totals_.reserve(state_floats(n_rows, g_.dim_pad)), n_rows);
+    std::fill(state_.peak, state_.peak + n_rows, -kScoreLimit);
+    std::fill(state_.total, state_.total + n_rows, 0.f);
+    std::fill(state_.acc, state_.acc + n_rows * g_.dim_pad, 0.f);
+    decode_ = rows <= kDecodeRows;
+    n_pages_ = n_pages;
+    next_page_ = 0;
+    pending_ = 0;
+    const int64_t runs = (n_pages + kRunPages - 1) / kRunPages;
+    if (decode_) {
+        const size_t one = state_floats(n_rows, g_.dim_pad);
+        const int64_t wanted = std::max<int64_t>(static_cast<int64_t>(kSlabFloats / one), 4 * pool_.size());
+        slab_runs_ = std::min<int64_t>(wanted, runs);
+        partials_.reserve(one * slab_runs_);
+    }
+    want_mass_ = want_mass;
+    if (want_mass) mass_.reserve(static_cast<size_t>(runs) * n_rows * kMassStride);
+    n_new_ = n_new;
+}
+
+State Attention::partial(int64_t index) const {
+    const size_t n = state_rows();
+    return state_in(partials_.data() + index * state_floats(n, g_.dim_pad), n);
+}
+
+void Attention::merge_pending(int head) {
+    const size_t row = static_cast<size_t>(head) * batch_.rows;
+    for (int64_t i = 0; i < pending_; ++i) {
+        kernels_.merge(state_.at(row, g_.dim_pad), partial(i).at(row, g_.dim_pad), batch_.rows, g_.dim_pad);
+    }
+}
+
+void Attention::merge_pending_all() {
+    if (pending_ == 0) return;
+    pool_.run(g_.n_kv_heads, [this](int head, int) { merge_pending(head); });
+    pending_ = 0;
+}
+
+int Attention::row_block() const {
+    const int blocks = std::max(1, 8 * pool_.size() / g_.n_kv_heads);
+    const int block = (batch_.rows + blocks - 1) / blocks;
+    return std::max((block + kRowBlock - 1) / kRowBlock * kRowBlock, 4 * kRowBlock);
+}
+
+void Attention::pages(const PageRef* refs, int64_t start, int64_t stop) {
+    next_page_ = stop;
+    const size_t mass_stride = state_rows() * kMassStride;
+    float* mass = want_mass_ ? mass_.data() : nullptr;
+    if (!decode_) {
+        const int block = row_block(), blocks = (batch_.rows + block - 1) / block;
+        float* run_mass = mass ? mass + start / kRunPages * mass_stride : nullptr;
+        const size_t tile = 2 * static_cast<size_t>(kTileColumns) * g_.dim_pad + kRowBlock * kTileColumns;
+        pool_.run(g_.n_kv_heads * blocks, [&](int item, int thread) {
+            const int head = item / blocks, row0 = item % blocks * block;
+            const int row1 = std::min(row0 + block, batch_.rows);
+            const size_t first = static_cast<size_t>(head) * batch_.rows;
+            kernels_.blocked_pages(batch_, head, row0, row1, refs + start, static_cast<int>(stop - start),
+                                   state_.at(first, g_.dim_pad), run_mass ? run_mass + first * kMassStride : nullptr,
+                                   mass_stride, scratch_.data() + thread * tile);
+        });
+        return;
+    }
+    for (int64_t at = start; at < stop;) {
+        merge_pending_all();
+        const int64_t end = std::min(stop, at + slab_runs_ * kRunPages);
+        const int runs = static_cast<int>((end - at + kRunPages - 1) / kRunPages);
+        pool_.run(runs, [&](int run, int) {
+            const int64_t first = at + static_cast<int64_t>(run) * kRunPages;
+            const int n = static_cast<int>(std::min<int64_t>(kRunPages, end - first));
+            const PageRef* next = first + n < end ? refs + first + n : nullptr;
+            kernels_.decode_run(batch_, refs + first, n, next, partial(run),
+                                mass ? mass + first / kRunPages * mass_stride : nullptr, nullptr);
+        });
+        pending_ = runs;
+        at = end;
+    }
+}
+
+// Sinks join last; then the sums become averages.
+void Attention::finish_rows(int head, int row0, int row1, float* out) {
+    const State s = state_.at(static_cast<size_t>(head) * batch_.rows, g_.dim_pad);
+    for (int row = row0; row < row1; ++row) {
+        const int query_head = head * g_.group + row % g_.group;
+        float factor = 1.f;
+        if (!sinks_.empty()) {
+            const float sink = sinks_[query_head], peak = std::max(s.peak[row], sink);
+            factor = std::exp(s.peak[row] - peak);
+            s.total[row] = s.total[row] * factor + std::exp(sink - peak);
+            s.peak[row] = peak;
+        }
+        factor = s.total[row] > 0 ? factor / s.total[row] : 0.f;
+        float* to = out + (static_cast<size_t>(row / g_.group) * g_.n_kv_heads * g_.group + query_head) * g_.dim;
+        const float* acc = s.acc + static_cast<size_t>(row) * g_.dim_pad;
+        for (int c = 0; c < g_.dim; ++c) to[c] = acc[c] * factor;
+    }
+}
+
+void Attention::finish(float* out, float* page_mass) {
+    const size_t tile = 2 * static_cast<size_t>(kTileColumns) * g_.dim_pad + kRowBlock * kTileColumns;
+    const int block = decode_ ? batch_.rows : row_block();
+    const int blocks = (batch_.rows + block - 1) / block;
+    pool_.run(g_.n_kv_heads * blocks, [&](int item, int thread) {
+        const int head = item / blocks, row0 = item % blocks * block;
+        const int row1 = std::min(row0 + block, batch_.rows);
+        merge_pending(head);
+        kernels_.blocked_own(batch_, head, row0, row1, state_.at(static_cast<size_t>(head) * batch_.rows, g_.dim_pad),
+                             scratch_.data() + thread * tile);
+        finish_rows(head, row0, row1, out);
+    });
+    pending_ = 0;
+    if (want_mass_ && page_mass) {
+        const int runs = static_cast<int>((n_pages_ + kRunPages - 1) / kRunPages);
+        const size_t n = state_rows();
+        const float share = 1.f / static_cast<float>(n);
+        pool_.run(runs, [&](int run, int) {
+            float sums[kRunPages] = {};
+            kernels_.sum_mass(mass_.data() + run * n * kMassStride, state_, static_cast<int>(n), sums);
+            const int64_t first = static_cast<int64_t>(run) * kRunPages;
+            for (int64_t p = first; p < std::min<int64_t>(first + kRunPages, n_pages_); ++p) {
+                page_mass[p] = sums[p - first] * share;
+            }
+        });
+    }
+    n_new_ = 0;
+}
+
+}  // namespace edgekv

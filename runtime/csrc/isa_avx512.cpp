@@ -1,0 +1,182 @@
+// AVX-512 with VNNI.
+#include "half.h"
+#include "kernels.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include <immintrin.h>
+
+namespace {
+
+constexpr int W = 16;
+constexpr int kProductRows = 6;
+constexpr int kProductColumns = 4;
+using VF = __m512;
+using VI = __m512i;
+using VM = __mmask16;
+
+inline VF vset(float x) { return _mm512_set1_ps(x); }
+inline VF vload(const float* p) { return _mm512_loadu_ps(p); }
+inline void vstore(float* p, VF x) { _mm512_storeu_ps(p, x); }
+inline VF vadd(VF a, VF b) { return _mm512_add_ps(a, b); }
+inline VF vsub(VF a, VF b) { return _mm512_sub_ps(a, b); }
+inline VF vmul(VF a, VF b) { return _mm512_mul_ps(a, b); }
+inline VF vdiv(VF a, VF b) { return _mm512_div_ps(a, b); }
+inline VF vfma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+inline VF vmax(VF a, VF b) { return _mm512_max_ps(a, b); }
+inline VF vmin(VF a, VF b) { return _mm512_min_ps(a, b); }
+inline VF vabs(VF a) { return _mm512_abs_ps(a); }
+inline VF vround(VF a) { return _mm512_roundscale_ps(a, 8); }
+inline float vsum(VF a) { return _mm512_reduce_add_ps(a); }
+inline float vpeak(VF a) { return _mm512_reduce_max_ps(a); }
+inline VM vmask(uint32_t bits) { return static_cast<VM>(bits); }
+inline VM vless(VF a, VF b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+inline VF vselect(VM m, VF yes, VF no) { return _mm512_mask_blend_ps(m, no, yes); }
+inline VI vint(VF a) { return _mm512_cvtps_epi32(a); }
+inline VF vfloat(VI a) { return _mm512_cvtepi32_ps(a); }
+inline VI viload(const void* p) { return _mm512_loadu_si512(p); }
+inline void vistore(int32_t* p, VI x) { _mm512_storeu_si512(p, x); }
+inline VF vpow2(VF n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(vint(n), _mm512_set1_epi32(127)), 23));
+}
+template <int J>
+inline VI vbyte(VI a) {
+    return _mm512_srai_epi32(_mm512_slli_epi32(a, 24 - 8 * J), 24);
+}
+inline VI vipack(VI a, VI b, VI c, VI d) {
+    const VI low = _mm512_set1_epi32(255);
+    const VI ab = _mm512_or_si512(_mm512_and_si512(a, low), _mm512_slli_epi32(_mm512_and_si512(b, low), 8));
+    const VI cd = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(c, low), 16), _mm512_slli_epi32(d, 24));
+    return _mm512_or_si512(ab, cd);
+}
+inline VF vload_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void vstore_half(uint16_t* p, VF x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
+}
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+
+#include "isa_math.h"
+
+namespace {
+
+// 16-bit numbers as two signed bytes, high * 256 + low.
+struct Digits {
+    alignas(64) int8_t high[kMaxDim];
+    alignas(64) int8_t low[kMaxDim];
+    int32_t sum;
+};
+
+inline float to_digits(const float* x, int n, Digits& d) {
+    float inverse;
+    const float scale = fixed_point_scale(x, n, inverse);
+    const VF factor = vset(inverse);
+    VI sum = _mm512_setzero_si512();
+    for (int i = 0; i < n; i += W) {
+        const VI v = vint(vmul(vload(x + i), factor));
+        const VI high = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
+        const VI low = _mm512_sub_epi32(v, _mm512_slli_epi32(high, 8));
+        _mm_store_si128(reinterpret_cast<__m128i*>(d.high + i), _mm512_cvtepi32_epi8(high));
+        _mm_store_si128(reinterpret_cast<__m128i*>(d.low + i), _mm512_cvtepi32_epi8(low));
+        sum = _mm512_add_epi32(sum, v);
+    }
+    d.sum = _mm512_reduce_add_epi32(sum);
+    return scale;
+}
+
+inline __m512i broadcast4(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+
+// N queries times V * 16 columns. vpdpbusd wants one unsigned operand: codes + 128, and 128 * the digits' sum less.
+template <int N, int V>
+inline void int8_block(const int8_t* m, int rows, size_t stride, __mmask16 tail, const Digits* d, const float* scales,
+                       float* const* y, int column, const int8_t* next) {
+    const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
+    __m512i high[N][V], low[N][V];
+    for (int q = 0; q < N; ++q) {
+        for (int v = 0; v < V; ++v) {
+            high[q][v] = _mm512_setzero_si512();
+            low[q][v] = _mm512_set1_epi32(-128 * d[q].sum);
+        }
+    }
+    for (int r = 0; r < rows; r += 4, m += stride, next += stride) {
+        __m512i codes[V];
+        for (int v = 0; v < V; ++v) {
+            prefetch(next + 64 * v);
+            codes[v] = V == 1 ? _mm512_maskz_loadu_epi32(tail, m) : _mm512_loadu_si512(m + 64 * v);
+            codes[v] = _mm512_xor_si512(codes[v], offset);
+        }
+        for (int q = 0; q < N; ++q) {
+            const __m512i h = broadcast4(d[q].high + r), l = broadcast4(d[q].low + r);
+            for (int v = 0; v < V; ++v) {
+                high[q][v] = _mm512_dpbusd_epi32(high[q][v], codes[v], h);
+                low[q][v] = _mm512_dpbusd_epi32(low[q][v], codes[v], l);
+            }
+        }
+    }
+    for (int q = 0; q < N; ++q) {
+        for (int v = 0; v < V; ++v) {
+            const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high[q][v], 8), low[q][v]);
+            vstore(y[q] + column + 16 * v, vmul(vfloat(whole), vset(scales[q])));
+        }
+    }
+}
+
+template <int N>
+inline void int8_product(const int8_t* m, int rows, int columns, const Digits* d, const float* scales, float* const* y,
+                         const int8_t* next) {
+    const size_t stride = static_cast<size_t>(columns) * 4;
+    constexpr __mmask16 kAll = 0xffff;
+    int c = 0;
+    for (; N <= 2 && c + 64 <= columns; c += 64) {
+        int8_block<N, 4>(m + 4 * c, rows, stride, kAll, d, scales, y, c, next + 4 * c);
+    }
+    for (; c + 32 <= columns; c += 32) int8_block<N, 2>(m + 4 * c, rows, stride, kAll, d, scales, y, c, next + 4 * c);
+    for (; c < columns; c += 16) {
+        const __mmask16 tail = columns - c >= 16 ? kAll : static_cast<__mmask16>((1u << (columns - c)) - 1);
+        int8_block<N, 1>(m + 4 * c, rows, stride, tail, d, scales, y, c, next + 4 * c);
+    }
+}
+
+uint64_t read_bytes(const uint8_t* data, size_t n) {
+    __m512i a = _mm512_setzero_si512(), b = a, c = a, e = a;
+    size_t i = 0;
+    for (; i + 256 <= n; i += 256) {
+        a = _mm512_add_epi64(a, _mm512_loadu_si512(data + i));
+        b = _mm512_add_epi64(b, _mm512_loadu_si512(data + i + 64));
+        c = _mm512_add_epi64(c, _mm512_loadu_si512(data + i + 128));
+        e = _mm512_add_epi64(e, _mm512_loadu_si512(data + i + 192));
+    }
+    return static_cast<uint64_t>(
+        _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_add_epi64(a, b), _mm512_add_epi64(c, e))));
+}
+
+}  // namespace
+
+#include "isa_decode.h"
+#include "isa_blocked.h"
+#include "isa_codec.h"
+
+namespace edgekv {
+
+const Kernels* avx512_kernels() {
+    static const Kernels kernels{"avx512",      decode_run, blocked_pages, blocked_own, merge,
+                                 sum_mass, pack_warm,  to_half,       read_bytes};
+    const bool usable = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
+    return usable ? &kernels : nullptr;
+}
+
+}  // namespace edgekv
+
+#else
+namespace edgekv {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace edgekv
+#endif

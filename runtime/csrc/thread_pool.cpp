@@ -1,0 +1,116 @@
+#include "thread_pool.h"
+
+#include <chrono>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace edgekv {
+namespace {
+
+// Waking a sleeping thread costs several microseconds; spinning longer than this would starve other engines' threads.
+constexpr auto kSpin = std::chrono::microseconds(30);
+
+inline void pause_core() {
+#if defined(__x86_64__) || defined(__i386__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Spins until ready() or the time is over; returns ready().
+template <typename Ready>
+bool spin(Ready&& ready) {
+    const auto limit = std::chrono::steady_clock::now() + kSpin;
+    do {
+        for (int i = 0; i < 64; ++i) {
+            if (ready()) return true;
+            pause_core();
+        }
+    } while (std::chrono::steady_clock::now() < limit);
+    return ready();
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads < 1 ? 1 : n_threads), shares_(new Share[n_threads_]) {
+    for (int thread = 1; thread < n_threads_; ++thread) helpers_.emplace_back([this, thread] { helper(thread); });
+}
+
+ThreadPool::~ThreadPool() {
+    {
+        std::lock_guard<std::mutex> guard(sleep_mutex_);
+        stop_ = true;
+        generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    for (auto& thread : helpers_) thread.join();
+}
+
+void ThreadPool::dispatch(int n_items, void* context, Invoke invoke) {
+    std::lock_guard<std::mutex> job(job_mutex_);
+    context_ = context;
+    invoke_ = invoke;
+    for (int thread = 0; thread < n_threads_; ++thread) {
+        const uint64_t first = static_cast<uint64_t>(n_items) * thread / n_threads_;
+        const uint64_t end = static_cast<uint64_t>(n_items) * (thread + 1) / n_threads_;
+        shares_[thread].range.store(first | end << 32, std::memory_order_relaxed);
+    }
+    running_.store(n_threads_ - 1);
+    generation_.fetch_add(1);  // seq_cst: ordered against a helper's asleep_ count, so no wake-up is lost
+    if (asleep_.load() > 0) {
+        std::lock_guard<std::mutex> guard(sleep_mutex_);
+        wake_.notify_all();
+    }
+    work(0);
+    const auto finished = [this] { return running_.load() == 0; };
+    if (spin(finished)) return;
+    std::unique_lock<std::mutex> lock(sleep_mutex_);
+    caller_asleep_.store(true);
+    done_.wait(lock, finished);
+    caller_asleep_.store(false);
+}
+
+void ThreadPool::work(int thread) {
+    for (int turn = 0; turn < n_threads_; ++turn) {
+        auto& share = shares_[(thread + turn) % n_threads_].range;
+        for (;;) {
+            uint64_t range = share.load(std::memory_order_relaxed);
+            uint32_t first, end;
+            uint64_t rest;
+            do {
+                first = static_cast<uint32_t>(range);
+                end = static_cast<uint32_t>(range >> 32);
+                if (first >= end) break;
+                rest = turn == 0 ? range + 1 : range - (uint64_t{1} << 32);
+            } while (!share.compare_exchange_weak(range, rest, std::memory_order_relaxed));
+            if (first >= end) break;
+            invoke_(context_, static_cast<int>(turn == 0 ? first : end - 1), thread);
+        }
+    }
+}
+
+void ThreadPool::helper(int thread) {
+    uint32_t seen = 0;
+    for (;;) {
+        const auto called = [this, &seen] { return generation_.load() != seen; };
+        if (!spin(called)) {
+            std::unique_lock<std::mutex> lock(sleep_mutex_);
+            asleep_.fetch_add(1);
+            wake_.wait(lock, called);
+            asleep_.fetch_sub(1);
+        }
+        // A new job cannot start before this helper has reported, so at most one generation is new.
+        ++seen;
+        if (stop_) return;
+        work(thread);
+        if (running_.fetch_sub(1) == 1 && caller_asleep_.load()) {
+            std::lock_guard<std::mutex> guard(sleep_mutex_);
+            done_.notify_one();
+        }
+    }
+}
+
+}  // namespace edgekv

@@ -1,0 +1,67 @@
+// A small fork-join pool. The caller works too; helpers spin for a short while after each job, then sleep, because
+// between two attention calls the cores belong to the engine that runs the dense layers.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace edgekv {
+
+class ThreadPool {
+  public:
+    explicit ThreadPool(int n_threads);
+    ~ThreadPool();
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
+
+    int size() const { return n_threads_; }
+
+    // Calls fn(item, thread) for every item in [0, n_items). A thread starts on its own contiguous share, in order,
+    // and then takes items from the end of the others' shares. Returns when all are done.
+    template <typename F>
+    void run(int n_items, F&& fn) {
+        if (n_items <= 0) return;
+        if (n_threads_ == 1 || n_items == 1) {
+            std::lock_guard<std::mutex> guard(job_mutex_);
+            for (int i = 0; i < n_items; ++i) fn(i, 0);
+            return;
+        }
+        dispatch(n_items, &fn, [](void* context, int item, int thread) {
+            (*static_cast<std::remove_reference_t<F>*>(context))(item, thread);
+        });
+    }
+
+  private:
+    using Invoke = void (*)(void*, int, int);
+    // One cache line each, so that taking an item does not disturb the neighbours.
+    struct alignas(64) Share {
+        std::atomic<uint64_t> range{0};  // first item in the low half, end in the high half
+    };
+
+    void dispatch(int n_items, void* context, Invoke invoke);
+    void work(int thread);
+    void helper(int thread);
+
+    int n_threads_;
+    std::unique_ptr<Share[]> shares_;
+    std::mutex job_mutex_;  // one job at a time, whoever calls
+
+    void* context_ = nullptr;
+    Invoke invoke_ = nullptr;
+    alignas(64) std::atomic<uint32_t> generation_{0};
+    alignas(64) std::atomic<int> running_{0};
+    alignas(64) std::atomic<int> asleep_{0};
+    std::atomic<bool> caller_asleep_{false};
+    bool stop_ = false;
+    std::mutex sleep_mutex_;
+    std::condition_variable wake_;
+    std::condition_variable done_;
+    std::vector<std::thread> helpers_;
+};
+
+}  // namespace edgekv

@@ -1,0 +1,48 @@
+"""What an engine must offer to run the split form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """The tensors between the segments for a step of T tokens, written in place by engine and seam in turn.
+
+    ``residual``: two buffers [T, hidden_size]; segment ``l`` reads ``residual[(l - 1) % 2]`` and writes
+    ``residual[l % 2]``. ``cos``, ``sin``: [T, rotary_dim / 2]. ``q``, ``attention``: [T, n_q_heads, head_dim].
+    ``k``, ``v``: [T, n_kv_heads, head_dim].
+    """
+
+    residual: tuple[Float, Float]
+    cos: Float
+    sin: Float
+    q: Float
+    k: Float
+    v: Float
+    attention: Float
+
+
+class SegmentEngine(Protocol):
+    """Runs the segments of a split bundle on buffers that it was asked to prepare."""
+
+    #: For messages, such as "onnxruntime 1.32.0".
+    description: str
+
+    def prepare(self, n_tokens: int) -> StepBuffers:
+        """Return the buffers for steps of ``n_tokens``; the same ones for the same number until another is asked for."""
+        ...
+
+    def run(self, index: int, buffers: StepBuffers) -> None:
+        """Run segment ``index`` (not the last) on the buffers."""
+        ...
+
+    def head(self, residual: Float, attention: Float) -> Float:
+        """Run the last segment on R rows and return logits [R, vocab_size]; valid until the next call."""
+        ...

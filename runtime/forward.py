@@ -1,0 +1,55 @@
+"""One step of the decoder in either form: new tokens in, logits out, the cache extended."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.runtime.attend import Attender
+from edgekv.runtime.cache import KVCache
+from edgekv.runtime.embedding import Embedding
+from edgekv.runtime.engines.base import Float, SegmentEngine
+from edgekv.runtime.rope import Rope
+
+#: Which rows of logits a step must return.
+Rows = Literal["none", "last", "all"]
+
+
+class Forward(Protocol):
+    """Runs new tokens through the model and adds their keys and values to the cache."""
+
+    def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
+        """Return logits [R, vocab_size] float32, R = 0, 1 or T; valid until the next step."""
+        ...
+
+
+class SplitForward:
+    """The split form: an engine runs the dense segments, the kernels run attention between them."""
+
+    def __init__(self, engine: SegmentEngine, embedding: Embedding, rope: Rope, cache: KVCache, attender: Attender) -> None:
+        self._engine = engine
+        self._embedding = embedding
+        self._rope = rope
+        self._cache = cache
+        self._attender = attender
+
+    def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
+        """Run T tokens; see :class:`Forward`."""
+        engine, cache = self._engine, self._cache
+        n_layers = cache.spec.n_layers
+        buffers = engine.prepare(len(tokens))
+        cache.manager.step += 1
+        self._embedding.look_up(tokens, buffers.residual[0])
+        self._rope.fill(positions, buffers.cos, buffers.sin)
+        for layer in range(n_layers):
+            engine.run(layer, buffers)
+            # What the last layer attends to only matters for the logits.
+            if rows != "none" or layer < n_layers - 1:
+                self._attender.attend(layer, buffers.q, buffers.k, buffers.v, positions, buffers.attention)
+            cache.append(layer, buffers.k, buffers.v, positions)
+        if rows == "none":
+            return buffers.residual[0][:0]
+        first = 0 if rows == "all" else len(tokens) - 1
+        return engine.head(buffers.residual[(n_layers - 1) % 2][first:], buffers.attention[first:])

@@ -1,0 +1,335 @@
+"""Open a bundle and generate: the loop that everything else serves.
+
+    with Generator.open("llama.edgekv", kv_budget="64MiB") as generator:
+        for piece in generator.stream("Once upon a time", max_tokens=100):
+            print(piece, end="")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from edgekv.bundle import Manifest, check_files, read_manifest
+from edgekv.errors import PromptTooLong
+from edgekv.runtime.attend import Attender, staging_pages
+from edgekv.runtime.budget import BudgetPlan, plan_budget
+from edgekv.runtime.cache import KVCache
+from edgekv.runtime.embedding import Embedding
+from edgekv.runtime.forward import Forward, SplitForward
+from edgekv.runtime.kernels import Kernels, load_kernels
+from edgekv.runtime.pages import CacheOptions
+from edgekv.runtime.policy import make_policy
+from edgekv.runtime.rope import Rope
+from edgekv.runtime.sampling import Sampler, SamplingOptions
+from edgekv.runtime.stats import RunStats, peak_rss_bytes
+from edgekv.runtime.store import FlashStore
+from edgekv.runtime.text import Text, TextStream
+from edgekv.types import KVMode
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a bundle.
+
+    ``kv_budget``: bytes, ``"64MiB"``, ``"25%"`` of the fp16 cache of the context, or None for no limit.
+    ``context``: tokens in the sequence at the most; None takes what the prompt and ``max_tokens`` need.
+    ``offload``: folder for pages that do not fit; None uses a private file in the cache folder of the user.
+    ``allow_drop``: forget pages instead of writing them to flash; changes results, and says how much.
+    """
+
+    kv_budget: int | str | None = None
+    kv: KVMode = KVMode.AUTO
+    context: int | None = None
+    policy: str = "lru"
+    offload: Path | None = None
+    allow_drop: bool = False
+    threads: int = field(default_factory=lambda: default_threads())
+    prefill_chunk: int = 256
+
+
+def default_threads() -> int:
+    """Cores that this process may use, 4 at the most: decode is bound by memory, and little cores slow big ones."""
+    with contextlib.suppress(AttributeError):
+        return min(4, len(os.sched_getaffinity(0)))
+    return min(4, os.cpu_count() or 1)
+
+
+def cache_home() -> Path:
+    """Folder for files that may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekv"
+
+
+class Generator:
+    """A bundle that is ready to generate, with the cache of one sequence.
+
+    Tokens that stay in the cache are not computed again: a prompt that begins like the last one (a conversation)
+    only pays for what is new.
+    """
+
+    def __init__(self, folder: Path, options: RunOptions) -> None:
+        started = time.perf_counter()
+        self.folder = folder
+        self.options = options
+        self.manifest: Manifest = read_manifest(folder)
+        check_files(folder, self.manifest, stamp=cache_home() / "verified" / f"{folder.resolve().as_posix().strip('/').replace('/', '-')}.json")
+        template = self.manifest.chat_template
+        self.text = Text(folder / "tokenizer.json", folder / template if template else None)
+        self.kernels: Kernels = load_kernels()
+        self._policy = make_policy(options.policy)
+        self._tokens: list[int] = []
+        self._forward: Forward | None = None
+        self._cache: KVCache | None = None
+        self._store: FlashStore | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._engine = None
+        if self.manifest.form == "split":
+            from edgekv.runtime.engines.onnx import OnnxSegments
+
+            self._engine = OnnxSegments(folder, self.manifest, options.threads)
+            assert self.manifest.embedding is not None
+            self._embedding = Embedding(folder, self.manifest.embedding, self.manifest.model)
+        self.stats = RunStats(load_seconds=time.perf_counter() - started)
+
+    @classmethod
+    def open(cls, folder: str | Path, options: RunOptions | None = None) -> Generator:
+        """Open a bundle.
+
+        Raises:
+            BundleError: it cannot be used. EngineError: the engine refused a graph.
+        """
+        return cls(Path(folder), options or RunOptions())
+
+    # -- generation --------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        sampling: SamplingOptions | None = None,
+        stop: Sequence[str] = (),
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[str]:
+        """Generate text, piece by piece.
+
+        Args:
+            prompt: text, or tokens.
+            progress: called during prefill with (tokens done, tokens to do).
+
+        Raises:
+            PromptTooLong: the prompt and max_tokens exceed the context. BudgetError: the budget is too small.
+            OutOfPages, StoreError: no room, or flash failed; the text so far is right.
+        """
+        tokens = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        stream = TextStream(self.text, stop)
+        for token in self.tokens(tokens, max_tokens=max_tokens, sampling=sampling, progress=progress):
+            yield stream.push(token)
+            if stream.stopped:
+                return
+        yield stream.flush()
+
+    def tokens(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 256,
+        sampling: SamplingOptions | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[int]:
+        """Generate tokens; ends at ``max_tokens`` or before an end-of-sequence token. See :meth:`stream`."""
+        sampler = Sampler(sampling or SamplingOptions())
+        stop_tokens = self.manifest.model.eos_token_ids
+        logits = self.prefill(prompt, max_tokens=max_tokens, progress=progress)
+        sequence = list(prompt)
+        for count in range(max_tokens):
+            token = sampler.choose(logits, sequence)
+            if token in stop_tokens:
+                return
+            sequence.append(token)
+            yield token
+            if count + 1 == max_tokens:
+                return
+            started = time.perf_counter()
+            logits = self.step([token])
+            self.stats.decode_seconds += time.perf_counter() - started
+            self.stats.decode_tokens += 1
+
+    def prefill(
+        self, prompt: Sequence[int], *, max_tokens: int, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        """Bring the cache to hold the prompt and return the logits after its last token [vocab_size] float32."""
+        if not prompt:
+            prompt = [self.manifest.model.bos_token_id or 0]
+        self._make_cache(len(prompt), max_tokens)
+        reused = self._reuse(prompt)
+        started = time.perf_counter()
+        done, total = reused, len(prompt)
+        chunk = self.options.prefill_chunk
+        logits = None
+        while done < total:
+            part = prompt[done : done + chunk]
+            logits = self._run(part, "last" if done + len(part) == total else "none")
+            done += len(part)
+            progress(done - reused, total - reused)
+        assert logits is not None
+        self.stats.prefill_seconds += time.perf_counter() - started
+        self.stats.prefill_tokens += total - reused
+        self.stats.reused_tokens += reused
+        return logits[-1]
+
+    def step(self, tokens: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        """Add tokens and return the logits after the last one."""
+        result: np.ndarray[tuple[int], np.dtype[np.float32]] = self._run(tokens, "last")[-1]
+        return result
+
+    def score(self, tokens: Sequence[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+        """Add tokens and return the logits after each of them [T, vocab_size] (teacher forcing)."""
+        self._make_cache(len(self._tokens) + len(tokens), 0)
+        parts = []
+        for start in range(0, len(tokens), self.options.prefill_chunk):
+            parts.append(self._run(tokens[start : start + self.options.prefill_chunk], "all").copy())
+        return np.concatenate(parts)
+
+    def _run(self, tokens: Sequence[int], rows: str) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+        assert self._forward is not None and self._cache is not None
+        start = len(self._tokens)
+        self._check_length(start + len(tokens))
+        try:
+            logits = self._forward.step(
+                np.asarray(tokens, np.int64), np.arange(start, start + len(tokens), dtype=np.int64), rows  # type: ignore[arg-type]
+            )
+        except BaseException:
+            # A step that failed half way leaves some layers longer than others: back to what all of them hold.
+            kept = self._cache.truncate(start)
+            del self._tokens[kept:]
+            raise
+        self._tokens.extend(int(token) for token in tokens)
+        return logits
+
+    def _reuse(self, prompt: Sequence[int]) -> int:
+        """Cut the cache to the longest common prefix; at least the last token is computed again, for its logits."""
+        assert self._cache is not None
+        common = 0
+        for ours, theirs in zip(self._tokens, prompt[:-1], strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        if common < len(self._tokens):
+            common = self._cache.truncate(common)
+            del self._tokens[common:]
+        return common
+
+    # -- memory ------------------------------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> KVCache | None:
+        """The cache of the sequence, once a prompt gave it a size."""
+        return self._cache
+
+    @property
+    def budget(self) -> BudgetPlan | None:
+        """How the budget was divided, once a prompt gave the cache a size."""
+        return self._plan if self._cache is not None else None
+
+    def _context(self, prompt_tokens: int, max_tokens: int) -> int:
+        return self.options.context or min(self.manifest.model.max_context, prompt_tokens + max_tokens)
+
+    def _check_length(self, n_tokens: int) -> None:
+        limit = self.options.context or self.manifest.model.max_context
+        if n_tokens > limit:
+            raise PromptTooLong(f"{n_tokens} tokens do not fit the context of {limit}; shorten the prompt or raise --context")
+
+    def _make_cache(self, prompt_tokens: int, max_tokens: int) -> None:
+        model = self.manifest.model
+        limit = self.options.context or model.max_context
+        if self.options.context and self.options.context > model.max_context:
+            raise PromptTooLong(f"--context {self.options.context} is above what the model was made for, {model.max_context}")
+        if prompt_tokens + max_tokens > limit:
+            raise PromptTooLong(
+                f"a prompt of {prompt_tokens} tokens and {max_tokens} to generate do not fit the context of {limit};"
+                " shorten the prompt, lower --max-tokens" + (" or raise --context" if limit < model.max_context else "")
+            )
+        context = self._context(prompt_tokens, max_tokens)
+        if self._cache is not None:
+            if context <= self._planned_context:
+                return
+            # Longer than what the cache was sized for: start over (stats show that nothing was reused).
+            self.close()
+        self._planned_context = context
+        spec = model.pages(self.manifest.page_size)
+        self._plan = plan_budget(
+            spec,
+            kv_budget=self.options.kv_budget,
+            context=context,
+            mode=self.options.kv,
+            staging_bytes=staging_pages(self.kernels, spec) * spec.warm_slot_bytes,
+            inline=self.manifest.form == "inline",
+        )
+        if not self._plan.fits:
+            self._store = FlashStore(self._offload_folder(), spec)
+        options = CacheOptions(
+            budget_bytes=self._plan.arena_bytes,
+            compress_at_seal=self._plan.compress_at_seal,
+            allow_drop=self.options.allow_drop,
+            policy=self._policy,
+        )
+        max_pages = -(-context // spec.page_size)
+        self._cache = KVCache(spec, options, self.kernels, self._store, max_pages=max_pages)
+        if self.manifest.form == "inline":
+            from edgekv.runtime.inline import InlineForward
+
+            self._forward = InlineForward(self.folder, self.manifest, self._cache, self.options.threads)
+        else:
+            assert self._engine is not None
+            attender = Attender(
+                model, self._cache, self.kernels, threads=self.options.threads, max_tokens=self.options.prefill_chunk
+            )
+            self._forward = SplitForward(self._engine, self._embedding, Rope(model.rope), self._cache, attender)
+
+    def _offload_folder(self) -> Path:
+        if self.options.offload is not None:
+            return self.options.offload
+        base = cache_home() / "offload"
+        base.mkdir(parents=True, exist_ok=True)
+        self._scratch = tempfile.TemporaryDirectory(dir=base, prefix="run-")
+        return Path(self._scratch.name)
+
+    def report(self) -> RunStats:
+        """Return the counters of the run, with what the cache holds now and the peak RSS of the process."""
+        self.stats.peak_rss_bytes = peak_rss_bytes()
+        if self._cache is not None:
+            self.stats.cache = self._cache.use()
+            self.stats.pages = self._cache.manager.counters
+            if self._store is not None:
+                self.stats.bytes_written = self._store.counters.bytes_written
+                self.stats.bytes_read = self._store.counters.bytes_read
+        return self.stats
+
+    def close(self) -> None:
+        """Free the cache and the offload file."""
+        self._forward = None
+        self._cache = None
+        self._tokens = []
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

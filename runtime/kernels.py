@@ -1,0 +1,194 @@
+"""The kernels behind paged attention: the native extension, or NumPy where it is missing.
+
+Both offer the same names (:class:`Kernels`); :func:`load_kernels` chooses. The NumPy kernels have the same
+meaning and the same independence of how pages are cut into pieces, and are slow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float32]
+Half = NDArray[np.float16]
+Int8 = NDArray[np.int8]
+Int64 = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+Addresses = NDArray[np.uint64]
+#: An array of dtype :data:`PAGE_REF`.
+Refs = NDArray[np.void]
+
+KIND_HOT = 0
+KIND_WARM = 1
+
+#: One page as the kernels see it. ``data``: address of its bytes, 0 where there is nothing (skipped);
+#: ``mask``: bit ``i % 64`` of word ``i // 64`` is set where slot i holds a live token; ``position``: of the
+#: token in slot 0 (slot i is at ``position + i``); ``n_slots``: written slots, the live ones are below;
+#: ``kind``: KIND_HOT or KIND_WARM. Slots that are not live may hold any bytes.
+PAGE_REF = np.dtype(
+    {
+        "names": ["data", "mask", "position", "n_slots", "kind"],
+        "formats": [np.uint64, (np.uint64, 2), np.int64, np.uint16, np.uint8],
+        "offsets": [0, 8, 24, 32, 34],
+        "itemsize": 48,
+    }
+)
+
+
+class Pool(Protocol):
+    """The threads that kernels run on."""
+
+    @property
+    def n_threads(self) -> int:
+        """Threads that work, the caller included."""
+
+
+class PagedAttention(Protocol):
+    """Attention of one layer's geometry. One step at a time; results do not depend on threads or pieces."""
+
+    def run(
+        self,
+        q: Float,
+        new_k: Float,
+        new_v: Float,
+        positions: Int64,
+        refs: Refs,
+        out: Float,
+        window: int = 0,
+        page_mass: Float | None = None,
+    ) -> None:
+        """Attend new tokens to ``refs`` (in logical order) and causally to themselves.
+
+        q [T, n_q_heads, head_dim], new_k and new_v [T, n_kv_heads, head_dim], positions [T] increasing; writes
+        out [T, n_q_heads, head_dim] and page_mass [len(refs)]. :func:`edgekv.seam.paged_attention` says what it means.
+
+        Raises:
+            ValueError: an array has another shape or dtype, or is not contiguous.
+        """
+
+    def begin(
+        self,
+        q: Float,
+        new_k: Float,
+        new_v: Float,
+        positions: Int64,
+        window: int,
+        n_pages: int,
+        want_mass: bool = False,
+    ) -> None:
+        """Start a step whose pages come in pieces. The arrays may be reused when this returns."""
+
+    def pages(self, refs: Refs, start: int, stop: int) -> None:
+        """Attend to ``refs[start:stop)``, which are in memory now; ``refs`` is the whole step's array.
+
+        Pieces come in order; start and stop are multiples of RUN_PAGES, except a stop at the end.
+        """
+
+    def finish(self, out: Float, page_mass: Float | None = None) -> None:
+        """Attend to the new tokens themselves and write the result."""
+
+    @property
+    def isa(self) -> str:
+        """Name of the instruction set in use."""
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory held for intermediate results."""
+
+
+class Kernels(Protocol):
+    """What ``load_kernels`` returns. A page argument is an address or a uint8 array."""
+
+    RUN_PAGES: int
+
+    def isa(self) -> str:
+        """Name of the instruction set in use; "numpy" for the NumPy kernels."""
+
+    def available_isas(self) -> tuple[str, ...]:
+        """Names that EDGEKV_ISA may have here, the preferred one first."""
+
+    def ThreadPool(self, n_threads: int) -> Pool:  # noqa: N802
+        """Start a pool of ``n_threads``, the calling thread included."""
+
+    def Attention(  # noqa: N802
+        self,
+        pool: Any,
+        n_q_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: Float | None = None,
+        max_tokens: int = 512,
+        isa: str = "",
+    ) -> PagedAttention:
+        """Prepare attention for one geometry."""
+
+    def pack_warm(
+        self, hot_page: Bytes | int, out: Bytes | int, n_kv_heads: int, head_dim: int, page_size: int, n_slots: int = -1
+    ) -> None:
+        """Quantise a HOT page as :func:`edgekv.codec.pack_warm` does; slots from ``n_slots`` on count as zero (-1: none)."""
+
+    def pack_warm_many(
+        self,
+        pool: Any,
+        sources: Addresses,
+        targets: Addresses,
+        n_slots: Int64,
+        n_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+    ) -> None:
+        """:meth:`pack_warm` for many pages, by address."""
+
+    def write_hot(self, page: Bytes | int, slot: int, k: Float, v: Float, page_size: int) -> None:
+        """Write tokens, k and v [n, n_kv_heads, head_dim], into a HOT page from ``slot`` on, saturating."""
+
+    def write_hot_many(self, pages: Addresses, slot: int, k: Float, v: Float, page_size: int) -> None:
+        """:meth:`write_hot` across pages: the first from ``slot`` on, the next ones from their start."""
+
+    def gather_int8(
+        self, pool: Any, refs: Refs, keys: Int8, key_scales: Half, values: Int8, value_scales: Half
+    ) -> None:
+        """Copy pages to plain INT8 arrays, quantising HOT ones; dead slots become zeros.
+
+        keys and values [n, n_kv_heads, page_size, head_dim], key_scales [n, n_kv_heads, head_dim], value_scales
+        [n, n_kv_heads, page_size].
+        """
+
+    def page_bounds(self, refs: Refs, low: Half, high: Half, page_size: int) -> None:
+        """Smallest and largest decoded key per page, head and channel over the live slots, rounded outwards.
+
+        low and high [n, n_kv_heads, head_dim]; zeros for a page without a live slot.
+        """
+
+    def read_bandwidth(self, pool: Any, array: Bytes) -> float:
+        """Seconds to merely read ``array`` with all threads."""
+
+
+def load_kernels(prefer: Literal["auto", "native", "numpy"] = "auto") -> Kernels:
+    """Return the kernels: native if the extension can be imported, else NumPy (unless "native" is demanded).
+
+    A caller tells which by ``isa()``: "numpy" after prefer="auto" means that the extension is missing, and is
+    worth one line of warning.
+
+    Raises:
+        ImportError: prefer is "native" and the extension cannot be imported.
+        ValueError: prefer is something else, or EDGEKV_ISA names no instruction set of this processor.
+    """
+    if prefer not in ("auto", "native", "numpy"):
+        raise ValueError(f"prefer must be auto, native or numpy, not {prefer!r}")
+    if prefer != "numpy":
+        try:
+            native = importlib.import_module("edgekv.runtime._kernels")
+        except ImportError:
+            if prefer == "native":
+                raise
+        else:
+            native.isa()  # an unusable EDGEKV_ISA is reported here, once
+            return cast(Kernels, native)
+    return cast(Kernels, importlib.import_module("edgekv.runtime.attention_numpy"))

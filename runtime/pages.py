@@ -1,0 +1,301 @@
+"""The page manager: the only place where a page changes its tier.
+
+Pages are born HOT, are quantised once when they are sealed (at once, or under pressure), go to flash when RAM runs
+out, and are freed in every tier when their last token is pruned. A sealed page is immutable, so a page that is already on
+flash leaves RAM without a write, and a page that came back is bit-identical.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.errors import BudgetError, OutOfPages
+from edgekv.runtime.arena import Arena
+from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, Kernels
+from edgekv.runtime.policy import LRU, PageUse, Policy
+from edgekv.runtime.stats import CacheStats
+from edgekv.runtime.store import PageStore
+from edgekv.runtime.table import NOTHING, PageTable
+from edgekv.spec import PageSpec
+from edgekv.types import Tier, format_bytes
+
+Bytes = NDArray[np.uint8]
+
+#: A batch of writes to flash is at least this large. Source: microSD writes 22 MB/s at 1 MiB, 2.65 MB/s at 4 KiB.
+WRITE_BATCH_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a cache reclaims.
+
+    ``compress_at_seal``: quantise a page as soon as it is full. ``threshold``: share of the budget above which pages
+    are reclaimed after each append. ``recent_pages`` and the first page are pinned: reclaim offloads
+    them last and never drops them.
+    """
+
+    budget_bytes: int
+    compress_at_seal: bool = True
+    compress: bool = True
+    allow_drop: bool = False
+    threshold: float = 1.0
+    recent_pages: int = 2
+    policy: Policy = LRU()
+
+
+class PageManager:
+    """Moves the pages of one :class:`PageTable` between the tiers, inside a budget.
+
+    Invariants (``check``): the arena never exceeds its budget; a page is in exactly one tier; HOT and WARM pages own
+    exactly the arena room that their ``offset`` names; a COLD page has a record.
+
+    Raises (from the constructor):
+        BudgetError: the budget cannot hold one open page per layer and one to work with.
+    """
+
+    def __init__(
+        self, spec: PageSpec, table: PageTable, options: CacheOptions, kernels: Kernels, store: PageStore | None
+    ) -> None:
+        self.spec = spec
+        self.table = table
+        self.options = options
+        self.kernels = kernels
+        self.store = store
+        needed = self.least_bytes(spec)
+        if options.budget_bytes < needed:
+            raise BudgetError(
+                f"a KV budget of {format_bytes(options.budget_bytes)} is too small: {spec.n_layers} layers need one open page"
+                f" each and one to work with, {format_bytes(needed)} in all; raise --kv-budget, or lower --page-size at export"
+            )
+        self.arena = Arena(spec, options.budget_bytes)
+        self.counters = CacheStats()
+        self.step = 0
+        self._withdrawn: list[int] = []
+        self._scratch = np.empty(spec.warm_bytes, np.uint8)
+
+    @staticmethod
+    def least_bytes(spec: PageSpec) -> int:
+        """Smallest budget that a cache of this shape can work in."""
+        return (spec.n_layers + 1) * spec.frame_bytes
+
+    def open_page(self, layer: int, page: int) -> None:
+        """Take a frame for a page that is to be written. The caller has made room."""
+        table = self.table
+        offset = self.arena.take_frame()
+        # Slots that are skipped (their tokens were pruned) must not bring old bytes into the scales.
+        self.arena.page(offset, self.spec.hot_bytes)[:] = 0
+        table.tier[layer, page] = Tier.HOT
+        table.offset[layer, page] = offset
+        table.last_used[layer, page] = self.step
+        table.mass[layer, page] = 0
+        ref = table.refs[layer, page]
+        ref["data"] = self.arena.address + offset
+        ref["position"] = page * self.spec.page_size
+        ref["kind"] = KIND_HOT
+        ref["mask"] = 0
+
+    def fetch(self, layer: int, page: int) -> None:
+        """Bring a COLD page back to RAM; others may have to leave."""
+        table = self.table
+        if not self.arena.half_free_frames:
+            self.make_room(1)  # before the read: compressing uses the scratch page
+        self.read_records(layer, [page], self._scratch[None])
+        self._place_warm(layer, page, self._scratch)
+        table.last_used[layer, page] = self.step
+
+    def read_records(self, layer: int, pages: list[int], out: Bytes) -> None:
+        """Read COLD pages of a layer into ``out`` [n, >= warm_bytes] uint8, checked; residency does not change."""
+        assert self.store is not None
+        records = [int(self.table.record[layer, page]) for page in pages]
+        self.store.read(records, [tag(layer, page) for page in pages], out)
+        self.counters.pages_fetched += len(pages)
+
+    def _place_warm(self, layer: int, page: int, payload: Bytes) -> None:
+        table = self.table
+        offset = self.arena.take_half()
+        self.arena.page(offset, self.spec.warm_bytes)[:] = payload[: self.spec.warm_bytes]
+        table.tier[layer, page] = Tier.WARM
+        table.offset[layer, page] = offset
+        table.refs["data"][layer, page] = self.arena.address + offset
+        table.refs["kind"][layer, page] = KIND_WARM
+
+    def free_page(self, layer: int, page: int) -> None:
+        """Free a page in every tier."""
+        table = self.table
+        self._leave_ram(layer, page)
+        if table.record[layer, page] != NOTHING:
+            assert self.store is not None
+            self.store.free(int(table.record[layer, page]))
+            table.record[layer, page] = NOTHING
+        table.tier[layer, page] = Tier.FREE
+        table.refs["mask"][layer, page] = 0
+        table.marked[layer, page] = False
+
+    def _leave_ram(self, layer: int, page: int) -> None:
+        table = self.table
+        if table.tier[layer, page] == Tier.HOT:
+            self.arena.give_frame(int(table.offset[layer, page]))
+        elif table.tier[layer, page] == Tier.WARM:
+            self.arena.give_half(int(table.offset[layer, page]))
+        table.refs["data"][layer, page] = 0
+
+    def compress(self, n_pages: int) -> int:
+        """Quantise up to ``n_pages`` sealed HOT pages, in the policy's order; returns how many."""
+        victims = self._candidates(Tier.HOT)[:n_pages]
+        for layer, page in victims:
+            self.seal(layer, page)
+        return len(victims)
+
+    def offload(self, n_pages: int) -> int:
+        """Move up to ``n_pages`` sealed WARM pages to flash, in the policy's order; returns how many.
+
+        Raises:
+            StoreFull, StoreError: nothing changed.
+        """
+        if self.store is None:
+            return 0
+        victims = self._candidates(Tier.WARM)
+        dirty = [victim for victim in victims if self.table.record[victim] == NOTHING]
+        batch = max(n_pages, WRITE_BATCH_BYTES // self.spec.record_bytes)
+        chosen = victims[:n_pages]
+        if any(self.table.record[victim] == NOTHING for victim in chosen):
+            # Neighbours are written ahead, so that writes stay large; a written page later leaves without a write.
+            self._write(sorted({*dirty[:batch], *(v for v in chosen if self.table.record[v] == NOTHING)}))
+        for layer, page in chosen:
+            self._leave_ram(layer, page)
+            self.table.tier[layer, page] = Tier.COLD
+        self.counters.pages_offloaded += len(chosen)
+        return len(chosen)
+
+    def drop(self, n_pages: int) -> int:
+        """Forget up to ``n_pages`` unpinned sealed pages, in the policy's order; returns how many."""
+        victims = [victim for tier in (Tier.HOT, Tier.WARM) for victim in self._candidates(tier, unpinned=True)][:n_pages]
+        for layer, page in victims:
+            record = int(self.table.record[layer, page])
+            if record != NOTHING:
+                assert self.store is not None
+                self.store.free(record)
+                self.table.record[layer, page] = NOTHING
+            self._leave_ram(layer, page)
+            self.table.tier[layer, page] = Tier.DROPPED
+        self.counters.pages_dropped += len(victims)
+        return len(victims)
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Shrink or grow the budget while running; pages that no longer fit are reclaimed now.
+
+        Raises:
+            BudgetError: below what one open page per layer needs; OutOfPages, StoreError: not enough could be
+                reclaimed, and the old budget stays.
+        """
+        if budget_bytes < self.least_bytes(self.spec):
+            raise BudgetError(
+                f"a KV budget of {format_bytes(budget_bytes)} is too small; this cache needs {format_bytes(self.least_bytes(self.spec))}"
+            )
+        target = budget_bytes // self.spec.frame_bytes
+        if target < self.arena.n_frames:
+            self.make_room(self.arena.n_frames - target)
+            self._withdrawn += self.arena.shrink(target)
+        else:
+            count = min(target - self.arena.n_frames, len(self._withdrawn))
+            back, self._withdrawn = self._withdrawn[:count], self._withdrawn[count:]
+            self.arena.grow(back)
+
+    def make_room(self, n_frames: int) -> None:
+        """Free at least ``n_frames`` frames: compress, then offload, then, only if allowed, drop.
+
+        Raises:
+            OutOfPages: no page may leave memory. StoreFull, StoreError: flash refused. No value was changed.
+        """
+        while self.arena.free_frames < n_frames:
+            short = n_frames - self.arena.free_frames
+            if self.arena.half_free_frames >= 2:
+                self._merge_halves()
+            elif self.options.compress and self.compress(2 * short):
+                continue
+            elif self.offload(2 * short):
+                continue
+            elif self.options.allow_drop and self.drop(2 * short):
+                continue
+            else:
+                raise OutOfPages(
+                    f"{n_frames} frames of {format_bytes(self.spec.frame_bytes)} are needed and {self.arena.free_frames} are free, and"
+                    " no page may leave memory: raise the budget, give an offload folder (--offload DIR), or allow dropping"
+                )
+
+    def reclaim_to_threshold(self) -> None:
+        """Reclaim what can be reclaimed above the threshold; what cannot stays, within the budget."""
+        limit = int(self.arena.n_frames * self.options.threshold)
+        while self.arena.n_frames - self.arena.free_frames > limit:
+            if self.arena.half_free_frames >= 2:
+                self._merge_halves()
+            elif not ((self.options.compress and self.compress(2)) or self.offload(2) or (self.options.allow_drop and self.drop(2))):
+                return
+
+    def _merge_halves(self) -> None:
+        """Move a WARM page from one half-used frame into the other, which frees a frame."""
+        source = self.arena.half_page()
+        at_source = (self.table.tier == Tier.WARM) & (self.table.offset == source)
+        layer, page = (int(index[0]) for index in np.nonzero(at_source))
+        payload = self.arena.page(source, self.spec.warm_bytes).copy()
+        self.arena.give_half(source)
+        self._place_warm(layer, page, payload)
+
+    def seal(self, layer: int, page: int) -> None:
+        """Quantise a full HOT page: it becomes WARM and never changes again. Cannot fail: it frees more than it takes."""
+        table = self.table
+        offset = int(table.offset[layer, page])
+        self.kernels.pack_warm(
+            self.arena.page(offset, self.spec.hot_bytes),
+            self._scratch,
+            self.spec.n_kv_heads,
+            self.spec.head_dim,
+            self.spec.page_size,
+            self.spec.page_size,
+        )
+        self.arena.give_frame(offset)
+        self._place_warm(layer, page, self._scratch)
+        self.counters.pages_compressed += 1
+
+    def _write(self, pages: list[tuple[int, int]]) -> None:
+        assert self.store is not None
+        payloads = [self.arena.page(int(self.table.offset[page]), self.spec.warm_bytes) for page in pages]
+        records = self.store.write([tag(*page) for page in pages], payloads)
+        for page, record in zip(pages, records, strict=True):
+            self.table.record[page] = record
+
+    def _candidates(self, tier: Tier, *, unpinned: bool = False) -> list[tuple[int, int]]:
+        """Return sealed pages of a tier as (layer, page): unpinned ones first, each group in the policy's order."""
+        table = self.table
+        layers, pages = np.nonzero((table.tier == tier) & table.sealed())
+        tail = table.n_slots[layers] // self.spec.page_size
+        pinned = table.marked[layers, pages] | (pages == 0) | (pages >= tail - self.options.recent_pages)
+        if unpinned:
+            layers, pages, pinned = layers[~pinned], pages[~pinned], pinned[~pinned]
+        use = PageUse(layers, pages, table.last_used[layers, pages], table.mass[layers, pages])
+        order = self.options.policy.order(use)
+        order = order[np.argsort(pinned[order], kind="stable")]
+        return [(int(layers[index]), int(pages[index])) for index in order]
+
+    def check(self) -> None:
+        """Assert the invariants of the class."""
+        table, arena = self.table, self.arena
+        arena.check()
+        assert arena.used_bytes <= arena.n_frames * self.spec.frame_bytes <= max(self.options.budget_bytes, arena.used_bytes)
+        hot, warm = table.tier == Tier.HOT, table.tier == Tier.WARM
+        assert np.unique(table.offset[hot | warm]).size == np.count_nonzero(hot | warm), "two pages share their room"
+        assert not (warm & ~table.sealed()).any(), "an open page is compressed"
+        assert (table.record[table.tier == Tier.COLD] != NOTHING).all(), "a page on flash has no record"
+        records = table.record[table.record != NOTHING]
+        assert np.unique(records).size == records.size, "two pages share a record"
+        assert np.array_equal(table.refs["data"] != 0, hot | warm)
+        halves = arena.n_frames - arena.free_frames - np.count_nonzero(hot)
+        assert 2 * halves - arena.half_free_frames == np.count_nonzero(warm)
+
+
+def tag(layer: int, page: int) -> int:
+    """Return the number that identifies a page in its record."""
+    return layer << 32 | page

@@ -1,0 +1,97 @@
+"""Who goes first when memory runs out. A policy names victims and moves nothing.
+
+Under exact attention every page is read at every step, so plain recency says nothing. A page counts as *used*
+when it received at least its fair share of attention mass, or when it was selected or read by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.errors import UsageError
+
+
+@dataclass(frozen=True)
+class PageUse:
+    """What a policy may know of the candidates; all arrays are [n_candidates].
+
+    ``page``: logical index within the layer (0 holds the first tokens). ``last_used``: step of last use.
+    ``mass``: accumulated attention mass.
+    """
+
+    layer: NDArray[np.int64]
+    page: NDArray[np.int64]
+    last_used: NDArray[np.int64]
+    mass: NDArray[np.float32]
+
+
+class Policy(Protocol):
+    """Order candidates from the first victim to the last."""
+
+    name: str
+
+    def order(self, use: PageUse) -> NDArray[np.int64]:
+        """Return indices into the candidates, first victim first."""
+        ...
+
+
+@dataclass(frozen=True)
+class LRU:
+    """Least recently used first; ties go to the oldest tokens, evenly over the layers."""
+
+    name: str = "lru"
+
+    def order(self, use: PageUse) -> NDArray[np.int64]:
+        """Sort by last use, then page, then layer."""
+        return np.lexsort((use.layer, use.page, use.last_used))
+
+
+@dataclass(frozen=True)
+class Heavy:
+    """Least accumulated attention mass first (Source: H2O, arXiv 2306.14048, at page granularity)."""
+
+    name: str = "heavy"
+
+    def order(self, use: PageUse) -> NDArray[np.int64]:
+        """Sort by mass, then page, then layer."""
+        return np.lexsort((use.layer, use.page, use.mass))
+
+
+@dataclass(frozen=True)
+class Window:
+    """Oldest tokens first: attention sinks and the recent window stay (Source: StreamingLLM, arXiv 2309.17453)."""
+
+    name: str = "window"
+
+    def order(self, use: PageUse) -> NDArray[np.int64]:
+        """Sort by page (the first page, the sinks, last), then layer."""
+        return np.lexsort((use.layer, np.where(use.page == 0, np.iinfo(np.int64).max, use.page)))
+
+
+@dataclass(frozen=True)
+class Random:
+    """The baseline that a policy must beat. A hash of (seed, layer, page), so runs repeat."""
+
+    seed: int = 0
+    name: str = "random"
+
+    def order(self, use: PageUse) -> NDArray[np.int64]:
+        """Sort by a fixed pseudo-random number per page (Knuth's multiplicative hash)."""
+        key = (use.layer.astype(np.uint64) << np.uint64(32)) + use.page.astype(np.uint64) + np.uint64(self.seed)
+        return np.argsort(key * np.uint64(0x9E3779B97F4A7C15), kind="stable")
+
+
+def make_policy(name: str) -> Policy:
+    """Return the policy of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    policies: dict[str, Policy] = {policy.name: policy for policy in (LRU(), Heavy(), Window(), Random())}
+    if name not in policies:
+        raise UsageError(f"unknown policy {name!r}; choose one of {', '.join(policies)}")
+    return policies[name]

@@ -1,0 +1,73 @@
+"""From logits to the next token, seeded and repeatable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.errors import UsageError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to choose. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all tokens.
+
+    ``repetition_penalty`` divides positive and multiplies negative logits of tokens already seen (Source: CTRL, arXiv 1909.05858).
+
+    Raises:
+        UsageError: a value makes no sense.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UsageError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if self.top_k < 0:
+            raise UsageError(f"top-k must be 0 (all) or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p must be above 0 and at most 1, not {self.top_p}")
+        if self.repetition_penalty <= 0:
+            raise UsageError(f"repetition-penalty must be above 0, not {self.repetition_penalty}")
+
+
+class Sampler:
+    """Chooses tokens; equal seeds and logits give equal tokens."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self._options = options
+        self._random = np.random.Generator(np.random.PCG64(options.seed))
+
+    def choose(self, logits: NDArray[np.float32], seen: Sequence[int]) -> int:
+        """Return the next token.
+
+        Args:
+            logits: [vocab_size] float32; not changed.
+            seen: tokens that the repetition penalty applies to.
+        """
+        options = self._options
+        if options.repetition_penalty != 1.0 and len(seen):
+            logits = logits.copy()
+            known = np.unique(np.asarray(seen, np.int64))
+            scores = logits[known]
+            logits[known] = np.where(scores > 0, scores / options.repetition_penalty, scores * options.repetition_penalty)
+        if options.temperature == 0:
+            return int(np.argmax(logits))
+        scores = logits.astype(np.float64) / options.temperature
+        order = np.argsort(-scores, kind="stable")
+        if options.top_k:
+            order = order[: options.top_k]
+        weights = np.exp(scores[order] - scores[order[0]])
+        weights /= weights.sum()
+        if options.top_p < 1.0:
+            # The token that crosses the limit stays in.
+            keep = int(np.searchsorted(np.cumsum(weights), options.top_p)) + 1
+            order, weights = order[:keep], weights[:keep] / weights[:keep].sum()
+        return int(order[min(np.searchsorted(np.cumsum(weights), self._random.random()), len(order) - 1)])

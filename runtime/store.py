@@ -1,0 +1,227 @@
+"""The flash tier: a page file of fixed-size records, one per page.
+
+A record is (little endian), padded to ``PageSpec.record_bytes``::
+
+    offset  bytes  field
+    0       8      magic b"EKVPAGE1"
+    8       8      xxh3-64 checksum of everything after it up to the end of the payload
+    16      8      record index: a record that was moved or swapped is not believed
+    24      8      tag: which page this is (layer << 32 | page)
+    32      4      payload bytes
+    36      28     zero
+    64      ...    payload: the WARM page as it lay in RAM
+
+Reads and writes are explicit (pread/pwrite) into memory that the caller owns, never mapped. A page is written once.
+A record that fails its check is never used and never deleted. The file is unlinked as soon as it is open, so that nothing
+is left behind, not even after a kill; the folder's lock keeps a second process out.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from edgekv.errors import CorruptPage, StoreError, StoreFull, StoreLocked
+from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
+
+if sys.platform != "win32":
+    import fcntl
+
+MAGIC = b"EKVPAGE1"
+_HEADER = struct.Struct("<8sQQQI28x")
+assert _HEADER.size == RECORD_HEADER_BYTES
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass
+class StoreCounters:
+    """What the store has done so far."""
+
+    records_written: int = 0
+    records_read: int = 0
+    bytes_written: int = 0
+    bytes_read: int = 0
+
+
+class PageStore(Protocol):
+    """Where offloaded pages go."""
+
+    counters: StoreCounters
+
+    def write(self, tags: list[int], pages: list[Bytes]) -> list[int]:
+        """Store pages, in one batch, and return their record indices."""
+        ...
+
+    def read(self, records: list[int], tags: list[int], out: Bytes) -> None:
+        """Read records into out [n, >= warm_bytes] uint8, checked."""
+        ...
+
+    def free(self, record: int) -> None:
+        """Let a record be overwritten."""
+        ...
+
+    def close(self) -> None:
+        """Release everything."""
+        ...
+
+
+class FlashStore:
+    """A :class:`PageStore` in one file of a folder.
+
+    Raises (from the constructor):
+        StoreLocked: another process uses the folder.
+        StoreError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, spec: PageSpec) -> None:
+        self.folder = folder
+        self.spec = spec
+        self.counters = StoreCounters()
+        self._n_records = 0
+        self._free: list[int] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write the offload folder {folder}: {error.strerror}; choose another with --offload DIR"
+            ) from error
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(self._lock)
+                raise StoreLocked(
+                    f"another process uses the offload folder {folder}; give each process its own with --offload DIR"
+                ) from error
+        path = folder / f"pages-{os.getpid()}.bin"
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            os.unlink(path)
+        except OSError as error:
+            os.close(self._lock)
+            raise StoreError(
+                f"cannot write the offload folder {folder}: {error.strerror}; choose another with --offload DIR"
+            ) from error
+
+    def write(self, tags: list[int], pages: list[Bytes]) -> list[int]:
+        """Write pages as records, runs of neighbours in one system call.
+
+        Args:
+            tags: what identifies each page.
+            pages: each [warm_bytes] uint8.
+
+        Raises:
+            StoreFull: no room; none of the pages counts as stored, and the caller still has them.
+            StoreError: any other failure, likewise.
+        """
+        records = self._allocate(len(pages))
+        size = self.spec.record_bytes
+        block = np.zeros((len(pages), size), np.uint8)
+        for row, record, tag, page in zip(block, records, tags, pages, strict=True):
+            row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + page.size] = page
+            _HEADER.pack_into(row, 0, MAGIC, 0, record, tag, page.size)
+            struct.pack_into("<Q", row, 8, self._checksum(row, page.size))
+        start = 0
+        try:
+            while start < len(records):
+                stop = start + 1
+                while stop < len(records) and records[stop] == records[stop - 1] + 1:
+                    stop += 1
+                self._pwrite(block[start:stop].reshape(-1), records[start] * size)
+                start = stop
+        except OSError as error:
+            self._free.extend(reversed(records))
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise StoreFull(
+                    f"the offload folder {self.folder} is full; free some space, choose another with --offload DIR,"
+                    " raise --kv-budget or lower --context"
+                ) from error
+            raise StoreError(f"cannot write to the offload folder {self.folder}: {error.strerror}") from error
+        self.counters.records_written += len(records)
+        self.counters.bytes_written += block.nbytes
+        return records
+
+    def read(self, records: list[int], tags: list[int], out: Bytes) -> None:
+        """Read records into ``out`` [n, >= warm_bytes] uint8; neighbours in one system call.
+
+        Raises:
+            CorruptPage: a record is not what was written; ``out`` must not be used.
+            StoreError: the read failed.
+        """
+        size = self.spec.record_bytes
+        start = 0
+        while start < len(records):
+            stop = start + 1
+            while stop < len(records) and records[stop] == records[stop - 1] + 1:
+                stop += 1
+            block = np.empty((stop - start, size), np.uint8)
+            try:
+                got = os.preadv(self._file, [memoryview(block.reshape(-1))], records[start] * size)
+            except OSError as error:
+                raise StoreError(f"cannot read from the offload folder {self.folder}: {error.strerror}") from error
+            if got != block.nbytes:
+                raise CorruptPage(f"the page file in {self.folder} is shorter than what was written to it")
+            for index in range(start, stop):
+                row = block[index - start]
+                self._verify(row, records[index], tags[index])
+                payload = row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + self.spec.warm_bytes]
+                out[index, : payload.size] = payload
+            start = stop
+        self.counters.records_read += len(records)
+        self.counters.bytes_read += len(records) * size
+
+    def free(self, record: int) -> None:
+        """Let a record be overwritten by a later page."""
+        self._free.append(record)
+
+    def close(self) -> None:
+        """Close the file and the lock; the space goes back to the file system."""
+        os.close(self._file)
+        os.close(self._lock)
+
+    def _allocate(self, count: int) -> list[int]:
+        # Old holes only when they suffice: a batch at the end of the file is one sequential write.
+        if len(self._free) >= count:
+            taken = sorted(self._free)[:count]
+            gone = set(taken)
+            self._free = [record for record in self._free if record not in gone]
+            return taken
+        first = self._n_records
+        self._n_records += count
+        return list(range(first, first + count))
+
+    def _pwrite(self, data: Bytes, offset: int) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._file, view, offset)
+            offset += written
+            view = view[written:]
+
+    @staticmethod
+    def _checksum(row: Bytes, payload_bytes: int) -> int:
+        return xxhash.xxh3_64_intdigest(memoryview(row[16 : RECORD_HEADER_BYTES + payload_bytes]))
+
+    def _verify(self, row: Bytes, record: int, tag: int) -> None:
+        magic, checksum, stored_record, stored_tag, payload_bytes = _HEADER.unpack_from(row)
+        if (
+            magic != MAGIC
+            or payload_bytes != self.spec.warm_bytes
+            or checksum != self._checksum(row, payload_bytes)
+            or stored_record != record
+            or stored_tag != tag
+        ):
+            raise CorruptPage(
+                f"record {record} in {self.folder} (layer {tag >> 32}, page {tag & 0xFFFFFFFF}) differs from its checksum;"
+                " it was not used. Run the prompt again; if this comes back, the medium is failing"
+            )

@@ -1,0 +1,82 @@
+"""Tiny random Hugging Face checkpoints, complete folders, one function for all families."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers.models.smollm3 import SmolLM3Config
+
+FAMILIES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "smollm3": SmolLM3Config,
+}
+TEXT = (
+    "An operating system runs programs larger than memory: it gives them pages, a page table, a resident set,"
+    " and a disk to fault from. Naïve café, 東京, Привет, \N{SMILING FACE WITH SUNGLASSES}.\n"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, std: float = 0.05, **changes: Any) -> Path:
+    """Write a random checkpoint of ``family`` into ``folder``; ``changes`` go to its config.
+
+    The weights are wide enough (``std``) that greedy tokens are no near-ties. Returns the folder.
+    """
+    settings: dict[str, Any] = {
+        "vocab_size": 384,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "initializer_range": std,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": None,
+        **changes,
+    }
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](**settings), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(torch.empty_like(parameter).uniform_(0.5, 1.5))
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.5)
+    model.save_pretrained(folder)
+    make_tokenizer(settings["vocab_size"]).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}), encoding="utf-8")
+    return folder
+
+
+def make_tokenizer(vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer whose ids all lie below ``vocab_size``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(special), initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def load_reference(folder: Path) -> PreTrainedModel:
+    """Load a checkpoint with transformers, in float32, as the oracle."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()

@@ -1,0 +1,155 @@
+"""Runs a bundle with NumPy and ONNX Runtime alone: small, slow, and independent of the runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgekv.bundle import EmbeddingSpec, Manifest, read_manifest
+from edgekv.codec import quantise_keys, quantise_values
+from edgekv.seam import PageView, paged_attention
+from edgekv.spec import RopeSpec
+
+Float = NDArray[np.float32]
+
+
+def open_session(path: Path) -> ort.InferenceSession:
+    """Open one graph with two threads."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.log_severity_level = 3
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def rope_tables(rope: RopeSpec, positions: NDArray[np.int64]) -> tuple[Float, Float]:
+    """Return cos and sin [T, rotary_dim / 2] in float32."""
+    angles = positions.astype(np.float32)[:, None] * np.array(rope.inv_freq, np.float32)
+    scaling = np.float32(rope.attention_scaling)
+    return np.cos(angles) * scaling, np.sin(angles) * scaling
+
+
+def embedding_rows(folder: Path, spec: EmbeddingSpec, vocab: int, hidden: int, tokens: NDArray[np.int64]) -> Float:
+    """Look up embedding rows as the manifest describes them."""
+    file = folder / spec.file
+    if spec.dtype in ("float32", "float16"):
+        table = np.memmap(file, spec.dtype, "r", spec.offset, (vocab, hidden))
+        return table[tokens].astype(np.float32)
+    bits = {"int8": 8, "int4": 4}[spec.dtype]
+    codes = np.memmap(file, np.uint8, "r", spec.offset, (vocab, hidden * bits // 8))[tokens]
+    scales = np.memmap(file, np.float32, "r", spec.scales_offset, (vocab, hidden // 32))[tokens]
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(tokens.size, hidden)
+    values = codes.astype(np.float32) - 2 ** (bits - 1)
+    return values * np.repeat(scales, 32, axis=1)
+
+
+class SplitDriver:
+    """Steps the segments with the NumPy seam between them; the cache is a list of arrays per layer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest: Manifest = read_manifest(folder)
+        self.folder, self.model = folder, self.manifest.model
+        self.segments = [open_session(folder / name) for name in self.manifest.graphs]
+        self.keys: list[list[Float]] = [[] for _ in range(self.model.n_layers)]
+        self.values: list[list[Float]] = [[] for _ in range(self.model.n_layers)]
+        self.length = 0
+
+    def step(self, tokens: list[int]) -> Float:
+        """Feed tokens; returns logits [T, vocab]."""
+        model, ids = self.model, np.array(tokens, np.int64)
+        positions = np.arange(self.length, self.length + ids.size)
+        cos, sin = rope_tables(model.rope, positions)
+        assert self.manifest.embedding is not None
+        feed: dict[str, Any] = {
+            "residual": embedding_rows(self.folder, self.manifest.embedding, model.vocab_size, model.hidden_size, ids),
+            "cos": cos,
+            "sin": sin,
+        }
+        for layer in range(model.n_layers):
+            wanted = [i.name for i in self.segments[layer].get_inputs()]
+            names = [o.name for o in self.segments[layer].get_outputs()]
+            got = dict(zip(names, self.segments[layer].run(names, {n: feed[n] for n in wanted}), strict=True))
+            feed["residual"] = got.get("next_residual", feed["residual"])
+            feed["attention"] = self._attend(layer, got["q"], got["k"], got["v"], positions)
+        self.length += ids.size
+        last = {name: feed[name] for name in ("residual", "attention")}
+        logits: Float = self.segments[-1].run(["logits"], last)[0]
+        return logits
+
+    def _attend(self, layer: int, q: Float, k: Float, v: Float, positions: NDArray[np.int64]) -> Float:
+        pages, start = [], 0
+        for keys, values in zip(self.keys[layer], self.values[layer], strict=True):
+            size = keys.shape[0]
+            old = np.arange(start, start + size)
+            pages.append(PageView(keys.transpose(1, 0, 2), values.transpose(1, 0, 2), np.ones(size, bool), old))
+            start += size
+        model = self.model
+        out, _ = paged_attention(
+            q, k, v, pages, positions, scale=model.softmax_scale, window=model.windows[layer]
+        )
+        self.keys[layer].append(k)
+        self.values[layer].append(v)
+        return out
+
+
+class InlineDriver:
+    """Steps the one graph. ``quantised``: full pages are handed over as INT8, the rest as recent tokens."""
+
+    def __init__(self, folder: Path, *, quantised: bool = False) -> None:
+        self.manifest = read_manifest(folder)
+        self.model, self.quantised = self.manifest.model, quantised
+        self.session = open_session(folder / self.manifest.graphs[0])
+        shape = (0, self.model.n_kv_heads, self.model.head_dim)
+        self.keys = [np.zeros(shape, np.float32) for _ in range(self.model.n_layers)]
+        self.values = [np.zeros(shape, np.float32) for _ in range(self.model.n_layers)]
+        self.length = 0
+        self.page_mass: list[Float] = []
+
+    def step(self, tokens: list[int]) -> Float:
+        """Feed tokens; returns logits [T, vocab]."""
+        ids = np.array(tokens, np.int64)
+        positions = np.arange(self.length, self.length + ids.size)
+        feed: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+        for layer in range(self.model.n_layers):
+            feed.update(self._cache(layer, positions))
+        names = [output.name for output in self.session.get_outputs()]
+        got = dict(zip(names, self.session.run(names, feed), strict=True))
+        for layer in range(self.model.n_layers):
+            self.keys[layer] = np.concatenate([self.keys[layer], got[f"new_keys.{layer}"]])
+            self.values[layer] = np.concatenate([self.values[layer], got[f"new_values.{layer}"]])
+        self.page_mass = [got[f"page_mass.{layer}"] for layer in range(self.model.n_layers)]
+        self.length += ids.size
+        logits: Float = got["logits"]
+        return logits
+
+    def _cache(self, layer: int, positions: NDArray[np.int64]) -> dict[str, Any]:
+        size, kv, dim = self.manifest.page_size, self.model.n_kv_heads, self.model.head_dim
+        keys, values = self.keys[layer], self.values[layer]
+        n_pages = self.length // size if self.quantised else 0
+        k_codes = np.zeros((n_pages, kv, size, dim), np.int8)
+        k_scales = np.zeros((n_pages, kv, dim), np.float16)
+        v_codes = np.zeros((n_pages, kv, size, dim), np.int8)
+        v_scales = np.zeros((n_pages, kv, size), np.float16)
+        for page in range(n_pages):
+            span = slice(page * size, (page + 1) * size)
+            codes, k_scales[page] = quantise_keys(keys[span])
+            k_codes[page] = codes.transpose(1, 0, 2)
+            codes, scales = quantise_values(values[span])
+            v_codes[page], v_scales[page] = codes.transpose(1, 0, 2), scales.T
+        distance = positions[:, None] - np.arange(self.length)[None, :]
+        window = self.model.windows[layer]
+        mask = distance < window if window else np.ones(distance.shape, bool)
+        rest = slice(n_pages * size, None)
+        return {
+            f"key_pages.{layer}": k_codes,
+            f"key_scales.{layer}": k_scales,
+            f"value_pages.{layer}": v_codes,
+            f"value_scales.{layer}": v_scales,
+            f"recent_keys.{layer}": keys[rest].astype(np.float16),
+            f"recent_values.{layer}": values[rest].astype(np.float16),
+            f"slot_mask.{layer}": mask,
+        }

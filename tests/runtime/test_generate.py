@@ -1,0 +1,179 @@
+"""Generation through the real runtime: the same tokens as transformers, and the same whatever moves underneath."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edgekv.errors import BudgetError, CorruptPage, PromptTooLong, StoreFull
+from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.runtime.sampling import SamplingOptions
+from edgekv.runtime.store import FlashStore
+from edgekv.types import KVMode, Tier
+from tests.checkpoints import load_reference
+from tests.conftest import VARIANTS
+
+Bundle = Callable[..., Path]
+
+
+def prompt(count: int, vocab: int = 256, seed: int = 0) -> list[int]:
+    tokens: list[int] = np.random.default_rng(seed).integers(0, vocab, count).tolist()
+    return tokens
+
+
+def generate(folder: Path, tokens: list[int], count: int, **options: object) -> list[int]:
+    with Generator.open(folder, RunOptions(threads=2, **options)) as generator:  # type: ignore[arg-type]
+        return list(generator.tokens(tokens, max_tokens=count))
+
+
+@pytest.mark.parametrize("form", ["split", "inline"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_greedy_tokens_equal_those_of_transformers(
+    variant: str, form: str, checkpoint: Callable[[str], Path], bundle: Bundle
+) -> None:
+    source = checkpoint(variant)
+    tokens = prompt(70)
+    model = load_reference(source)
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor([tokens]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, len(tokens) :].tolist()
+        reference = model(torch.tensor([tokens + expected])).logits[0].numpy()
+    for chunk in (128, 17):
+        options = RunOptions(threads=2, prefill_chunk=chunk, kv=KVMode.FP16)
+        with Generator.open(bundle(source, form), options) as generator:
+            generator.manifest.model.__dict__["eos_token_ids"] = ()  # run on, as the reference does
+            assert list(generator.tokens(tokens, max_tokens=64)) == expected
+        with Generator.open(bundle(source, form), options) as generator:
+            assert np.abs(generator.score(tokens + expected) - reference).max() <= 1e-3
+
+
+@pytest.mark.parametrize("form", ["split", "inline"])
+def test_any_budget_gives_the_tokens_of_the_unlimited_int8_run(form: str, bundle: Bundle) -> None:
+    folder = bundle("demo", form)
+    tokens = prompt(1000, 1000)
+    roomy = generate(folder, tokens, 24, kv=KVMode.INT8)
+    budgets = ["25%", "40%", "90%"] if form == "split" else ["120%"]
+    for budget in budgets:
+        assert generate(folder, tokens, 24, kv_budget=budget) == roomy, budget
+
+
+def test_logits_are_bit_identical_when_pages_come_back_from_flash(bundle: Bundle) -> None:
+    folder = bundle("demo")
+    tokens = prompt(600, 1000)
+
+    def logits(**options: object) -> np.ndarray:
+        with Generator.open(folder, RunOptions(kv=KVMode.INT8, **options)) as generator:  # type: ignore[arg-type]
+            rows = generator.score(tokens)
+            stats = generator.report()
+            assert stats.pages is not None
+            assert (stats.pages.pages_fetched > 0) == ("kv_budget" in options)
+            return rows
+
+    resident = logits(threads=2, context=600)
+    for budget in ("22%", "35%"):
+        for threads in (1, 2):
+            np.testing.assert_array_equal(logits(threads=threads, kv_budget=budget, context=600), resident)
+
+
+def test_both_forms_give_the_same_greedy_tokens(bundle: Bundle) -> None:
+    tokens = prompt(300, 1000)
+    assert generate(bundle("demo", "split"), tokens, 48) == generate(bundle("demo", "inline"), tokens, 48)
+
+
+def test_a_conversation_only_pays_for_what_is_new(bundle: Bundle) -> None:
+    folder, first = bundle("demo"), prompt(200, 1000)
+    with Generator.open(folder, RunOptions(context=600, threads=2)) as generator:
+        answer = list(generator.tokens(first, max_tokens=20))
+        longer = first + answer + prompt(30, 1000, seed=1)
+        tokens = list(generator.tokens(longer, max_tokens=20))
+        assert generator.report().reused_tokens == len(first) + len(answer) - 1
+        generator.cache.check()  # type: ignore[union-attr]
+    assert tokens == generate(folder, longer, 20, context=600)
+
+
+def test_a_changed_history_is_recomputed_from_the_change_on(bundle: Bundle) -> None:
+    folder, tokens = bundle("demo"), prompt(200, 1000)
+    changed = tokens[:100] + [7] + tokens[101:]
+    with Generator.open(folder, RunOptions(context=600, kv=KVMode.INT8, threads=2)) as generator:
+        list(generator.tokens(tokens, max_tokens=5))
+        result = list(generator.tokens(changed, max_tokens=10))
+        assert 84 <= generator.report().reused_tokens <= 100, "back to the last whole page before the change"
+        generator.cache.check()  # type: ignore[union-attr]
+    assert result == generate(folder, changed, 10, kv=KVMode.INT8, context=600)
+
+
+def test_equal_seeds_give_equal_text(bundle: Bundle) -> None:
+    def text(seed: int) -> str:
+        with Generator.open(bundle("demo")) as generator:
+            sampling = SamplingOptions(temperature=0.9, top_p=0.95, seed=seed)
+            return "".join(generator.stream("It was a dark night", max_tokens=24, sampling=sampling))
+
+    assert text(3) == text(3) != text(4)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(bundle: Bundle) -> None:
+    with Generator.open(bundle("demo"), RunOptions(context=64)) as generator, pytest.raises(PromptTooLong, match=r"60 tokens and 10 .* context of 64"):
+        next(generator.tokens(prompt(60), max_tokens=10))
+
+
+def test_a_budget_below_one_page_per_layer_says_what_is_needed(bundle: Bundle) -> None:
+    with Generator.open(bundle("demo"), RunOptions(kv_budget="8KiB")) as generator, pytest.raises(BudgetError, match="in all; raise --kv-budget"):
+        next(generator.tokens(prompt(300), max_tokens=10))
+
+
+def test_the_inline_form_refuses_a_budget_that_cannot_hold_its_inputs(bundle: Bundle) -> None:
+    options = RunOptions(kv_budget="25%", context=1000)
+    with Generator.open(bundle("demo", "inline"), options) as generator, pytest.raises(BudgetError, match="export with --form split"):
+        next(generator.tokens(prompt(900), max_tokens=10))
+
+
+def test_a_damaged_record_ends_the_run_and_never_reaches_a_token(bundle: Bundle, tmp_path: Path) -> None:
+    import os
+
+    options = RunOptions(kv_budget="25%", context=700, kv=KVMode.INT8, offload=tmp_path, threads=2)
+    with Generator.open(bundle("demo"), options) as generator:
+        stream = generator.tokens(prompt(600, 1000), max_tokens=50)
+        next(stream)
+        store = generator._store
+        assert isinstance(store, FlashStore)
+        cold = generator.cache.table.record[generator.cache.table.tier == Tier.COLD]  # type: ignore[union-attr]
+        at = int(cold[0]) * store.spec.record_bytes + 200
+        [byte] = os.pread(store._file, 1, at)
+        os.pwrite(store._file, bytes([byte ^ 16]), at)
+        with pytest.raises(CorruptPage, match="was not used"):
+            next(stream)
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_keeps_the_cache_whole(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = RunOptions(kv_budget="25%", context=900, kv=KVMode.INT8, offload=tmp_path, threads=2)
+    with Generator.open(bundle("demo"), options) as generator:
+        generator.prefill(prompt(300, 1000), max_tokens=0)
+
+        def full(self: FlashStore, tags: list[int], pages: list[np.ndarray]) -> list[int]:
+            raise StoreFull("the offload folder is full")
+
+        monkeypatch.setattr(FlashStore, "write", full)
+        with pytest.raises(StoreFull):
+            generator.step(prompt(500, 1000))
+        monkeypatch.undo()
+        assert generator.cache is not None
+        generator.cache.check()
+        kept = len(generator._tokens)
+        assert 0 < kept <= 300
+        assert set(generator.cache.table.n_slots.tolist()) == {kept}
+
+
+def test_dropping_is_off_unless_allowed_and_reported_when_it_happens(bundle: Bundle, tmp_path: Path) -> None:
+    with Generator.open(bundle("demo"), RunOptions(kv_budget="25%", context=600, threads=2)) as generator:
+        generator.prefill(prompt(500, 1000), max_tokens=0)
+        pages = generator.report().pages
+        assert pages is not None
+        assert pages.pages_dropped == 0
+        assert pages.pages_offloaded > 0
