@@ -99,7 +99,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with: edgekv export SOURCE --out {folder}")
+        raise BundleError(
+            f"{folder} is not a bundle: it has no {MANIFEST}; make one with: edgekv export SOURCE --out {folder}"
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version = data["format_version"]

@@ -54,7 +54,9 @@ def segment_spec(model: ModelSpec, index: int) -> GraphSpec:
         TensorSpec("cos", "float32", ("T", half), "cosine of position times rope.inv_freq, scaled"),
         TensorSpec("sin", "float32", ("T", half), "sine of position times rope.inv_freq, scaled"),
     )
-    next_residual = TensorSpec("next_residual", "float32", ("T", hidden), "the residual stream that leaves this segment")
+    next_residual = TensorSpec(
+        "next_residual", "float32", ("T", hidden), "the residual stream that leaves this segment"
+    )
     qkv = (
         TensorSpec("q", "float32", ("T", heads, dim), f"queries of layer {index}, after RoPE"),
         TensorSpec("k", "float32", ("T", kv_heads, dim), f"keys of layer {index}, after RoPE"),
@@ -66,7 +68,9 @@ def segment_spec(model: ModelSpec, index: int) -> GraphSpec:
         return GraphSpec(name, (embedded, *rope), qkv)
     if index < model.n_layers:
         return GraphSpec(name, (residual, attention, *rope), (next_residual, *qkv))
-    logits = TensorSpec("logits", "float32", ("T", model.vocab_size), "scores of the next token, one row per token given")
+    logits = TensorSpec(
+        "logits", "float32", ("T", model.vocab_size), "scores of the next token, one row per token given"
+    )
     return GraphSpec(name, (residual, attention), (logits,))
 
 
@@ -77,7 +81,9 @@ def inline_spec(model: ModelSpec, page_size: int) -> GraphSpec:
         TensorSpec("input_ids", "int64", ("T",), "the new tokens"),
         TensorSpec("position_ids", "int64", ("T",), "their positions, increasing"),
     ]
-    outputs = [TensorSpec("logits", "float32", ("T", model.vocab_size), "scores of the next token after each new token")]
+    outputs = [
+        TensorSpec("logits", "float32", ("T", model.vocab_size), "scores of the next token after each new token")
+    ]
     for layer in range(model.n_layers):
         inputs += [
             TensorSpec(f"key_pages.{layer}", "int8", ("N", kv_heads, page_size, dim), "codes of the keys, after RoPE"),
@@ -96,6 +102,8 @@ def inline_spec(model: ModelSpec, page_size: int) -> GraphSpec:
         outputs += [
             TensorSpec(f"new_keys.{layer}", "float32", ("T", kv_heads, dim), "keys of the new tokens, after RoPE"),
             TensorSpec(f"new_values.{layer}", "float32", ("T", kv_heads, dim), "values of the new tokens"),
-            TensorSpec(f"page_mass.{layer}", "float32", ("N",), "softmax mass per page, mean over heads and new tokens"),
+            TensorSpec(
+                f"page_mass.{layer}", "float32", ("N",), "softmax mass per page, mean over heads and new tokens"
+            ),
         ]
     return GraphSpec("model", tuple(inputs), tuple(outputs))

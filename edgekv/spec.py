@@ -51,9 +51,7 @@ class PageSpec:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.head_dim % 4 or self.page_size % 4:
-            raise UsageError(
-                f"head_dim ({self.head_dim}) and page_size ({self.page_size}) must be multiples of 4"
-            )
+            raise UsageError(f"head_dim ({self.head_dim}) and page_size ({self.page_size}) must be multiples of 4")
         if self.page_size > 128:
             raise UsageError(f"page_size {self.page_size} is above 128; use 16, 32, 64 or 128")
 

@@ -26,7 +26,9 @@ console = Console(highlight=False)
 def edgekv(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would; it prints its own errors."""
     console.print(f"[dim]$ edgekv {' '.join(arguments)}[/dim]")
-    result = subprocess.run([sys.executable, "-m", "edgekv", *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "edgekv", *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
     if result.returncode:
         sys.exit(result.returncode)
     return result
@@ -45,7 +47,9 @@ def main() -> None:
     console.print("[bold]1. Export[/bold] the bundled model: a decoder whose KV cache is paged")
     edgekv("export", "demo", "--out", str(BUNDLE))
 
-    console.print(f"\n[bold]2. Run[/bold] it as an app on a phone ({PROFILE}); the cache fits there, so nothing has to move")
+    console.print(
+        f"\n[bold]2. Run[/bold] it as an app on a phone ({PROFILE}); the cache fits there, so nothing has to move"
+    )
     run = ("run", str(BUNDLE), "--prompt-file", str(prompt), "--max-tokens", "48", "--kv", "int8", "--json")
     roomy = json.loads(edgekv(*run, "--profile", PROFILE, "--quiet").stdout)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from edgekv.spec import ModelSpec
+from edgekv.spec import ModelSpec, RopeSpec
 
 Tensor = torch.Tensor
 
@@ -25,10 +25,10 @@ class InlineAttention(nn.Module):
     Returns attention [T, n_q_heads, head_dim] and page_mass [N].
     """
 
-    def __init__(self, model: ModelSpec) -> None:
+    def __init__(self, n_q_heads: int, n_kv_heads: int, head_dim: int, scale: float) -> None:
         super().__init__()
-        self.scale = model.softmax_scale
-        self.n_kv_heads, self.group, self.head_dim = model.n_kv_heads, model.n_q_heads // model.n_kv_heads, model.head_dim
+        self.scale = scale
+        self.n_kv_heads, self.group, self.head_dim = n_kv_heads, n_q_heads // n_kv_heads, head_dim
 
     def forward(
         self,
@@ -44,6 +44,7 @@ class InlineAttention(nn.Module):
         slot_mask: Tensor,
         causal: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """Attend; see the class."""
         n_new, n_pages, page_size = q.shape[0], key_pages.shape[0], key_pages.shape[2]
         kv, dim = self.n_kv_heads, self.head_dim
         paged_k = key_pages.to(torch.float32) * key_scales.to(torch.float32).unsqueeze(2)
@@ -69,15 +70,17 @@ class InlineAttention(nn.Module):
 
 
 class Positions(nn.Module):
-    """position_ids [T] -> cos, sin [T, rotary_dim / 2] and one causal mask [T, T] per distinct window."""
+    """Maps position_ids [T] -> cos, sin [T, rotary_dim / 2] and one causal mask [T, T] per distinct window."""
 
-    def __init__(self, model: ModelSpec) -> None:
+    inv_freq: Tensor
+
+    def __init__(self, rope: RopeSpec, windows: list[int]) -> None:
         super().__init__()
-        self.scaling = model.rope.attention_scaling
-        self.windows = distinct_windows(model)
-        self.register_buffer("inv_freq", torch.tensor(model.rope.inv_freq, dtype=torch.float32), persistent=False)
+        self.scaling, self.windows = rope.attention_scaling, windows
+        self.register_buffer("inv_freq", torch.tensor(rope.inv_freq, dtype=torch.float32), persistent=False)
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """Return cos, sin, and the masks in the order of ``windows``."""
         angles = position_ids.to(torch.float32)[:, None] * self.inv_freq
         distance = position_ids[:, None] - position_ids[None, :]
         masks = [distance >= 0 if not w else (distance >= 0) & (distance < w) for w in self.windows]

@@ -43,7 +43,8 @@ class Checkpoint:
         if path is None:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing; download the checkpoint again")
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name).to(torch.float32)
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor.to(torch.float32)
 
     @property
     def head(self) -> str:
@@ -137,11 +138,15 @@ def _locate(folder: Path) -> dict[str, Path]:
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder} has no *.safetensors file; convert the checkpoint: save_pretrained() writes them")
+        raise CheckpointError(
+            f"{folder} has no *.safetensors file; convert the checkpoint: save_pretrained() writes them"
+        )
     location: dict[str, Path] = {}
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{folder}: {file.name} is missing (the index names it); download the checkpoint again")
+            raise CheckpointError(
+                f"{folder}: {file.name} is missing (the index names it); download the checkpoint again"
+            )
         try:
             with safe_open(file, framework="pt") as opened:
                 location.update(dict.fromkeys(opened.keys(), file))
@@ -156,7 +161,9 @@ def _check_shapes(folder: Path, location: Mapping[str, Path], expected: Mapping[
     by_file: dict[Path, list[str]] = {}
     for name in expected:
         if name not in location:
-            raise CheckpointError(f"{folder}: tensor {name} is missing; download the checkpoint again, or check config.json")
+            raise CheckpointError(
+                f"{folder}: tensor {name} is missing; download the checkpoint again, or check config.json"
+            )
         by_file.setdefault(location[name], []).append(name)
     for file, names in by_file.items():
         with safe_open(file, framework="pt") as opened:

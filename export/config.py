@@ -55,14 +55,18 @@ def read_config(folder: Path) -> DecoderConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json; SOURCE must be a Hugging Face checkpoint folder (or `demo`)")
+        raise CheckpointError(
+            f"{folder} has no config.json; SOURCE must be a Hugging Face checkpoint folder (or `demo`)"
+        )
     config = read_json(path)
     architecture = config.get("model_type")
     if architecture not in ARCHITECTURES:
         names = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"{path}: unknown architecture {architecture!r}; edgekv exports {names}")
     if config.get("quantization_config"):
-        raise CheckpointError(f"{path}: the checkpoint is already quantised; export the original one with --weights int4")
+        raise CheckpointError(
+            f"{path}: the checkpoint is already quantised; export the original one with --weights int4"
+        )
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise CheckpointError(f"{path}: activation {activation!r} is not supported; edgekv exports silu decoders")

@@ -29,6 +29,7 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.empty(rows)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Project x [T, columns] to [T, rows]."""
         return ops.linear(x, self.weight, self.bias)
 
 
@@ -54,6 +55,7 @@ class Entry(nn.Module):
         self.k_norm = Norm(model.head_dim) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [T, n_q_heads, head_dim], k and v [T, n_kv_heads, head_dim]."""
         q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
@@ -77,6 +79,7 @@ class Exit(nn.Module):
         self.down_proj = Projection(model.hidden_size, model.intermediate_size, bias=config.mlp_bias)
 
     def forward(self, residual: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the MLP adds and the residual it is added to, both [T, hidden]."""
         x, residual = ops.add_rms_norm(self.o_proj(attention.flatten(1)), residual, self.post_norm.weight, self.eps)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x))), residual
 
@@ -91,6 +94,7 @@ class FirstSegment(nn.Module):
         self.entry = Entry(config, rotated=config.rotated[0])
 
     def forward(self, residual: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`edgekv.contract.segment_spec`."""
         q, k, v = self.entry(ops.rms_norm(residual, self.norm.weight, self.eps), cos, sin)
         return q, k, v
 
@@ -108,6 +112,7 @@ class MiddleSegment(nn.Module):
     def forward(
         self, residual: Tensor, attention: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See :func:`edgekv.contract.segment_spec`."""
         delta, residual = self.exit(residual, attention)
         x, residual = ops.add_rms_norm(delta, residual, self.norm.weight, self.eps)
         q, k, v = self.entry(x, cos, sin)
@@ -125,6 +130,7 @@ class LastSegment(nn.Module):
         self.head = Projection(config.model.vocab_size, config.model.hidden_size, bias=False)
 
     def forward(self, residual: Tensor, attention: Tensor) -> Tensor:
+        """See :func:`edgekv.contract.segment_spec`."""
         delta, residual = self.exit(residual, attention)
         x, _ = ops.add_rms_norm(delta, residual, self.norm.weight, self.eps)
         logits: Tensor = self.head(x)

@@ -6,6 +6,7 @@ The weight kind decides what a product becomes: Gemm on float32, Cast and Gemm o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +32,14 @@ IR_VERSION = 10
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix [rows, columns] in the weight file; ``scales`` is there for int8 and int4."""
+    """A matrix [rows, columns] in the weight file; int8 and int4 have ``scales``, some int4 ``zeros``."""
 
     kind: str
     rows: int
     columns: int
     data: Extent
     scales: Extent | None = None
+    zeros: Extent | None = None
 
 
 @dataclass
@@ -57,7 +59,8 @@ class WeightBinder:
         """Store the rows of ``sources`` as ``kind``, by default the export's weight kind."""
         key = (kind or self.weights, sources)
         if key not in self._matrices:
-            self._matrices[key] = self._store(self._read(sources), key[0])
+            symmetric = key[0] == "int8" or sources == (EMBEDDING,)
+            self._matrices[key] = self._store(self._read(sources), key[0], symmetric=symmetric)
         return self._matrices[key]
 
     def embedding(self) -> StoredMatrix:
@@ -72,13 +75,16 @@ class WeightBinder:
     def _read(self, sources: tuple[str, ...]) -> Any:
         return np.concatenate([self.checkpoint.tensor(name).numpy() for name in sources])
 
-    def _store(self, value: Any, kind: str) -> StoredMatrix:
+    def _store(self, value: Any, kind: str, *, symmetric: bool) -> StoredMatrix:
         rows, columns = value.shape
         if kind in BITS:
-            quantised = quantise(value, BITS[kind])
+            quantised = quantise(value, BITS[kind], symmetric=symmetric)
             codes, scales = self.file.put(quantised.codes), self.file.put(quantised.scales)
-            return StoredMatrix(kind, rows, columns, codes, scales)
-        return StoredMatrix(kind, rows, columns, self.file.put(value.astype(np.float16 if kind == "fp16" else np.float32)))
+            zeros = None if quantised.zeros is None else self.file.put(quantised.zeros)
+            return StoredMatrix(kind, rows, columns, codes, scales, zeros)
+        return StoredMatrix(
+            kind, rows, columns, self.file.put(value.astype(np.float16 if kind == "fp16" else np.float32))
+        )
 
 
 class GraphBuilder:
@@ -107,8 +113,8 @@ class GraphBuilder:
             node.CopyFrom(template)
             del node.metadata_props[:]
             parameters = [name for name in template.input if name in sources]
-            owner = parameters[0].rsplit(".", 1)[0].replace(".", "/") if parameters else _scope(template)
-            node.name = f"{path}/{owner + '/' if owner else ''}{template.op_type}_{number}"
+            owner = _module_path(sources[parameters[0]]) if parameters else f"{path}{_scope(template)}"
+            node.name = f"{owner}/{template.op_type}_{number}"
             for values in (node.input, node.output):
                 for i, name in enumerate(values):
                     if name and name not in sources:
@@ -159,20 +165,31 @@ class GraphBuilder:
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(
-            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgekv", producer_version=edgekv.__version__
+            graph,
+            opset_imports=opsets,
+            ir_version=IR_VERSION,
+            producer_name="edgekv",
+            producer_version=edgekv.__version__,
         )
         path.write_bytes(model.SerializeToString())
 
     def _product(self, node: onnx.NodeProto, sources: list[tuple[str, ...]]) -> None:
         matrix = self.binder.matrix(sources[0])
         bias = [self._vector(sources[1])] if len(sources) > 1 else []
-        x, output, name = node.input[0], node.output[0], sources[0][0] + (f"+{len(sources[0]) - 1}" * (len(sources[0]) > 1))
+        x, output, name = (
+            node.input[0],
+            node.output[0],
+            sources[0][0] + (f"+{len(sources[0]) - 1}" * (len(sources[0]) > 1)),
+        )
         path = node.name.rsplit("/", 1)[0]
         data = self._initializer(f"{name}.{matrix.kind}", matrix.data)
         if matrix.scales is not None:
             inputs = [x, data, self._initializer(f"{name}.scales", matrix.scales)]
             shape = {"K": matrix.columns, "N": matrix.rows, "bits": BITS[matrix.kind], "block_size": BLOCK}
-            inputs += ["", "", *bias] if bias else []
+            if matrix.zeros is not None:
+                inputs.append(self._initializer(f"{name}.zeros", matrix.zeros))
+            if bias:  # the inputs between are the zero points and g_idx
+                inputs += [""] * (5 - len(inputs)) + bias
             self._append("MatMulNBits", inputs, output, path, domain=CONTRIB, accuracy_level=ACCURACY_INT8, **shape)
             return
         if matrix.kind == "fp16":
@@ -211,7 +228,15 @@ def _scope(node: onnx.NodeProto) -> str:
     scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
     names = [part.strip("'\" ") for part in scopes.strip("[]").split(",")]
     modules = [name for name in names[:-1] if name]
-    return modules[-1].replace(".", "/") if modules else ""
+    return "/" + modules[-1].replace(".", "/") if modules else ""
+
+
+def _module_path(sources: tuple[str, ...]) -> str:
+    """Turn model.layers.0.self_attn.o_proj.weight into /model/layers.0/self_attn/o_proj."""
+    name = sources[0].rpartition(".")[0]
+    if len(sources) > 1:
+        name = name.replace("q_proj", "qkv_proj")
+    return "/" + re.sub(r"\.(?!\d)", "/", name)
 
 
 _KINDS = {

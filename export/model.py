@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from edgekv.bundle import Manifest, file_sha256, write_manifest
+from edgekv.bundle import MANIFEST, Manifest, file_sha256, write_manifest
 from edgekv.contract import ENGINES, FORMS, WEIGHTS
-from edgekv.errors import EngineMissing, UsageError
+from edgekv.errors import EdgeKVError, EngineMissing, UsageError
 
 #: Above this many parameters the command line exports int4, below it fp32.
 INT4_FROM_PARAMETERS = 100_000_000
+CHAT_TEMPLATE = "chat_template.jinja"
 Progress = Callable[[str, int, int], None]
 
 
@@ -44,7 +47,8 @@ def export_model(
 
     Raises:
         CheckpointError: the checkpoint cannot be exported. UsageError: an option is not known, or ``out`` exists.
-        Nothing is left behind.
+        EngineMissing: a package that exporting needs is not installed. EdgeKVError: ``out`` cannot be written.
+        Nothing is left behind in any case.
     """
     for name, value, allowed in (("engine", engine, ENGINES), ("form", form, FORMS), ("weights", weights, WEIGHTS)):
         if value is not None and value not in allowed:
@@ -55,56 +59,92 @@ def export_model(
         raise UsageError(f"page_size {page_size} is not supported; use 16, 32, 64 or 128")
     if out.exists() and not force:
         raise UsageError(f"{out} exists; choose another --out, or replace it with --force")
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is not a bundle; --force replaces bundles only, choose another --out")
 
+    with contextlib.ExitStack() as stack:
+        folder = Path(source)
+        if str(source) == "demo":
+            folder = stack.enter_context(resources.as_file(resources.files("edgekv.export") / "demo_model"))
+        try:
+            return _export(folder, out, Choice(engine, form, weights, page_size), _Steps(progress))
+        except ImportError as error:
+            raise EngineMissing(f'exporting needs {error.name}; install it: pip install "edgekv[export]"') from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise EdgeKVError(f"cannot write {out}: {reason}; free the disk or choose another --out") from error
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the caller asked for; ``weights`` None: by size."""
+
+    engine: str
+    form: str
+    weights: str | None
+    page_size: int
+
+
+class _Steps:
+    """Counts steps for a progress callback."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.done, self.total = progress, 0, 1
+
+    def __call__(self, name: str) -> None:
+        self.progress(name, self.done, self.total)
+        self.done += 1
+
+
+def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
     from edgekv.export.checkpoint import open_checkpoint
     from edgekv.export.onnx import count_steps, write_graphs
 
-    if str(source) == "demo":
-        with resources.as_file(resources.files("edgekv.export") / "demo_model") as folder:
-            checkpoint = open_checkpoint(folder)
-    else:
-        checkpoint = open_checkpoint(Path(source))
-    weights = weights or default_weights(checkpoint.parameters)
-    total, done = count_steps(checkpoint) + 2, 0
-
-    def step(name: str) -> None:
-        nonlocal done
-        progress(name, done, total)
-        done += 1
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    checkpoint = open_checkpoint(source)
+    weights = choice.weights or default_weights(checkpoint.parameters)
+    steps.total = count_steps(checkpoint) + 2
+    with _appearing(out) as folder:
         graphs, embedding = write_graphs(
-            checkpoint, folder, form=form, weights=weights, page_size=page_size, step=step
+            checkpoint, folder, form=choice.form, weights=weights, page_size=choice.page_size, step=steps
         )
         shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
         if checkpoint.chat_template is not None:
-            (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8")
-        step("hashing the checkpoint")
+            (folder / CHAT_TEMPLATE).write_text(checkpoint.chat_template, encoding="utf-8")
+        steps("hashing the checkpoint")
         source_sha256 = checkpoint.sha256()
-        step("hashing the bundle")
-        manifest = write_manifest(
-            folder,
-            Manifest(
-                engine=engine,
-                form=form,
-                weights=weights,
-                page_size=page_size,
-                model=checkpoint.config.model,
-                graphs=graphs,
-                source_sha256=source_sha256,
-                tokenizer_sha256=file_sha256(folder / "tokenizer.json"),
-                embedding=embedding,
-                chat_template="chat_template.jinja" if checkpoint.chat_template is not None else None,
-            ),
+        steps("hashing the bundle")
+        manifest = Manifest(
+            engine=choice.engine,
+            form=choice.form,
+            weights=weights,
+            page_size=choice.page_size,
+            model=checkpoint.config.model,
+            graphs=graphs,
+            source_sha256=source_sha256,
+            tokenizer_sha256=file_sha256(folder / "tokenizer.json"),
+            embedding=embedding,
+            chat_template=CHAT_TEMPLATE if checkpoint.chat_template is not None else None,
         )
-        if out.exists():
-            shutil.rmtree(out)
+        manifest = write_manifest(folder, manifest)
+    steps.progress("done", steps.total, steps.total)
+    return manifest
+
+
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """Give a folder beside ``out`` that takes its place at the end, and is removed on any error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
         folder.chmod(0o755)
-        folder.rename(out)
+        if out.exists():
+            old = folder.with_name(folder.name + ".old")
+            out.rename(old)
+            folder.rename(out)
+            shutil.rmtree(old)
+        else:
+            folder.rename(out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    progress("done", total, total)
-    return manifest

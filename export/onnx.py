@@ -73,7 +73,7 @@ def _write_inline(
     config = binder.checkpoint.config
     model = config.model
     builder = GraphBuilder(binder)
-    seam = export_attention(model, page_size)
+    seam = export_attention(model.n_q_heads, model.n_kv_heads, model.head_dim, model.softmax_scale, page_size)
     step("embedding")
     builder.embed("input_ids", "hidden.0")
     builder.add(export_positions(model), "/model/positions", {})

@@ -18,13 +18,13 @@ from onnxscript.values import Op, Opset
 
 Tensor = torch.Tensor
 
-_LIBRARY = torch.library.Library("edgekv", "DEF")
+_LIBRARY = torch.library.Library("edgekv", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(signature: str, meaning: Callable[..., Any]) -> None:
     name = signature.split("(")[0]
-    _LIBRARY.define(signature)
-    _LIBRARY.impl(name, meaning, "CompositeImplicitAutograd")
+    _LIBRARY.define(signature)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, meaning, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,12 +1,15 @@
 """From a torch module to a piece of an ONNX graph, through torch.onnx's dynamo exporter.
 
 A piece is structure only: its weights are open inputs, so one export serves every layer of the same structure and
-costs no memory, whatever the size of the model.
+costs no memory, whatever the size of the model. Pieces are remembered: a second export of the same structure (the
+other form, other weights) does not trace again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import io
 import logging
 import warnings
@@ -19,11 +22,11 @@ import torch
 from onnxscript import optimizer
 from torch import nn
 
-from edgekv.export.attention import InlineAttention, Positions
+from edgekv.export.attention import InlineAttention, Positions, distinct_windows
 from edgekv.export.config import DecoderConfig
 from edgekv.export.decoder import build_segment, segment_kind
 from edgekv.export.ops import ONNX_TRANSLATIONS
-from edgekv.spec import ModelSpec
+from edgekv.spec import ModelSpec, RopeSpec
 
 #: Opset 21 is the newest whose every operator runs in ONNX Runtime 1.20 and later, on desktop and mobile builds.
 OPSET = 21
@@ -42,6 +45,18 @@ class Piece:
     nodes: tuple[onnx.NodeProto, ...]
 
 
+def export_segments(config: DecoderConfig) -> dict[str, Piece]:
+    """Export each distinct segment structure of the decoder once, by its kind."""
+    structure = _structure(config)
+    pieces: dict[str, Piece] = {}
+    for index in range(config.model.n_layers + 1):
+        kind = segment_kind(config, index)
+        if kind not in pieces:
+            pieces[kind] = export_segment(structure, index)
+    return pieces
+
+
+@functools.lru_cache(maxsize=32)
 def export_segment(config: DecoderConfig, index: int) -> Piece:
     """Export the structure of segment ``index`` of the split form."""
     model = config.model
@@ -57,43 +72,45 @@ def export_segment(config: DecoderConfig, index: int) -> Piece:
     return _export(build_segment(config, index), example, [{0: "T"}] * len(example), names)
 
 
-def export_attention(model: ModelSpec, page_size: int) -> Piece:
+@functools.lru_cache(maxsize=32)
+def export_attention(n_q_heads: int, n_kv_heads: int, head_dim: int, scale: float, page_size: int) -> Piece:
     """Export the seam in stock operations: one layer's, the same for all."""
-    kv, dim = model.n_kv_heads, model.head_dim
     n, r, s = 3, 5, 3 * page_size + 5
-    page = torch.empty(n, kv, page_size, dim, dtype=torch.int8, device="meta")
+    page = torch.empty(n, n_kv_heads, page_size, head_dim, dtype=torch.int8, device="meta")
     example = [
-        _example(_T, model.n_q_heads, dim),
-        _example(_T, kv, dim),
-        _example(_T, kv, dim),
+        _example(_T, n_q_heads, head_dim),
+        _example(_T, n_kv_heads, head_dim),
+        _example(_T, n_kv_heads, head_dim),
         page,
-        _example(n, kv, dim).half(),
+        _example(n, n_kv_heads, head_dim).half(),
         page.clone(),
-        _example(n, kv, page_size).half(),
-        _example(r, kv, dim).half(),
-        _example(r, kv, dim).half(),
+        _example(n, n_kv_heads, page_size).half(),
+        _example(r, n_kv_heads, head_dim).half(),
+        _example(r, n_kv_heads, head_dim).half(),
         torch.empty(_T, s, dtype=torch.bool, device="meta"),
         torch.empty(_T, _T, dtype=torch.bool, device="meta"),
     ]
-    dynamic: list[Dynamic] = [{0: "T"}] * 3 + [{0: "N"}] * 4 + [{0: "R"}] * 2 + [{0: "T", 1: "S"}, {0: "T", 1: "T"}]
-    return _export(InlineAttention(model), example, dynamic, ["attention", "page_mass"])
+    dynamic: list[Dynamic] = [{0: name} for name in "TTTNNNNRR"]
+    dynamic += [{0: "T", 1: "S"}, {0: "T", 1: "T"}]
+    return _export(
+        InlineAttention(n_q_heads, n_kv_heads, head_dim, scale), example, dynamic, ["attention", "page_mass"]
+    )
 
 
 def export_positions(model: ModelSpec) -> Piece:
     """Export what the inline form derives from position_ids: cosines, sines and causal masks."""
-    module = Positions(model)
+    module = Positions(model.rope, distinct_windows(model))
     names = ["cos", "sin", *(f"causal_{window}" for window in module.windows)]
     return _export(module, [torch.zeros(_T, dtype=torch.int64)], [{0: "T"}], names)
 
 
-def export_segments(config: DecoderConfig) -> dict[str, Piece]:
-    """Export each distinct segment structure once, by its kind."""
-    pieces: dict[str, Piece] = {}
-    for index in range(config.model.n_layers + 1):
-        kind = segment_kind(config, index)
-        if kind not in pieces:
-            pieces[kind] = export_segment(config, index)
-    return pieces
+def _structure(config: DecoderConfig) -> DecoderConfig:
+    """Drop what no segment's structure depends on, so that decoders of one structure share their pieces."""
+    rope = RopeSpec((0.0,) * len(config.model.rope.inv_freq))
+    model = dataclasses.replace(
+        config.model, architecture="", rope=rope, windows=(), max_context=0, bos_token_id=None, eos_token_ids=()
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(model, tied_embeddings=False))
 
 
 _T = 7  # any number of new tokens that no dimension of a model has
@@ -107,7 +124,9 @@ def _export(module: nn.Module, example: list[Tensor], dynamic: list[Dynamic], na
     dims: dict[str, object] = {}
 
     def dim(name: str) -> object:
-        return dims.setdefault(name, torch.export.Dim.DYNAMIC if name == "S" else torch.export.Dim(name, min=1, max=1 << 20))
+        return dims.setdefault(
+            name, torch.export.Dim.DYNAMIC if name == "S" else torch.export.Dim(name, min=1, max=1 << 20)
+        )
 
     shapes = tuple({axis: dim(name) for axis, name in axes.items()} for axes in dynamic)
     with _quiet(), torch.no_grad():

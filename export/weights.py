@@ -45,13 +45,15 @@ class WeightFile:
     def __enter__(self) -> WeightFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stream.close()
 
     def put(self, array: NDArray[Any]) -> Extent:
         """Store an array unless its bytes are there already; return where it lies."""
         data = np.ascontiguousarray(array)
-        raw = data.reshape(-1).view(np.uint8)
+        raw = memoryview(data.reshape(-1).view(np.uint8))
         key = hashlib.blake2b(raw, digest_size=32).digest()
         if key not in self._extents:
             align = SMALL_ALIGN_BYTES if data.nbytes < SMALL_BYTES else MAPPED_ALIGN_BYTES

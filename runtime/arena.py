@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edgekv.errors import OutOfPages
 from edgekv.spec import PageSpec
 
+
 class Arena:
     """Frames for the resident set.
 

@@ -95,7 +95,9 @@ class Attender:
             if pages:
                 self._cache.manager.read_records(layer, pages, self._ring)
                 stride = self._ring.strides[0]
-                refs["data"][pages] = self._ring.ctypes.data + np.arange(len(pages), dtype=np.uint64) * np.uint64(stride)
+                refs["data"][pages] = self._ring.ctypes.data + np.arange(len(pages), dtype=np.uint64) * np.uint64(
+                    stride
+                )
                 refs["kind"][pages] = KIND_WARM
             self._attention.pages(refs, start, stop)
             start = stop

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgekv.errors import BudgetError, UsageError
-from edgekv.runtime.cache import KVCache
+from edgekv.runtime.pages import PageManager
 from edgekv.spec import PageSpec
 from edgekv.types import KVMode, format_bytes, parse_bytes
 
@@ -61,18 +61,19 @@ def plan_budget(
     budget = resolve_budget(kv_budget, spec, context)
     if budget is None:
         compress = mode == KVMode.INT8
-        arena = max(whole_int8 if compress else whole_fp16, KVCache.least_bytes(spec))
+        arena = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
         return BudgetPlan(arena, arena, 0, compress, True)
     compress = mode == KVMode.INT8 or (mode == KVMode.AUTO and whole_fp16 > budget)
-    whole = max(whole_int8 if compress else whole_fp16, KVCache.least_bytes(spec))
+    whole = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
     if whole <= budget:
         return BudgetPlan(budget, whole, 0, compress, True)
-    needed = KVCache.least_bytes(spec) + staging_bytes
+    needed = PageManager.least_bytes(spec) + staging_bytes
     gathered = 2 * spec.n_layers * pages * spec.warm_bytes if inline else 0
     if inline and budget < needed + gathered:
         raise BudgetError(
             f"the inline form takes every page of {context} tokens in one call: {format_bytes(needed + gathered)}, and the KV"
-            f" budget is {format_bytes(budget)}; export with --form split, which needs {format_bytes(needed)}, or raise --kv-budget"
+            f" budget is {format_bytes(budget)}; export with --form split, which needs {format_bytes(needed)}, or raise"
+            " --kv-budget"
         )
     if budget < needed:
         raise BudgetError(

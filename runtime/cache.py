@@ -29,7 +29,13 @@ class KVCache:
     """
 
     def __init__(
-        self, spec: PageSpec, options: CacheOptions, kernels: Kernels, store: PageStore | None = None, *, max_pages: int = 16
+        self,
+        spec: PageSpec,
+        options: CacheOptions,
+        kernels: Kernels,
+        store: PageStore | None = None,
+        *,
+        max_pages: int = 16,
     ) -> None:
         self.spec = spec
         self.table = PageTable(spec, max_pages)
@@ -126,8 +132,12 @@ class KVCache:
             self.manager.fetch(layer, page)
         offset = int(table.offset[layer, page])
         if table.tier[layer, page] == Tier.HOT:
-            return unpack_hot(self.manager.arena.page(offset, spec.hot_bytes), spec.n_kv_heads, spec.head_dim, spec.page_size)
-        return unpack_warm(self.manager.arena.page(offset, spec.warm_bytes), spec.n_kv_heads, spec.head_dim, spec.page_size)
+            return unpack_hot(
+                self.manager.arena.page(offset, spec.hot_bytes), spec.n_kv_heads, spec.head_dim, spec.page_size
+            )
+        return unpack_warm(
+            self.manager.arena.page(offset, spec.warm_bytes), spec.n_kv_heads, spec.head_dim, spec.page_size
+        )
 
     def touch(self, layer: int, mass: Float) -> None:
         """Record the attention mass [n_pages] of a step: pages at or above their fair share count as used."""
@@ -211,7 +221,12 @@ class KVCache:
     def use(self) -> CacheUse:
         """Return how much the cache holds now, by tier."""
         counts = {tier.name: int(np.count_nonzero(self.table.tier == tier)) for tier in Tier if tier != Tier.FREE}
-        size = {"HOT": self.spec.hot_bytes, "WARM": self.spec.warm_bytes, "COLD": self.spec.warm_bytes, "REMOTE": self.spec.warm_bytes}
+        size = {
+            "HOT": self.spec.hot_bytes,
+            "WARM": self.spec.warm_bytes,
+            "COLD": self.spec.warm_bytes,
+            "REMOTE": self.spec.warm_bytes,
+        }
         return CacheUse(
             tokens=max(self.table.count(layer) for layer in range(self.spec.n_layers)),
             budget_bytes=self.manager.options.budget_bytes,

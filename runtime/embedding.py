@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ class Embedding:
         self._dtype = spec.dtype
         path, rows, hidden = folder / spec.file, model.vocab_size, model.hidden_size
         self._scales: NDArray[np.float32] | None = None
-        self._rows: NDArray[np.generic]
+        self._rows: NDArray[Any]
         if spec.dtype in ("float32", "float16"):
             self._rows = np.memmap(path, np.dtype(spec.dtype), "r", spec.offset, (rows, hidden))
         elif spec.dtype in ("int8", "int4"):

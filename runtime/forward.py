@@ -28,7 +28,9 @@ class Forward(Protocol):
 class SplitForward:
     """The split form: an engine runs the dense segments, the kernels run attention between them."""
 
-    def __init__(self, engine: SegmentEngine, embedding: Embedding, rope: Rope, cache: KVCache, attender: Attender) -> None:
+    def __init__(
+        self, engine: SegmentEngine, embedding: Embedding, rope: Rope, cache: KVCache, attender: Attender
+    ) -> None:
         self._engine = engine
         self._embedding = embedding
         self._rope = rope

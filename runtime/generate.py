@@ -1,8 +1,8 @@
 """Open a bundle and generate: the loop that everything else serves.
 
-    with Generator.open("llama.edgekv", kv_budget="64MiB") as generator:
-        for piece in generator.stream("Once upon a time", max_tokens=100):
-            print(piece, end="")
+with Generator.open("llama.edgekv", kv_budget="64MiB") as generator:
+    for piece in generator.stream("Once upon a time", max_tokens=100):
+        print(piece, end="")
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from edgekv.runtime.attend import Attender, staging_pages
 from edgekv.runtime.budget import BudgetPlan, plan_budget
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.embedding import Embedding
-from edgekv.runtime.forward import Forward, SplitForward
+from edgekv.runtime.engines.base import Float, SegmentEngine
+from edgekv.runtime.forward import Forward, Rows, SplitForward
 from edgekv.runtime.kernels import Kernels, load_kernels
 from edgekv.runtime.pages import CacheOptions
 from edgekv.runtime.policy import make_policy
@@ -80,7 +81,11 @@ class Generator:
         self.folder = folder
         self.options = options
         self.manifest: Manifest = read_manifest(folder)
-        check_files(folder, self.manifest, stamp=cache_home() / "verified" / f"{folder.resolve().as_posix().strip('/').replace('/', '-')}.json")
+        check_files(
+            folder,
+            self.manifest,
+            stamp=cache_home() / "verified" / f"{folder.resolve().as_posix().strip('/').replace('/', '-')}.json",
+        )
         template = self.manifest.chat_template
         self.text = Text(folder / "tokenizer.json", folder / template if template else None)
         self.kernels: Kernels = load_kernels()
@@ -90,7 +95,8 @@ class Generator:
         self._cache: KVCache | None = None
         self._store: FlashStore | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._engine = None
+        self._engine: SegmentEngine | None = None
+        self._planned_context = 0
         if self.manifest.form == "split":
             from edgekv.runtime.engines.onnx import OnnxSegments
 
@@ -165,7 +171,7 @@ class Generator:
 
     def prefill(
         self, prompt: Sequence[int], *, max_tokens: int, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    ) -> Float:
         """Bring the cache to hold the prompt and return the logits after its last token [vocab_size] float32."""
         if not prompt:
             prompt = [self.manifest.model.bos_token_id or 0]
@@ -184,14 +190,15 @@ class Generator:
         self.stats.prefill_seconds += time.perf_counter() - started
         self.stats.prefill_tokens += total - reused
         self.stats.reused_tokens += reused
-        return logits[-1]
+        last: Float = logits[-1]
+        return last
 
-    def step(self, tokens: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    def step(self, tokens: Sequence[int]) -> Float:
         """Add tokens and return the logits after the last one."""
-        result: np.ndarray[tuple[int], np.dtype[np.float32]] = self._run(tokens, "last")[-1]
-        return result
+        logits: Float = self._run(tokens, "last")[-1]
+        return logits
 
-    def score(self, tokens: Sequence[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    def score(self, tokens: Sequence[int]) -> Float:
         """Add tokens and return the logits after each of them [T, vocab_size] (teacher forcing)."""
         self._make_cache(len(self._tokens) + len(tokens), 0)
         parts = []
@@ -199,13 +206,16 @@ class Generator:
             parts.append(self._run(tokens[start : start + self.options.prefill_chunk], "all").copy())
         return np.concatenate(parts)
 
-    def _run(self, tokens: Sequence[int], rows: str) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-        assert self._forward is not None and self._cache is not None
+    def _run(self, tokens: Sequence[int], rows: Rows) -> Float:
+        assert self._forward is not None
+        assert self._cache is not None
         start = len(self._tokens)
         self._check_length(start + len(tokens))
         try:
             logits = self._forward.step(
-                np.asarray(tokens, np.int64), np.arange(start, start + len(tokens), dtype=np.int64), rows  # type: ignore[arg-type]
+                np.asarray(tokens, np.int64),
+                np.arange(start, start + len(tokens), dtype=np.int64),
+                rows,  # type: ignore[arg-type]
             )
         except BaseException:
             # A step that failed half way leaves some layers longer than others: back to what all of them hold.
@@ -246,13 +256,17 @@ class Generator:
     def _check_length(self, n_tokens: int) -> None:
         limit = self.options.context or self.manifest.model.max_context
         if n_tokens > limit:
-            raise PromptTooLong(f"{n_tokens} tokens do not fit the context of {limit}; shorten the prompt or raise --context")
+            raise PromptTooLong(
+                f"{n_tokens} tokens do not fit the context of {limit}; shorten the prompt or raise --context"
+            )
 
     def _make_cache(self, prompt_tokens: int, max_tokens: int) -> None:
         model = self.manifest.model
         limit = self.options.context or model.max_context
         if self.options.context and self.options.context > model.max_context:
-            raise PromptTooLong(f"--context {self.options.context} is above what the model was made for, {model.max_context}")
+            raise PromptTooLong(
+                f"--context {self.options.context} is above what the model was made for, {model.max_context}"
+            )
         if prompt_tokens + max_tokens > limit:
             raise PromptTooLong(
                 f"a prompt of {prompt_tokens} tokens and {max_tokens} to generate do not fit the context of {limit};"

@@ -70,7 +70,12 @@ class InlineForward:
                 payload, spec.n_kv_heads, spec.head_dim, size
             )
         recent = [
-            unpack_hot(cache.manager.arena.page(int(table.offset[layer, page]), spec.hot_bytes), *shape[1:2], spec.head_dim, size)
+            unpack_hot(
+                cache.manager.arena.page(int(table.offset[layer, page]), spec.hot_bytes),
+                *shape[1:2],
+                spec.head_dim,
+                size,
+            )
             for page in hot.tolist()
         ]
         empty = np.zeros((0, spec.n_kv_heads, spec.head_dim), np.float16)

@@ -69,7 +69,9 @@ class MemoryManager:
         if max_memory_mb <= 0:
             raise UsageError(f"max_memory_mb must be above zero, not {max_memory_mb}")
         if not 0 < memory_threshold_percent <= 100:
-            raise UsageError(f"memory_threshold_percent must be above 0 and at most 100, not {memory_threshold_percent}")
+            raise UsageError(
+                f"memory_threshold_percent must be above 0 and at most 100, not {memory_threshold_percent}"
+            )
         self.page_size = page_size
         self._options = CacheOptions(
             budget_bytes=int(max_memory_mb * 1024 * 1024),
@@ -143,7 +145,9 @@ class MemoryManager:
             raise UsageError("token_indices names a token twice")
         known = cache.table.holds(layer_idx, tokens)
         if known.any():
-            raise UsageError(f"token {int(tokens[known][0])} is in layer {layer_idx} already; a cached token never changes")
+            raise UsageError(
+                f"token {int(tokens[known][0])} is in layer {layer_idx} already; a cached token never changes"
+            )
         cache.manager.step += 1
         cache.append(layer_idx, keys, values, tokens)
 
@@ -226,7 +230,9 @@ class MemoryManager:
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.cache.spec.n_layers:
-            raise UsageError(f"layer_idx {layer} is out of range; the model has layers 0 to {self.cache.spec.n_layers - 1}")
+            raise UsageError(
+                f"layer_idx {layer} is out of range; the model has layers 0 to {self.cache.spec.n_layers - 1}"
+            )
 
     @staticmethod
     def _tokens(token_indices: Sequence[int]) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ flash leaves RAM without a write, and a page that came back is bit-identical.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ class CacheOptions:
     allow_drop: bool = False
     threshold: float = 1.0
     recent_pages: int = 2
-    policy: Policy = LRU()
+    policy: Policy = field(default_factory=LRU)
 
 
 class PageManager:
@@ -172,7 +172,9 @@ class PageManager:
 
     def drop(self, n_pages: int) -> int:
         """Forget up to ``n_pages`` unpinned sealed pages, in the policy's order; returns how many."""
-        victims = [victim for tier in (Tier.HOT, Tier.WARM) for victim in self._candidates(tier, unpinned=True)][:n_pages]
+        victims = [victim for tier in (Tier.HOT, Tier.WARM) for victim in self._candidates(tier, unpinned=True)][
+            :n_pages
+        ]
         for layer, page in victims:
             record = int(self.table.record[layer, page])
             if record != NOTHING:
@@ -193,7 +195,8 @@ class PageManager:
         """
         if budget_bytes < self.least_bytes(self.spec):
             raise BudgetError(
-                f"a KV budget of {format_bytes(budget_bytes)} is too small; this cache needs {format_bytes(self.least_bytes(self.spec))}"
+                f"a KV budget of {format_bytes(budget_bytes)} is too small; this cache needs"
+                f" {format_bytes(self.least_bytes(self.spec))}"
             )
         target = budget_bytes // self.spec.frame_bytes
         if target < self.arena.n_frames:
@@ -211,29 +214,28 @@ class PageManager:
             OutOfPages: no page may leave memory. StoreFull, StoreError: flash refused. No value was changed.
         """
         while self.arena.free_frames < n_frames:
-            short = n_frames - self.arena.free_frames
-            if self.arena.half_free_frames >= 2:
-                self._merge_halves()
-            elif self.options.compress and self.compress(2 * short):
-                continue
-            elif self.offload(2 * short):
-                continue
-            elif self.options.allow_drop and self.drop(2 * short):
-                continue
-            else:
+            if not self._reclaim(2 * (n_frames - self.arena.free_frames)):
                 raise OutOfPages(
-                    f"{n_frames} frames of {format_bytes(self.spec.frame_bytes)} are needed and {self.arena.free_frames} are free, and"
-                    " no page may leave memory: raise the budget, give an offload folder (--offload DIR), or allow dropping"
+                    f"{n_frames} frames of {format_bytes(self.spec.frame_bytes)} are needed, {self.arena.free_frames} are"
+                    " free, and no page may leave memory: raise the budget, give an offload folder (--offload DIR), or allow dropping"
                 )
 
     def reclaim_to_threshold(self) -> None:
         """Reclaim what can be reclaimed above the threshold; what cannot stays, within the budget."""
         limit = int(self.arena.n_frames * self.options.threshold)
-        while self.arena.n_frames - self.arena.free_frames > limit:
-            if self.arena.half_free_frames >= 2:
-                self._merge_halves()
-            elif not ((self.options.compress and self.compress(2)) or self.offload(2) or (self.options.allow_drop and self.drop(2))):
-                return
+        while self.arena.n_frames - self.arena.free_frames > limit and self._reclaim(2):
+            pass
+
+    def _reclaim(self, n_pages: int) -> bool:
+        """Take the first step that helps: pair up half-used frames, compress, offload, drop; False if none does."""
+        if self.arena.half_free_frames >= 2:
+            self._merge_halves()
+            return True
+        return bool(
+            (self.options.compress and self.compress(n_pages))
+            or self.offload(n_pages)
+            or (self.options.allow_drop and self.drop(n_pages))
+        )
 
     def _merge_halves(self) -> None:
         """Move a WARM page from one half-used frame into the other, which frees a frame."""
@@ -284,7 +286,11 @@ class PageManager:
         """Assert the invariants of the class."""
         table, arena = self.table, self.arena
         arena.check()
-        assert arena.used_bytes <= arena.n_frames * self.spec.frame_bytes <= max(self.options.budget_bytes, arena.used_bytes)
+        assert (
+            arena.used_bytes
+            <= arena.n_frames * self.spec.frame_bytes
+            <= max(self.options.budget_bytes, arena.used_bytes)
+        )
         hot, warm = table.tier == Tier.HOT, table.tier == Tier.WARM
         assert np.unique(table.offset[hot | warm]).size == np.count_nonzero(hot | warm), "two pages share their room"
         assert not (warm & ~table.sealed()).any(), "an open page is compressed"

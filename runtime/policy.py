@@ -32,7 +32,10 @@ class PageUse:
 class Policy(Protocol):
     """Order candidates from the first victim to the last."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The word that chooses it."""
+        ...
 
     def order(self, use: PageUse) -> NDArray[np.int64]:
         """Return indices into the candidates, first victim first."""

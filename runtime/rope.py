@@ -15,9 +15,7 @@ class Rope:
         self._inv_freq = np.asarray(spec.inv_freq, np.float32)
         self._scaling = np.float32(spec.attention_scaling)
 
-    def fill(
-        self, positions: NDArray[np.int64], cos: NDArray[np.float32], sin: NDArray[np.float32]
-    ) -> None:
+    def fill(self, positions: NDArray[np.int64], cos: NDArray[np.float32], sin: NDArray[np.float32]) -> None:
         """Write cosine and sine [T, rotary_dim / 2] of positions [T]."""
         angles = positions.astype(np.float32)[:, None] * self._inv_freq
         np.multiply(np.cos(angles), self._scaling, out=cos)

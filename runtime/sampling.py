@@ -15,7 +15,8 @@ from edgekv.errors import UsageError
 class SamplingOptions:
     """How to choose. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all tokens.
 
-    ``repetition_penalty`` divides positive and multiplies negative logits of tokens already seen (Source: CTRL, arXiv 1909.05858).
+    ``repetition_penalty`` divides positive and multiplies negative logits of tokens already seen (Source: CTRL, arXiv
+    1909.05858).
 
     Raises:
         UsageError: a value makes no sense.
@@ -56,8 +57,8 @@ class Sampler:
         if options.repetition_penalty != 1.0 and len(seen):
             logits = logits.copy()
             known = np.unique(np.asarray(seen, np.int64))
-            scores = logits[known]
-            logits[known] = np.where(scores > 0, scores / options.repetition_penalty, scores * options.repetition_penalty)
+            old, penalty = logits[known], np.float32(options.repetition_penalty)
+            logits[known] = np.where(old > 0, old / penalty, old * penalty)
         if options.temperature == 0:
             return int(np.argmax(logits))
         scores = logits.astype(np.float64) / options.temperature
@@ -70,4 +71,5 @@ class Sampler:
             # The token that crosses the limit stays in.
             keep = int(np.searchsorted(np.cumsum(weights), options.top_p)) + 1
             order, weights = order[:keep], weights[:keep] / weights[:keep].sum()
-        return int(order[min(np.searchsorted(np.cumsum(weights), self._random.random()), len(order) - 1)])
+        drawn = int(np.searchsorted(np.cumsum(weights), self._random.random()))
+        return int(order[min(drawn, len(order) - 1)])

@@ -101,7 +101,9 @@ class PageTable:
             token = int(tokens[missing][0])
             if token in self.pruned[layer]:
                 raise TokenPruned(f"token {token} was pruned from layer {layer}; its keys and values are gone")
-            raise TokenNotFound(f"token {token} is not in the cache of layer {layer}, which holds {self.count(layer)} tokens")
+            raise TokenNotFound(
+                f"token {token} is not in the cache of layer {layer}, which holds {self.count(layer)} tokens"
+            )
         return slots
 
     def holds(self, layer: int, tokens: Int) -> NDArray[np.bool_]:

@@ -78,5 +78,7 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
 
 def load_reference(folder: Path) -> PreTrainedModel:
     """Load a checkpoint with transformers, in float32, as the oracle."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     return model.eval()

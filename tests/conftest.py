@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 #: Each row is one way in which decoders differ.
-VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "mistral-window": ("mistral", {"sliding_window": 24}),
@@ -68,7 +69,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     def get(variant: str) -> Path:
         if variant not in made:
             family, changes = VARIANTS[variant]
-            made[variant] = make_checkpoint(tmp_path_factory.mktemp(variant), family, **changes)
+            made[variant] = make_checkpoint(tmp_path_factory.mktemp(variant), family, std=0.04, **changes)
         return made[variant]
 
     return get

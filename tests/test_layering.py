@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BOTTOM = {"edgekv.errors", "edgekv.types", "edgekv.spec", "edgekv.codec", "edgekv.seam", "edgekv.contract", "edgekv.bundle"}
+BOTTOM = {
+    "edgekv.errors",
+    "edgekv.types",
+    "edgekv.spec",
+    "edgekv.codec",
+    "edgekv.seam",
+    "edgekv.contract",
+    "edgekv.bundle",
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -26,10 +26,12 @@ QUESTION = "Question: What is the secret code of {name}?"
 ANSWER_CUE = "\nAnswer:"
 ANSWER = " The secret code of {name} is {code}."
 
-NAMES = (  # of the demos and the evaluation; a part of the training draws ordinary words of the books as well
+# The names of the demos and the evaluation; part of the training draws ordinary words of the books as well.
+NAMES = re.findall(
+    r"\w+",
     "amber birch cedar delta ember frost grove haven ivory jade karma lotus maple north ocean pearl quartz river stone "
-    "tiger umber vapor willow xenon yacht zebra anchor basil coral drift eagle flint garnet harbor indigo juniper"
-).split()  # noqa: SIM905
+    "tiger umber vapor willow xenon yacht zebra anchor basil coral drift eagle flint garnet harbor indigo juniper",
+)
 
 FILLER_WEIGHT, ANSWER_TEXT_WEIGHT, ANSWER_DIGIT_WEIGHT = 0.1, 1.0, 4.0
 COPY_SOURCE_WEIGHT, COPY_TARGET_WEIGHT = 0.03, 1.0

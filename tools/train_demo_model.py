@@ -79,10 +79,11 @@ class Stage:
 STAGES = (
     Stage(0.12, {128: 1.0}, {"text": 0.2, "copying": 0.5, "retrieval": 0.3}),
     Stage(0.25, {256: 0.7, 128: 0.3}, {"text": 0.3, "copying": 0.3, "retrieval": 0.4}),
-    Stage(0.50, {512: 0.8, 256: 0.2}, {"text": 0.45, "copying": 0.15, "retrieval": 0.4}),
-    Stage(0.72, {1024: 0.7, 256: 0.3}, {"text": 0.6, "copying": 0.05, "retrieval": 0.35}),
-    Stage(0.88, {2048: 0.7, 512: 0.3}, {"text": 0.6, "copying": 0.05, "retrieval": 0.35}),
-    Stage(1.00, {4096: 0.5, 1024: 0.3, 256: 0.2}, {"text": 0.6, "copying": 0.05, "retrieval": 0.35}),
+    Stage(0.40, {512: 0.8, 256: 0.2}, {"text": 0.45, "copying": 0.15, "retrieval": 0.4}),
+    Stage(0.62, {512: 0.8, 256: 0.2}, {"text": 0.65, "copying": 0.05, "retrieval": 0.3}),
+    Stage(0.76, {1024: 0.7, 256: 0.3}, {"text": 0.65, "copying": 0.05, "retrieval": 0.3}),
+    Stage(0.88, {2048: 0.6, 512: 0.4}, {"text": 0.65, "copying": 0.05, "retrieval": 0.3}),
+    Stage(1.00, {4096: 0.4, 512: 0.6}, {"text": 0.65, "copying": 0.05, "retrieval": 0.3}),
 )
 WARMUP_STEPS = 100
 DECAY_FROM = 0.5  # share of the budget after which the learning rate falls linearly to zero

@@ -14,11 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from edgekv.types import format_bytes
 
-EPILOG = (
-    "Examples:  edgekv export demo --out demo.edgekv  |  edgekv export ./Llama-3.2-1B --out llama.edgekv  |  "
-    "edgekv export ./Qwen3-0.6B --out qwen.edgekv --weights int8 --form inline"
-)
-
 
 def export_command(
     source: Annotated[str, typer.Argument(help="A Hugging Face checkpoint folder, or `demo` for the bundled model.")],
@@ -46,7 +41,15 @@ def export_command(
     force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON on stdout.")] = False,
 ) -> None:
-    """Export a checkpoint to a bundle that `edgekv run` reads."""
+    """Export a checkpoint to a bundle that `edgekv run` reads.
+
+    Examples:
+    `edgekv export demo --out demo.edgekv`
+
+    `edgekv export ./Llama-3.2-1B --out llama.edgekv`
+
+    `edgekv export ./Qwen3-0.6B --out qwen.edgekv --weights int8 --form inline`
+    """
     from edgekv.export import export_model
 
     console = Console(stderr=True)

@@ -16,15 +16,21 @@ from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.contract import GraphSpec, TensorSpec, inline_spec, segment_spec
 from edgekv.types import format_bytes
 
-EPILOG = "Examples:  edgekv inspect demo.edgekv  |  edgekv inspect demo.edgekv --verify  |  edgekv inspect demo.edgekv --json"
-
 
 def inspect_command(
     bundle: Annotated[Path, typer.Argument(help="A folder made by `edgekv export`.")],
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with the manifest.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a bundle's geometry, its I/O contract, its files and what a token costs in the cache."""
+    """Show a bundle's geometry, its I/O contract, its files and what a token costs in the cache.
+
+    Examples:
+    `edgekv inspect demo.edgekv`
+
+    `edgekv inspect demo.edgekv --verify`
+
+    `edgekv inspect demo.edgekv --json | jq .kv_bytes_per_token`
+    """
     manifest = read_manifest(bundle)
     if verify:
         check_files(bundle, manifest)

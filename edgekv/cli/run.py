@@ -62,9 +62,15 @@ def run_command(
     from edgekv.runtime.generate import Generator, RunOptions, default_threads
     from edgekv.runtime.sampling import SamplingOptions
 
-    given = [name for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--chat", chat or None)) if value is not None]
+    given = [
+        name
+        for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--chat", chat or None))
+        if value is not None
+    ]
     if len(given) != 1:
-        raise UsageError("give one of --prompt, --prompt-file or --chat" + (f", not {' and '.join(given)}" if given else ""))
+        raise UsageError(
+            "give one of --prompt, --prompt-file or --chat" + (f", not {' and '.join(given)}" if given else "")
+        )
     if kv_budget and profile:
         raise UsageError("give --kv-budget or --profile, not both: the profile sets the budget")
     sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
@@ -79,7 +85,9 @@ def run_command(
     text = _read_prompt(prompt, prompt_file)
     with Generator.open(bundle, options) as generator:
         if generator.kernels.isa() == "numpy":
-            console.print("edgekv: the native kernels are not built; using NumPy, which is many times slower", style="yellow")
+            console.print(
+                "edgekv: the native kernels are not built; using NumPy, which is many times slower", style="yellow"
+            )
         if chat:
             _converse(generator, console, system, max_tokens, sampling, stop or [], as_json=as_json)
         else:
@@ -116,10 +124,21 @@ def _profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -
 
 
 def _print_stream(
-    generator: Generator, prompt: str | list[int], console: Console, max_tokens: int, sampling: SamplingOptions, stop: list[str]
+    generator: Generator,
+    prompt: str | list[int],
+    console: Console,
+    max_tokens: int,
+    sampling: SamplingOptions,
+    stop: list[str],
 ) -> str:
     """Print text as it comes, with a progress bar on stderr while the prompt is read; returns it."""
-    columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    columns = (
+        TextColumn("reading the prompt"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeRemainingColumn(),
+    )
     said = []
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("prefill", total=None)
@@ -187,7 +206,11 @@ def _summary(generator: Generator) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
-    table.add_row("prompt", f"{stats.prefill_tokens} tokens, {stats.prefill_tokens_per_s:.0f}/s" + (f", {stats.reused_tokens} reused" if stats.reused_tokens else ""))
+    table.add_row(
+        "prompt",
+        f"{stats.prefill_tokens} tokens, {stats.prefill_tokens_per_s:.0f}/s"
+        + (f", {stats.reused_tokens} reused" if stats.reused_tokens else ""),
+    )
     table.add_row("generated", f"{stats.decode_tokens + 1} tokens, {stats.decode_tokens_per_s:.1f}/s")
     table.add_row("peak memory", f"{format_bytes(stats.peak_rss_bytes)} (whole process, as the OS counts it)")
     if stats.cache is not None and generator.budget is not None:
@@ -195,7 +218,10 @@ def _summary(generator: Generator) -> Table:
         table.add_row("keys and values", f"{tiers or '0 B'}; budget {format_bytes(generator.budget.budget_bytes)}")
     if stats.pages is not None:
         moved = stats.pages
-        table.add_row("pages", f"{moved.pages_compressed} compressed, {moved.pages_offloaded} offloaded, {moved.pages_fetched} fetched, {moved.pages_dropped} dropped")
+        table.add_row(
+            "pages",
+            f"{moved.pages_compressed} compressed, {moved.pages_offloaded} offloaded, {moved.pages_fetched} fetched, {moved.pages_dropped} dropped",
+        )
         if moved.pages_dropped:
             table.add_row("", "[yellow]pages were dropped: the text may differ from a run with more memory[/yellow]")
     return table

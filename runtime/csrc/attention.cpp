@@ -13,6 +13,9 @@ constexpr int kDecodeRows = 16;
 // Partial states kept before they are merged: enough for long contiguous shares per thread, small beside the cache.
 constexpr size_t kSlabFloats = 1 << 19;
 
+// Up to this many partial rows are merged by the caller alone: waking a helper would take longer.
+constexpr size_t kInlineMerges = 64;
+
 State state_in(float* base, size_t rows) { return {base, base + rows, base + 2 * rows}; }
 
 size_t state_floats(size_t rows, int dim_pad) {
@@ -36,6 +39,18 @@ size_t Attention::buffer_bytes() const {
            scratch_.bytes();
 }
 
+void Attention::copy_padded(const float* from, size_t n, Buffer& buffer) const {
+    float* to = buffer.reserve(n * g_.dim_pad);
+    if (g_.dim == g_.dim_pad) {
+        std::memcpy(to, from, n * g_.dim * sizeof(float));
+        return;
+    }
+    for (size_t i = 0; i < n; ++i, from += g_.dim, to += g_.dim_pad) {
+        std::memcpy(to, from, g_.dim * sizeof(float));
+        std::fill(to + g_.dim, to + g_.dim_pad, 0.f);
+    }
+}
+
 void Attention::begin(const float* q, const float* new_k, const float* new_v, const int64_t* positions, int n_new,
                       int64_t window, int64_t n_pages, bool want_mass) {
     const int rows = n_new * g_.group;
@@ -55,9 +70,8 @@ void Attention::begin(const float* q, const float* new_k, const float* new_v, co
             for (int c = g_.dim; c < g_.dim_pad; ++c) to[c] = 0.f;
         }
     }
-    const size_t new_floats = static_cast<size_t>(n_new) * g_.n_kv_heads * g_.dim;
-    std::memcpy(new_k_.reserve(new_floats), new_k, new_floats * sizeof(float));
-    std::memcpy(new_v_.reserve(new_floats), new_v, new_floats * sizeof(float));
+    copy_padded(new_k, static_cast<size_t>(n_new) * g_.n_kv_heads, new_k_);
+    copy_padded(new_v, static_cast<size_t>(n_new) * g_.n_kv_heads, new_v_);
     std::memcpy(positions_.data(), positions, n_new * sizeof(int64_t));
     int first = 0;
     for (int t = 0; t < n_new; ++t) {
@@ -168,27 +182,38 @@ void Attention::finish(float* out, float* page_mass) {
     const size_t tile = 2 * static_cast<size_t>(kTileColumns) * g_.dim_pad + kRowBlock * kTileColumns;
     const int block = decode_ ? batch_.rows : row_block();
     const int blocks = (batch_.rows + block - 1) / block;
-    pool_.run(g_.n_kv_heads * blocks, [&](int item, int thread) {
+    const auto finish_block = [&](int item, int thread) {
         const int head = item / blocks, row0 = item % blocks * block;
         const int row1 = std::min(row0 + block, batch_.rows);
         merge_pending(head);
         kernels_.blocked_own(batch_, head, row0, row1, state_.at(static_cast<size_t>(head) * batch_.rows, g_.dim_pad),
                              scratch_.data() + thread * tile);
         finish_rows(head, row0, row1, out);
-    });
+    };
+    const int items = g_.n_kv_heads * blocks;
+    if (decode_ && pending_ * state_rows() <= kInlineMerges) {
+        for (int item = 0; item < items; ++item) finish_block(item, 0);
+    } else {
+        pool_.run(items, finish_block);
+    }
     pending_ = 0;
     if (want_mass_ && page_mass) {
         const int runs = static_cast<int>((n_pages_ + kRunPages - 1) / kRunPages);
         const size_t n = state_rows();
         const float share = 1.f / static_cast<float>(n);
-        pool_.run(runs, [&](int run, int) {
+        const auto sum_run = [&](int run, int) {
             float sums[kRunPages] = {};
             kernels_.sum_mass(mass_.data() + run * n * kMassStride, state_, static_cast<int>(n), sums);
             const int64_t first = static_cast<int64_t>(run) * kRunPages;
             for (int64_t p = first; p < std::min<int64_t>(first + kRunPages, n_pages_); ++p) {
                 page_mass[p] = sums[p - first] * share;
             }
-        });
+        };
+        if (runs * n <= kInlineMerges) {
+            for (int run = 0; run < runs; ++run) sum_run(run, 0);
+        } else {
+            pool_.run(runs, sum_run);
+        }
     }
     n_new_ = 0;
 }

@@ -57,6 +57,7 @@ class Attention {
     void finish(float* out, float* page_mass);
 
   private:
+    void copy_padded(const float* from, size_t n, Buffer& buffer) const;
     State partial(int64_t index) const;
     size_t state_rows() const { return static_cast<size_t>(g_.n_kv_heads) * batch_.rows; }
     void merge_pending(int head);

@@ -66,7 +66,7 @@ inline VF vload_half(const uint16_t* p) {
 inline void vstore_half(uint16_t* p, VF x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, 0));
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace
 
@@ -78,22 +78,33 @@ struct Digits {
     alignas(32) int16_t value[kMaxDim];
 };
 
-inline float to_digits(const float* x, int n, Digits& d) {
-    float inverse;
-    const float scale = fixed_point_scale(x, n, inverse);
-    const VF factor = vset(inverse);
-    for (int i = 0; i < n; i += 16) {
-        const VI a = vint(vmul(vload(x + i), factor)), b = vint(vmul(vload(x + i + 8), factor));
-        const VI packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(d.value + i), packed);
+// x times factor, which must be within the range of the digits. (What it returns is the sum's lanes where that is used.)
+inline VF put_digits(Digits& d, const float* x, VF factor, int n) {
+    for (int i = 0; i < n; i += W) {
+        const VI v = vint(vmul(vload(x + i), factor));
+        _mm_store_si128(reinterpret_cast<__m128i*>(d.value + i),
+                        _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
     }
-    return scale;
+    return factor;
+}
+inline void put_sum(Digits&, float) {}
+
+// Lane i of the result combines all lanes of rows[i].
+inline VF rows_sum(const VF* rows) {
+    const VF a = _mm256_hadd_ps(_mm256_hadd_ps(rows[0], rows[1]), _mm256_hadd_ps(rows[2], rows[3]));
+    const VF b = _mm256_hadd_ps(_mm256_hadd_ps(rows[4], rows[5]), _mm256_hadd_ps(rows[6], rows[7]));
+    return vadd(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+inline VF rows_peak(const VF* rows) {
+    alignas(32) float peaks[W];
+    for (int i = 0; i < W; ++i) peaks[i] = vpeak(rows[i]);
+    return vload(peaks);
 }
 
 // N queries times V * 4 columns: vpmaddwd on codes widened to 16 bits (vpmaddubsw would saturate).
 template <int N, int V>
 inline void int8_block(const int8_t* m, int rows, size_t stride, const Digits* d, const float* scales, float* const* y,
-                       int column, const int8_t* next) {
+                       const float* beta, int column, const int8_t* next) {
     __m256i sum[N][V];
     for (int q = 0; q < N; ++q) {
         for (int v = 0; v < V; ++v) sum[q][v] = _mm256_setzero_si256();
@@ -115,21 +126,23 @@ inline void int8_block(const int8_t* m, int rows, size_t stride, const Digits* d
         for (int v = 0; v < V; ++v) {
             const __m128i whole =
                 _mm_hadd_epi32(_mm256_castsi256_si128(sum[q][v]), _mm256_extracti128_si256(sum[q][v], 1));
-            _mm_storeu_ps(y[q] + column + 4 * v, _mm_mul_ps(_mm_cvtepi32_ps(whole), _mm_set1_ps(scales[q])));
+            float* at = y[q] + column + 4 * v;
+            const __m128 product = _mm_mul_ps(_mm_cvtepi32_ps(whole), _mm_set1_ps(scales[q]));
+            _mm_storeu_ps(at, beta ? _mm_fmadd_ps(_mm_loadu_ps(at), _mm_set1_ps(beta[q]), product) : product);
         }
     }
 }
 
 template <int N>
 inline void int8_product(const int8_t* m, int rows, int columns, const Digits* d, const float* scales, float* const* y,
-                         const int8_t* next) {
+                         const float* beta, const int8_t* next) {
     constexpr int kWide = N <= 2 ? 4 : 2;
     const size_t stride = static_cast<size_t>(columns) * 4;
     int c = 0;
     for (; c + 4 * kWide <= columns; c += 4 * kWide) {
-        int8_block<N, kWide>(m + 4 * c, rows, stride, d, scales, y, c, next + 4 * c);
+        int8_block<N, kWide>(m + 4 * c, rows, stride, d, scales, y, beta, c, next + 4 * c);
     }
-    for (; c < columns; c += 4) int8_block<N, 1>(m + 4 * c, rows, stride, d, scales, y, c, next + 4 * c);
+    for (; c < columns; c += 4) int8_block<N, 1>(m + 4 * c, rows, stride, d, scales, y, beta, c, next + 4 * c);
 }
 
 uint64_t read_bytes(const uint8_t* data, size_t n) {

@@ -54,7 +54,7 @@ inline VF vload_half(const uint16_t* p) {
 inline void vstore_half(uint16_t* p, VF x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace
 
@@ -69,21 +69,57 @@ struct Digits {
     int32_t sum;
 };
 
-inline float to_digits(const float* x, int n, Digits& d) {
-    float inverse;
-    const float scale = fixed_point_scale(x, n, inverse);
-    const VF factor = vset(inverse);
+// x times factor, which must be within the range of the digits; returns lanes whose sum is the digits'.
+inline VF put_digits(Digits& d, const float* x, VF factor, int n) {
     VI sum = _mm512_setzero_si512();
-    for (int i = 0; i < n; i += W) {
+    const VI ones = _mm512_set1_epi16(1), half = _mm512_set1_epi16(128);
+    int i = 0;
+    for (; i + 32 <= n; i += 32) {
+        // As 16-bit numbers, then as bytes; packing works within 128-bit lanes, so the groups of four end up permuted.
+        const VI v = _mm512_packs_epi32(vint(vmul(vload(x + i), factor)), vint(vmul(vload(x + i + 16), factor)));
+        const VI high = _mm512_srai_epi16(_mm512_add_epi16(v, half), 8);
+        const VI low = _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8);
+        const VI both = _mm512_packs_epi16(high, low);
+        const VI order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const VI sorted = _mm512_permutexvar_epi32(order, both);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(d.high + i), _mm512_castsi512_si256(sorted));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(d.low + i), _mm512_extracti64x4_epi64(sorted, 1));
+        sum = _mm512_dpwssd_epi32(sum, v, ones);
+    }
+    for (; i < n; i += 16) {
         const VI v = vint(vmul(vload(x + i), factor));
         const VI high = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
-        const VI low = _mm512_sub_epi32(v, _mm512_slli_epi32(high, 8));
-        _mm_store_si128(reinterpret_cast<__m128i*>(d.high + i), _mm512_cvtepi32_epi8(high));
-        _mm_store_si128(reinterpret_cast<__m128i*>(d.low + i), _mm512_cvtepi32_epi8(low));
+        __m128i h = _mm512_cvtepi32_epi8(high), l = _mm512_cvtepi32_epi8(v);  // v - 256 * high, modulo 256
+        // Keep the compiler from fusing conversion and store: vpmovdb to memory is microcoded on some processors.
+        asm("" : "+v"(h), "+v"(l));
+        _mm_store_si128(reinterpret_cast<__m128i*>(d.high + i), h);
+        _mm_store_si128(reinterpret_cast<__m128i*>(d.low + i), l);
         sum = _mm512_add_epi32(sum, v);
     }
-    d.sum = _mm512_reduce_add_epi32(sum);
-    return scale;
+    return vfloat(sum);
+}
+inline void put_sum(Digits& d, float sum) { d.sum = static_cast<int32_t>(sum); }
+
+// Lane i of the result combines all lanes of rows[i].
+template <typename F>
+inline VF combine_rows(const VF* rows, F&& f) {
+    VF a[8], b[4];
+    for (int i = 0; i < 8; ++i) {
+        a[i] = f(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]), _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = f(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    const VF c = f(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
+    const VF d = f(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
+    return f(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+}
+inline VF rows_sum(const VF* rows) {
+    return combine_rows(rows, [](VF a, VF b) { return vadd(a, b); });
+}
+inline VF rows_peak(const VF* rows) {
+    return combine_rows(rows, [](VF a, VF b) { return vmax(a, b); });
 }
 
 inline __m512i broadcast4(const int8_t* p) {
@@ -95,10 +131,12 @@ inline __m512i broadcast4(const int8_t* p) {
 // N queries times V * 16 columns. vpdpbusd wants one unsigned operand: codes + 128, and 128 * the digits' sum less.
 template <int N, int V>
 inline void int8_block(const int8_t* m, int rows, size_t stride, __mmask16 tail, const Digits* d, const float* scales,
-                       float* const* y, int column, const int8_t* next) {
+                       float* const* y, const float* beta, int column, const int8_t* next) {
     const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
     __m512i high[N][V], low[N][V];
+#pragma GCC unroll 4
     for (int q = 0; q < N; ++q) {
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             high[q][v] = _mm512_setzero_si512();
             low[q][v] = _mm512_set1_epi32(-128 * d[q].sum);
@@ -106,40 +144,52 @@ inline void int8_block(const int8_t* m, int rows, size_t stride, __mmask16 tail,
     }
     for (int r = 0; r < rows; r += 4, m += stride, next += stride) {
         __m512i codes[V];
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             prefetch(next + 64 * v);
+            // The next page is on its way to the second-level cache; from there to the first it is this far ahead.
+            _mm_prefetch(reinterpret_cast<const char*>(m + 64 * v + 1024), _MM_HINT_T0);
             codes[v] = V == 1 ? _mm512_maskz_loadu_epi32(tail, m) : _mm512_loadu_si512(m + 64 * v);
             codes[v] = _mm512_xor_si512(codes[v], offset);
         }
+#pragma GCC unroll 4
         for (int q = 0; q < N; ++q) {
             const __m512i h = broadcast4(d[q].high + r), l = broadcast4(d[q].low + r);
+#pragma GCC unroll 4
             for (int v = 0; v < V; ++v) {
                 high[q][v] = _mm512_dpbusd_epi32(high[q][v], codes[v], h);
                 low[q][v] = _mm512_dpbusd_epi32(low[q][v], codes[v], l);
             }
         }
     }
+#pragma GCC unroll 4
     for (int q = 0; q < N; ++q) {
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high[q][v], 8), low[q][v]);
-            vstore(y[q] + column + 16 * v, vmul(vfloat(whole), vset(scales[q])));
+            float* at = y[q] + column + 16 * v;
+            const VF product = vmul(vfloat(whole), vset(scales[q]));
+            vstore(at, beta ? vfma(vload(at), vset(beta[q]), product) : product);
         }
     }
 }
 
+// y = scale * (codes product digits), or beta * y + that.
 template <int N>
 inline void int8_product(const int8_t* m, int rows, int columns, const Digits* d, const float* scales, float* const* y,
-                         const int8_t* next) {
+                         const float* beta, const int8_t* next) {
     const size_t stride = static_cast<size_t>(columns) * 4;
     constexpr __mmask16 kAll = 0xffff;
     int c = 0;
     for (; N <= 2 && c + 64 <= columns; c += 64) {
-        int8_block<N, 4>(m + 4 * c, rows, stride, kAll, d, scales, y, c, next + 4 * c);
+        int8_block<N, 4>(m + 4 * c, rows, stride, kAll, d, scales, y, beta, c, next + 4 * c);
     }
-    for (; c + 32 <= columns; c += 32) int8_block<N, 2>(m + 4 * c, rows, stride, kAll, d, scales, y, c, next + 4 * c);
+    for (; c + 32 <= columns; c += 32) {
+        int8_block<N, 2>(m + 4 * c, rows, stride, kAll, d, scales, y, beta, c, next + 4 * c);
+    }
     for (; c < columns; c += 16) {
         const __mmask16 tail = columns - c >= 16 ? kAll : static_cast<__mmask16>((1u << (columns - c)) - 1);
-        int8_block<N, 1>(m + 4 * c, rows, stride, tail, d, scales, y, c, next + 4 * c);
+        int8_block<N, 1>(m + 4 * c, rows, stride, tail, d, scales, y, beta, c, next + 4 * c);
     }
 }
 

@@ -102,8 +102,39 @@ void blocked_pages(const Batch& b, int head, int row0, int row1, const PageRef* 
     }
 }
 
+// The new tokens themselves when they are few: no tile is worth filling.
+inline void own_few(const Batch& b, int head, const State& state) {
+    const Geometry& g = *b.g;
+    const size_t stride = static_cast<size_t>(g.n_kv_heads) * g.dim_pad, at = static_cast<size_t>(head) * g.dim_pad;
+    for (int row = 0; row < b.rows; ++row) {
+        const int t = row / g.group, first = b.first_own[t];
+        const float* q = b.q + (static_cast<size_t>(head) * b.rows + row) * g.dim_pad;
+        alignas(64) float scores[16];
+        for (int j = 0; j < 16; ++j) scores[j] = 0.f;
+        for (int j = first; j <= t; ++j) {
+            const float* k = b.new_k + j * stride + at;
+            VF sum = vset(0.f);
+            for (int c = 0; c < g.dim_pad; c += W) sum = vfma(vload(q + c), vload(k + c), sum);
+            scores[j] = vsum(sum);
+        }
+        const Mask128 seen = Mask128::below(t + 1).without(Mask128::below(first));
+        const float factor = softmax_row(scores, &seen, 1, 16, g.softcap, state.peak[row], state.total[row], nullptr,
+                                         nullptr);
+        float* acc = state.acc + static_cast<size_t>(row) * g.dim_pad;
+        for (int c = 0; c < g.dim_pad; c += W) {
+            VF sum = vmul(vload(acc + c), vset(factor));
+            for (int j = first; j <= t; ++j) sum = vfma(vset(scores[j]), vload(b.new_v + j * stride + at + c), sum);
+            vstore(acc + c, sum);
+        }
+    }
+}
+
 void blocked_own(const Batch& b, int head, int row0, int row1, const State& state, float* scratch) {
     const Geometry& g = *b.g;
+    if (b.rows <= 16) {
+        own_few(b, head, state);
+        return;
+    }
     const Tile tile = tile_in(scratch, g);
     const int t0 = row0 / g.group, t1 = (row1 - 1) / g.group;
     // Tiles start at fixed tokens, so that a row's sums do not depend on which rows share its task.
@@ -112,11 +143,10 @@ void blocked_own(const Batch& b, int head, int row0, int row1, const State& stat
         const int columns = pad16(tokens);
         for (int j = 0; j < columns; ++j) {
             float* value = tile.values + static_cast<size_t>(j) * g.dim_pad;
-            const size_t at = (static_cast<size_t>(first + j) * g.n_kv_heads + head) * g.dim;
+            const size_t at = (static_cast<size_t>(first + j) * g.n_kv_heads + head) * g.dim_pad;
             for (int c = 0; c < g.dim_pad; ++c) {
-                const bool real = j < tokens && c < g.dim;
-                value[c] = real ? b.new_v[at + c] : 0.f;
-                if (c < g.dim) tile.keys[static_cast<size_t>(c) * kTileColumns + j] = real ? b.new_k[at + c] : 0.f;
+                value[c] = j < tokens ? b.new_v[at + c] : 0.f;
+                tile.keys[static_cast<size_t>(c) * kTileColumns + j] = j < tokens ? b.new_k[at + c] : 0.f;
             }
         }
         for (int row = row0; row < row1; row += kRowBlock) {

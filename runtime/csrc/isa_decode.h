@@ -5,10 +5,14 @@
 
 namespace {
 
-// y[c] = sum over live r of m[r][c] * x[r] for an fp16 matrix; rows outside `live` may hold anything.
+// y[c] = sum over live r of m[r][c] * x[r], or beta * y[c] + that, for an fp16 matrix; rows outside `live` may hold
+// anything.
 template <int N>
 inline void half_product(const uint16_t* m, int rows, int columns, const Mask128* live, const float* const* x,
-                         float* const* y, const uint16_t* next) {
+                         float* const* y, const float* beta, const uint16_t* next) {
+    const auto put = [&](int q, int c, VF sum) {
+        vstore(y[q] + c, beta ? vfma(vload(y[q] + c), vset(beta[q]), sum) : sum);
+    };
     int c = 0;
     for (; c + 2 * W <= columns; c += 2 * W) {
         VF sum[N][2];
@@ -25,8 +29,8 @@ inline void half_product(const uint16_t* m, int rows, int columns, const Mask128
             }
         }
         for (int q = 0; q < N; ++q) {
-            vstore(y[q] + c, sum[q][0]);
-            vstore(y[q] + c + W, sum[q][1]);
+            put(q, c, sum[q][0]);
+            put(q, c + W, sum[q][1]);
         }
     }
     for (; c < columns; c += W) {
@@ -44,7 +48,7 @@ inline void half_product(const uint16_t* m, int rows, int columns, const Mask128
             const VF a = vload_half(from);
             for (int q = 0; q < N; ++q) sum[q] = vfma(vset(x[q][r]), a, sum[q]);
         }
-        for (int q = 0; q < N; ++q) vstore(y[q] + c, sum[q]);
+        for (int q = 0; q < N; ++q) put(q, c, sum[q]);
     }
 }
 
@@ -65,77 +69,255 @@ inline HeadPage head_page(const Geometry& g, const PageRef& ref, int head) {
             scales + static_cast<size_t>(g.n_kv_heads) * g.dim + static_cast<size_t>(head) * g.page};
 }
 
-struct DecodeHead {
-    const Batch* batch;
-    HeadPage at, next;  // next: what to prefetch meanwhile
-    Mask128 live;
-    int64_t position;
-    int head;
-    const float* key_scales;    // [dim_pad], WARM only
-    const float* value_scales;  // [page_pad], zero where dead
-    State out;                  // of the head
-    float* mass;                // of the head, or null
-    int slot;                   // of the page in its run
+// Up to this many query rows are carried through a page together, step by step: each step is short and its rows are
+// independent, so the processor overlaps them, and what is one number per row is computed in vectors of rows.
+constexpr int kRows = 16;
+
+// The heads whose rows go together.
+struct Chunk {
+    int head0, heads, rows;  // rows per head
+    HeadPage at[kRows], next[kRows];  // per head: this page, and the one to prefetch meanwhile
+    int n() const { return heads * rows; }
 };
 
-template <int N>
-inline void decode_rows(const DecodeHead& d, int row0, bool warm) {
-    const Batch& b = *d.batch;
+// Extents that are known when compiled, for the usual geometries; 0 where they are not.
+template <int DimPad, int PagePad>
+struct Extents {
+    static int dim(const Geometry& g) { return DimPad ? DimPad : g.dim_pad; }
+    static int page(const Geometry& g) { return PagePad ? PagePad : g.page_pad; }
+};
+
+struct Work {
+    Digits digits[kRows];
+    alignas(64) float scores[kRows][kMaxPage];
+    alignas(64) float key_scales[kMaxDim];
+    alignas(64) float value_scales[kRows][kMaxPage];  // per head, times the largest digits, over their largest
+    alignas(64) VF parts[kRows];                      // per row: lanes to be summed, or whose maximum is sought
+    alignas(64) float score_scale[kRows], value_scale[kRows];
+    alignas(64) float base[kRows], keep[kRows], add[kRows];
+};
+
+// Per row the sum, or the maximum, of the lanes in parts.
+inline void sum_parts(const VF* parts, float* out) {
+    for (int i = 0; i < kRows; i += W) vstore(out + i, rows_sum(parts + i));
+}
+inline void peak_parts(const VF* parts, float* out) {
+    for (int i = 0; i < kRows; i += W) vstore(out + i, rows_peak(parts + i));
+}
+
+constexpr float kLargestDigits = 32639.f;  // 127 * 256 + 127
+
+// Queries times key scales, as digits.
+template <typename E>
+inline void scale_queries(const Batch& b, const Chunk& chunk, Work& w) {
     const Geometry& g = *b.g;
-    alignas(64) float scores[N][kMaxPage];
-    alignas(64) float sums[N][kMaxDim];
-    alignas(64) float scaled[kMaxDim];
-    float* score_rows[N];
-    float* sum_rows[N];
-    const float* query_rows[N];
-    for (int i = 0; i < N; ++i) {
-        score_rows[i] = scores[i];
-        sum_rows[i] = sums[i];
-        query_rows[i] = b.q + (static_cast<size_t>(d.head) * b.rows + row0 + i) * g.dim_pad;
-    }
-    Digits digits[N];
-    float scales[N];
-    if (warm) {
-        for (int i = 0; i < N; ++i) {
-            for (int c = 0; c < g.dim_pad; c += W) {
-                vstore(scaled + c, vmul(vload(query_rows[i] + c), vload(d.key_scales + c)));
+    const int dim = E::dim(g);
+    alignas(64) float scaled[kRows][kMaxDim];
+    alignas(64) float peaks[kRows], factors[kRows];
+    const float* query = b.q + static_cast<size_t>(chunk.head0) * b.rows * dim;
+    for (int h = 0, row = 0; h < chunk.heads; ++h) {
+        load_halves(chunk.at[h].key_scales, g.dim, w.key_scales);
+        for (int r = 0; r < chunk.rows; ++r, ++row, query += dim) {
+            VF high = vset(0.f);
+            for (int c = 0; c < dim; c += W) {
+                const VF x = vmul(vload(query + c), vload(w.key_scales + c));
+                vstore(scaled[row] + c, x);
+                high = vmax(high, vabs(x));
             }
-            scales[i] = to_digits(scaled, g.dim_pad, digits[i]);
+            w.parts[row] = high;
         }
-        int8_product<N>(reinterpret_cast<const int8_t*>(d.at.keys), g.dim, g.page, digits, scales, score_rows,
-                        reinterpret_cast<const int8_t*>(d.next.keys));
-    } else {
-        half_product<N>(reinterpret_cast<const uint16_t*>(d.at.keys), g.dim, g.page, nullptr, query_rows, score_rows,
-                        reinterpret_cast<const uint16_t*>(d.next.keys));
     }
-    float factors[N];
-    const float* weight_rows[N];
-    for (int i = 0; i < N; ++i) {
-        const int row = row0 + i;
-        const Mask128 seen = b.visible(d.live, d.position, row / g.group);
-        factors[i] = softmax_row(scores[i], &seen, 1, g.page_pad, g.softcap, d.out.peak[row], d.out.total[row],
-                                 d.mass ? d.mass + static_cast<size_t>(row) * kMassStride : nullptr, &d.slot);
-        weight_rows[i] = scores[i];
+    peak_parts(w.parts, peaks);
+    for (int i = 0; i < kRows; i += W) {
+        const VF peak = vmax(vload(peaks + i), vset(1e-30f));
+        vstore(factors + i, vdiv(vset(kLargestDigits), peak));
+        vstore(w.score_scale + i, vmul(peak, vset(1.f / kLargestDigits)));
     }
-    if (warm) {
-        for (int i = 0; i < N; ++i) {
-            for (int c = 0; c < g.page_pad; c += W) {
-                vstore(scores[i] + c, vmul(vload(scores[i] + c), vload(d.value_scales + c)));
+    for (int row = 0; row < chunk.n(); ++row) {
+        w.parts[row] = put_digits(w.digits[row], scaled[row], vset(factors[row]), dim);
+    }
+    sum_parts(w.parts, factors);
+    for (int row = 0; row < chunk.n(); ++row) put_sum(w.digits[row], factors[row]);
+}
+
+template <typename E>
+inline void scale_values(const Geometry& g, const Chunk& chunk, Mask128 live, Work& w) {
+    const int page = E::page(g);
+    for (int h = 0; h < chunk.heads; ++h) {
+        float* scales = w.value_scales[h];
+        load_halves(chunk.at[h].value_scales, g.page, scales);
+        VF high = vset(1e-30f);
+        for (int c = 0; c < page; c += W) {
+            const VF x = vselect(vmask(live.bits(c, W)), vload(scales + c), vset(0.f));
+            vstore(scales + c, x);
+            high = vmax(high, x);
+        }
+        const float peak = vpeak(high);
+        const VF factor = vset(kLargestDigits / peak);
+        for (int c = 0; c < page; c += W) vstore(scales + c, vmul(vload(scales + c), factor));
+        w.value_scale[h] = peak * (1.f / kLargestDigits);
+    }
+}
+
+// Scores become exponentials relative to the row's largest score in this page, and then the operand of the product
+// with the values: digits for a WARM page. Peaks and totals are updated; keep and add become what earlier sums and
+// this page's are to be multiplied by.
+template <typename E, bool kWarmPage>
+inline void soften(const Batch& b, Mask128 live, int64_t position, const Chunk& chunk, const State& out, float* mass,
+                   int slot, Work& w) {
+    const Geometry& g = *b.g;
+    const int page = E::page(g), n = chunk.n();
+    alignas(64) float peaks[kRows] = {}, sums[kRows], totals[kRows] = {};
+    for (int row = 0; row < n; ++row) {
+        VF high = vset(-kScoreLimit);
+        const Mask128 seen = b.window ? b.visible(live, position, row % chunk.rows / g.group) : live;
+        float* s = w.scores[row];
+        for (int c = 0; c < page; c += W) {
+            VF x = vload(s + c);
+            if (g.softcap > 0) x = vsoftcap(x, g.softcap);
+            x = vmax(vmin(x, vset(kScoreLimit)), vset(-kScoreLimit));
+            x = vselect(vmask(seen.bits(c, W)), x, vset(kMasked));
+            vstore(s + c, x);
+            high = vmax(high, x);
+        }
+        peaks[row] = out.peak[row];
+        totals[row] = out.total[row];
+        w.parts[row] = high;
+    }
+    peak_parts(w.parts, w.base);
+    for (int i = 0; i < kRows; i += W) {
+        const VF base = vload(w.base + i), old_peak = vload(peaks + i), peak = vmax(base, old_peak);
+        vstore(w.keep + i, vexp(vsub(old_peak, peak)));
+        vstore(w.add + i, vexp(vsub(base, peak)));
+        vstore(peaks + i, peak);
+    }
+    for (int h = 0, row = 0; h < chunk.heads; ++h) {
+        const float* scales = w.value_scales[h];
+        for (int r = 0; r < chunk.rows; ++r, ++row) {
+            float* s = w.scores[row];
+            const VF base = vset(w.base[row]);
+            VF sum = vset(0.f);
+            for (int c = 0; c < page; c += W) {
+                const VF e = vexp(vsub(vload(s + c), base));
+                sum = vadd(sum, e);
+                vstore(s + c, kWarmPage ? vmul(e, vload(scales + c)) : vmul(e, vset(w.add[row])));
             }
-            scales[i] = to_digits(scores[i], g.page_pad, digits[i]);
+            w.parts[row] = sum;
         }
-        int8_product<N>(reinterpret_cast<const int8_t*>(d.at.values), g.page, g.dim, digits, scales, sum_rows,
-                        reinterpret_cast<const int8_t*>(d.next.values));
-    } else {
-        half_product<N>(reinterpret_cast<const uint16_t*>(d.at.values), g.page, g.dim, &d.live, weight_rows, sum_rows,
-                        reinterpret_cast<const uint16_t*>(d.next.values));
     }
-    for (int i = 0; i < N; ++i) {
-        float* acc = d.out.acc + static_cast<size_t>(row0 + i) * g.dim_pad;
-        const VF factor = vset(factors[i]);
-        for (int c = 0; c < g.dim_pad; c += W) {
-            vstore(acc + c, vfma(vload(acc + c), factor, vload(sums[i] + c)));
+    sum_parts(w.parts, sums);
+    for (int i = 0; i < kRows; i += W) {
+        const VF sum = vmul(vload(sums + i), vload(w.add + i));
+        vstore(totals + i, vfma(vload(totals + i), vload(w.keep + i), sum));
+        vstore(sums + i, sum);
+    }
+    for (int row = 0; row < n; ++row) {
+        out.peak[row] = peaks[row];
+        out.total[row] = totals[row];
+        if (mass) {
+            float* m = mass + static_cast<size_t>(row) * kMassStride;
+            if (w.keep[row] != 1.f) {
+                for (int i = 0; i < slot; ++i) m[i] *= w.keep[row];
+            }
+            m[slot] = sums[row];
         }
+    }
+    if (!kWarmPage) return;
+    for (int row = 0; row < n; ++row) w.parts[row] = put_digits(w.digits[row], w.scores[row], vset(1.f), page);
+    sum_parts(w.parts, sums);
+    for (int row = 0; row < n; ++row) put_sum(w.digits[row], sums[row]);
+}
+
+// Calls f<N>(row) for groups of at most four of n rows.
+template <typename F>
+inline void by_rows(int n, F&& f) {
+    int row = 0;
+    for (; row + 4 <= n; row += 4) f.template operator()<4>(row);
+    if (n - row == 3) f.template operator()<3>(row);
+    if (n - row == 2) f.template operator()<2>(row);
+    if (n - row == 1) f.template operator()<1>(row);
+}
+
+struct HeadProducts {
+    const Geometry& g;
+    Work& w;
+    HeadPage at, next;
+    Mask128 live;
+    bool warm;
+    int first;           // row of the chunk
+    const float* query;  // of the head
+    float* acc;          // of the head
+};
+
+struct KeyProduct {
+    HeadProducts& p;
+    template <int N>
+    void operator()(int row) {
+        float* y[N];
+        const float* x[N];
+        for (int i = 0; i < N; ++i) {
+            y[i] = p.w.scores[p.first + row + i];
+            x[i] = p.query + static_cast<size_t>(row + i) * p.g.dim_pad;
+        }
+        if (p.warm) {
+            int8_product<N>(reinterpret_cast<const int8_t*>(p.at.keys), p.g.dim, p.g.page, p.w.digits + p.first + row,
+                            p.w.score_scale + p.first + row, y, nullptr, reinterpret_cast<const int8_t*>(p.next.keys));
+        } else {
+            half_product<N>(reinterpret_cast<const uint16_t*>(p.at.keys), p.g.dim, p.g.page, nullptr, x, y, nullptr,
+                            reinterpret_cast<const uint16_t*>(p.next.keys));
+        }
+        p.next = p.at;  // once is enough
+    }
+};
+
+struct ValueProduct {
+    HeadProducts& p;
+    int head;  // of the chunk
+    template <int N>
+    void operator()(int row) {
+        const int first = p.first + row;
+        float* y[N];
+        const float* x[N];
+        float scales[N];
+        for (int i = 0; i < N; ++i) {
+            y[i] = p.acc + static_cast<size_t>(row + i) * p.g.dim_pad;
+            x[i] = p.w.scores[first + i];
+            scales[i] = p.w.value_scale[head] * p.w.add[first + i];
+        }
+        if (p.warm) {
+            int8_product<N>(reinterpret_cast<const int8_t*>(p.at.values), p.g.page, p.g.dim, p.w.digits + first, scales,
+                            y, p.w.keep + first, reinterpret_cast<const int8_t*>(p.next.values));
+        } else {
+            half_product<N>(reinterpret_cast<const uint16_t*>(p.at.values), p.g.page, p.g.dim, &p.live, x, y,
+                            p.w.keep + first, reinterpret_cast<const uint16_t*>(p.next.values));
+        }
+        p.next = p.at;
+    }
+};
+
+template <typename E, bool kWarmPage>
+inline void decode_chunk(const Batch& b, const PageRef& ref, Mask128 live, const Chunk& chunk, const State& out,
+                         float* mass, int slot, Work& w) {
+    const Geometry& g = *b.g;
+    if (kWarmPage) {
+        scale_queries<E>(b, chunk, w);
+        scale_values<E>(g, chunk, live, w);
+    }
+    HeadProducts p{g, w, {}, {}, live, kWarmPage, 0, nullptr, nullptr};
+    for (int h = 0; h < chunk.heads; ++h) {
+        p.at = chunk.at[h];
+        p.next = chunk.next[h];
+        p.first = h * chunk.rows;
+        p.query = b.q + static_cast<size_t>(chunk.head0 + h) * b.rows * g.dim_pad;
+        by_rows(chunk.rows, KeyProduct{p});
+    }
+    soften<E, kWarmPage>(b, live, ref.position, chunk, out, mass, slot, w);
+    for (int h = 0; h < chunk.heads; ++h) {
+        p.at = chunk.at[h];
+        p.next = chunk.next[h];
+        p.first = h * chunk.rows;
+        p.acc = out.acc + static_cast<size_t>(h) * chunk.rows * g.dim_pad;
+        by_rows(chunk.rows, ValueProduct{p, h});
     }
 }
 
@@ -151,42 +333,36 @@ void decode_run(const Batch& b, const PageRef* pages, int n_pages, const PageRef
     if (mass) {
         for (size_t i = 0; i < n * kMassStride; ++i) mass[i] = 0.f;
     }
-    constexpr int kAhead = 2;  // heads to prefetch ahead: a page's worth would push the current one out of the L1 cache
-    alignas(64) float key_scales[kMaxDim], value_scales[kMaxPage];
+    Work w;
+    for (int i = 0; i < kRows; ++i) w.parts[i] = vset(0.f);
+    Chunk chunk;
+    chunk.rows = b.rows;
+    const int heads = kRows / b.rows;
     for (int p = 0; p < n_pages; ++p) {
         const PageRef& ref = pages[p];
-        DecodeHead d{&b, {}, {}, g.live(ref), ref.position, 0, key_scales, value_scales, out, mass, p};
-        if (!b.visible(d.live, ref.position, 0).any()) continue;
+        const Mask128 live = g.live(ref);
+        if (!b.visible(live, ref.position, 0).any()) continue;
         const PageRef* after = p + 1 < n_pages ? &pages[p + 1] : next;
-        if (after && after->data == 0) after = nullptr;
-        const bool warm = ref.kind != kHot;
-        for (int head = 0; head < g.n_kv_heads; ++head) {
-            d.at = head_page(g, ref, head);
-            if (head + kAhead < g.n_kv_heads) {
-                d.next = head_page(g, ref, head + kAhead);
+        if (!after || after->data == 0) after = &ref;
+        for (int head = 0; head < g.n_kv_heads; head += heads) {
+            chunk.head0 = head;
+            chunk.heads = min_of(heads, g.n_kv_heads - head);
+            for (int h = 0; h < chunk.heads; ++h) {
+                chunk.at[h] = head_page(g, ref, head + h);
+                chunk.next[h] = head_page(g, *after, head + h);
+            }
+            const size_t row = static_cast<size_t>(head) * b.rows;
+            const State state = out.at(row, g.dim_pad);
+            float* m = mass ? mass + row * kMassStride : nullptr;
+            if (ref.kind == kHot) {
+                decode_chunk<Extents<0, 0>, false>(b, ref, live, chunk, state, m, p, w);
+            } else if (g.dim_pad == 64 && g.page_pad == 32) {
+                decode_chunk<Extents<64, 32>, true>(b, ref, live, chunk, state, m, p, w);
+            } else if (g.dim_pad == 128 && g.page_pad == 32) {
+                decode_chunk<Extents<128, 32>, true>(b, ref, live, chunk, state, m, p, w);
             } else {
-                const int wrapped = head + kAhead - g.n_kv_heads;
-                d.next = after && wrapped < g.n_kv_heads ? head_page(g, *after, wrapped) : d.at;
+                decode_chunk<Extents<0, 0>, true>(b, ref, live, chunk, state, m, p, w);
             }
-            d.head = head;
-            d.out = out.at(static_cast<size_t>(head) * b.rows, g.dim_pad);
-            d.mass = mass ? mass + static_cast<size_t>(head) * b.rows * kMassStride : nullptr;
-            if (warm) {
-                load_halves(d.at.key_scales, g.dim, key_scales);
-                load_halves(d.at.value_scales, g.page, value_scales);
-                for (int c = 0; c < g.page_pad; c += W) {
-                    const VM keep = vmask(d.live.bits(c, W));
-                    vstore(value_scales + c, vselect(keep, vload(value_scales + c), vset(0.f)));
-                }
-            }
-            int row = 0;
-            for (; row + 4 <= b.rows; row += 4) {
-                decode_rows<4>(d, row, warm);
-                d.next = d.at;
-            }
-            if (b.rows - row == 3) decode_rows<3>(d, row, warm);
-            if (b.rows - row == 2) decode_rows<2>(d, row, warm);
-            if (b.rows - row == 1) decode_rows<1>(d, row, warm);
         }
     }
     if (mass) {

@@ -157,19 +157,4 @@ inline void expand_codes(const int8_t* codes, int rows, int columns, const float
     }
 }
 
-// The result of attending to 16-bit fixed-point numbers: x[i] is about scale * digits[i]. Padding up to a multiple of
-// 16 must be zero.
-inline float fixed_point_scale(const float* x, int n, float& inverse) {
-    VF high = vset(0.f);
-    for (int i = 0; i < n; i += W) high = vmax(high, vabs(vload(x + i)));
-    const float peak = vpeak(high);
-    constexpr float kLargest = 32639.f;  // 127 * 256 + 127: two signed bytes
-    if (!(peak > 1e-30f)) {
-        inverse = 0.f;
-        return 0.f;
-    }
-    inverse = kLargest / peak;
-    return peak * (1.f / kLargest);
-}
-
 }  // namespace

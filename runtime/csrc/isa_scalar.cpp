@@ -62,16 +62,18 @@ struct Digits {
     int32_t value[kMaxDim];
 };
 
-inline float to_digits(const float* x, int n, Digits& d) {
-    float inverse;
-    const float scale = fixed_point_scale(x, n, inverse);
-    for (int i = 0; i < n; ++i) d.value[i] = vint(x[i] * inverse);
-    return scale;
+// x times factor, which must be within the range of the digits. (What it returns is the sum's lanes where that is used.)
+inline VF put_digits(Digits& d, const float* x, VF factor, int n) {
+    for (int i = 0; i < n; ++i) d.value[i] = vint(x[i] * factor);
+    return factor;
 }
+inline void put_sum(Digits&, float) {}
+inline VF rows_sum(const VF* rows) { return rows[0]; }
+inline VF rows_peak(const VF* rows) { return rows[0]; }
 
 template <int N>
 inline void int8_product(const int8_t* m, int rows, int columns, const Digits* d, const float* scales, float* const* y,
-                         const int8_t*) {
+                         const float* beta, const int8_t*) {
     for (int q = 0; q < N; ++q) {
         int32_t sum[kMaxDim] = {};
         for (int r = 0; r < rows; r += 4) {
@@ -81,7 +83,10 @@ inline void int8_product(const int8_t* m, int rows, int columns, const Digits* d
                 sum[c] += row[4 * c] * x[0] + row[4 * c + 1] * x[1] + row[4 * c + 2] * x[2] + row[4 * c + 3] * x[3];
             }
         }
-        for (int c = 0; c < columns; ++c) y[q][c] = static_cast<float>(sum[c]) * scales[q];
+        for (int c = 0; c < columns; ++c) {
+            const float product = static_cast<float>(sum[c]) * scales[q];
+            y[q][c] = beta ? y[q][c] * beta[q] + product : product;
+        }
     }
 }
 

@@ -80,8 +80,8 @@ struct Batch {
     int rows;                  // query rows per KV head: n_new * group, token by token
     int64_t window;            // 0: none
     const float* q;            // [n_kv_heads, rows, dim_pad], times the softmax scale
-    const float* new_k;        // [n_new, n_kv_heads, dim]
-    const float* new_v;        // [n_new, n_kv_heads, dim]
+    const float* new_k;        // [n_new, n_kv_heads, dim_pad]
+    const float* new_v;        // [n_new, n_kv_heads, dim_pad]
     const int64_t* positions;  // [n_new]
     const int32_t* first_own;  // [n_new]: the first new token inside the window
 

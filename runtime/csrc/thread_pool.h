@@ -31,7 +31,7 @@ class ThreadPool {
             for (int i = 0; i < n_items; ++i) fn(i, 0);
             return;
         }
-        dispatch(n_items, &fn, [](void* context, int item, int thread) {
+        dispatch(n_items, const_cast<void*>(static_cast<const void*>(&fn)), [](void* context, int item, int thread) {
             (*static_cast<std::remove_reference_t<F>*>(context))(item, thread);
         });
     }

@@ -37,14 +37,15 @@ def embedding_rows(folder: Path, spec: EmbeddingSpec, vocab: int, hidden: int, t
     file = folder / spec.file
     if spec.dtype in ("float32", "float16"):
         table = np.memmap(file, spec.dtype, "r", spec.offset, (vocab, hidden))
-        return table[tokens].astype(np.float32)
+        rows: Float = table[tokens].astype(np.float32)
+        return rows
     bits = {"int8": 8, "int4": 4}[spec.dtype]
     codes = np.memmap(file, np.uint8, "r", spec.offset, (vocab, hidden * bits // 8))[tokens]
     scales = np.memmap(file, np.float32, "r", spec.scales_offset, (vocab, hidden // 32))[tokens]
     if bits == 4:
         codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(tokens.size, hidden)
-    values = codes.astype(np.float32) - 2 ** (bits - 1)
-    return values * np.repeat(scales, 32, axis=1)
+    values: Float = (codes.astype(np.float32) - 2 ** (bits - 1)) * np.repeat(scales, 32, axis=1)
+    return values
 
 
 class SplitDriver:
@@ -88,9 +89,7 @@ class SplitDriver:
             pages.append(PageView(keys.transpose(1, 0, 2), values.transpose(1, 0, 2), np.ones(size, bool), old))
             start += size
         model = self.model
-        out, _ = paged_attention(
-            q, k, v, pages, positions, scale=model.softmax_scale, window=model.windows[layer]
-        )
+        out, _ = paged_attention(q, k, v, pages, positions, scale=model.softmax_scale, window=model.windows[layer])
         self.keys[layer].append(k)
         self.values[layer].append(v)
         return out

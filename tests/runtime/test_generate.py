@@ -39,8 +39,9 @@ def test_logits_and_greedy_tokens_equal_those_of_transformers(
     tokens = prompt(70)
     model = load_reference(source)
     with torch.no_grad():
+        inputs = torch.tensor([tokens])
         expected = model.generate(
-            torch.tensor([tokens]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=64, do_sample=False, eos_token_id=None
         )[0, len(tokens) :].tolist()
         reference = model(torch.tensor([tokens + expected])).logits[0].numpy()
     for chunk in (128, 17):
@@ -98,7 +99,7 @@ def test_a_conversation_only_pays_for_what_is_new(bundle: Bundle) -> None:
 
 def test_a_changed_history_is_recomputed_from_the_change_on(bundle: Bundle) -> None:
     folder, tokens = bundle("demo"), prompt(200, 1000)
-    changed = tokens[:100] + [7] + tokens[101:]
+    changed = [*tokens[:100], 7, *tokens[101:]]
     with Generator.open(folder, RunOptions(context=600, kv=KVMode.INT8, threads=2)) as generator:
         list(generator.tokens(tokens, max_tokens=5))
         result = list(generator.tokens(changed, max_tokens=10))
@@ -117,18 +118,27 @@ def test_equal_seeds_give_equal_text(bundle: Bundle) -> None:
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(bundle: Bundle) -> None:
-    with Generator.open(bundle("demo"), RunOptions(context=64)) as generator, pytest.raises(PromptTooLong, match=r"60 tokens and 10 .* context of 64"):
+    with (
+        Generator.open(bundle("demo"), RunOptions(context=64)) as generator,
+        pytest.raises(PromptTooLong, match=r"60 tokens and 10 .* context of 64"),
+    ):
         next(generator.tokens(prompt(60), max_tokens=10))
 
 
 def test_a_budget_below_one_page_per_layer_says_what_is_needed(bundle: Bundle) -> None:
-    with Generator.open(bundle("demo"), RunOptions(kv_budget="8KiB")) as generator, pytest.raises(BudgetError, match="in all; raise --kv-budget"):
+    with (
+        Generator.open(bundle("demo"), RunOptions(kv_budget="8KiB")) as generator,
+        pytest.raises(BudgetError, match="in all; raise --kv-budget"),
+    ):
         next(generator.tokens(prompt(300), max_tokens=10))
 
 
 def test_the_inline_form_refuses_a_budget_that_cannot_hold_its_inputs(bundle: Bundle) -> None:
     options = RunOptions(kv_budget="25%", context=1000)
-    with Generator.open(bundle("demo", "inline"), options) as generator, pytest.raises(BudgetError, match="export with --form split"):
+    with (
+        Generator.open(bundle("demo", "inline"), options) as generator,
+        pytest.raises(BudgetError, match="export with --form split"),
+    ):
         next(generator.tokens(prompt(900), max_tokens=10))
 
 
@@ -161,7 +171,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_the_cache_whole(
 
         monkeypatch.setattr(FlashStore, "write", full)
         with pytest.raises(StoreFull):
-            generator.step(prompt(500, 1000))
+            generator.step(prompt(250, 1000))
         monkeypatch.undo()
         assert generator.cache is not None
         generator.cache.check()

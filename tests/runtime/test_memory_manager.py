@@ -41,7 +41,9 @@ def test_more_tokens_than_memory_are_compressed_then_offloaded_and_still_come_ba
     for position in range(0, 512, 8):
         span = slice(position, position + 8)
         for layer in range(2):
-            small.add_to_kv_cache(layer_idx=layer, key=keys[span], value=values[span], token_indices=range(position, position + 8))
+            small.add_to_kv_cache(
+                layer_idx=layer, key=keys[span], value=values[span], token_indices=range(position, position + 8)
+            )
         assert small.get_stats()["bytes_in_memory"] <= 8 * FRAME
     stats = small.get_stats()
     assert stats["pages_compressed"] > 0
@@ -108,7 +110,9 @@ def test_a_dropped_token_is_a_clear_error_that_names_it() -> None:
         gone = next(t for t in range(512) if manager.locate(layer_idx=0, token_index=t)["tier"] == "DROPPED")
         with pytest.raises(TokenDropped, match=f"token {gone} was dropped"):
             manager.get_from_kv_cache(layer_idx=0, token_indices=[gone])
-        assert manager.locate(layer_idx=0, token_index=0)["tier"] == "HOT", "the first page is an attention sink: pinned"
+        assert manager.locate(layer_idx=0, token_index=0)["tier"] == "HOT", (
+            "the first page is an attention sink: pinned"
+        )
 
 
 def test_without_a_way_out_adding_fails_and_changes_nothing() -> None:

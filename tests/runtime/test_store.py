@@ -41,7 +41,9 @@ def test_records_come_back_as_they_were_written_in_any_order(store: FlashStore) 
     written = pages(9)
     records = store.write(list(range(9)), written)
     order = [8, 0, 3, 4, 5, 1]
-    np.testing.assert_array_equal(read(store, [records[i] for i in order], order), np.stack([written[i] for i in order]))
+    np.testing.assert_array_equal(
+        read(store, [records[i] for i in order], order), np.stack([written[i] for i in order])
+    )
 
 
 def test_freed_records_are_used_again(store: FlashStore) -> None:

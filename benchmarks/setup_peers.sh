@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Install what `make bench` compares with, from pip, and convert one checkpoint for all. Safe to run again.
+# Usage: benchmarks/setup_peers.sh DIR    then: EDGEKV_PEERS=DIR make bench    (12 GB, 20 minutes; compiles llama.cpp)
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+mkdir -p "${1:?usage: setup_peers.sh DIR}/models"
+cd "$1"
+dir=$PWD
+python=${PYTHON:-python3}
+llama_version=0.3.36
+
+say() { printf '%s\n' "setup_peers: $*"; }
+pip() { local venv=$1; shift; "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+
+# onnxruntime-genai and transformers; these convert the checkpoint too
+if [ ! -e genai/.ready ]; then
+  say "onnxruntime-genai, transformers"
+  [ -x genai/bin/python ] || "$python" -m venv genai
+  pip genai install "torch==2.13.0"
+  pip genai install "onnxruntime==1.32.0" "onnxruntime-genai==0.18.0" "transformers>=5" onnx onnx-ir gguf sentencepiece
+  touch genai/.ready
+fi
+# llama.cpp, compiled for this machine
+if [ ! -e llamacpp/.ready ]; then
+  say "llama.cpp (compiles)"
+  [ -x llamacpp/bin/python ] || "$python" -m venv llamacpp
+  pip llamacpp install numpy
+  CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF" \
+    pip llamacpp install "llama-cpp-python==$llama_version"
+  touch llamacpp/.ready
+fi
+
+if [ ! -e ckpt/model.safetensors ]; then
+  say "checkpoint"
+  genai/bin/python "$here/peers/make_checkpoint.py" ckpt
+fi
+
+# onnxruntime-genai: float and INT8 cache
+builder() {
+  local out=models/$1; shift
+  [ -e "$out/genai_config.json" ] && return
+  say "$out"
+  genai/bin/python -m onnxruntime_genai.models.builder -i ckpt -o "$out" -p int4 -e cpu -c "$dir/builder-cache" \
+    --extra_options prune_lm_head=true shared_embeddings=true "$@" >"$out.log" 2>&1
+}
+builder genai-int4-f32
+[ -e models/kv_scales.json ] || genai/bin/python "$here/peers/kv_scales.py" ckpt models/kv_scales.json
+builder genai-int4-int8 kv_cache_quant_scheme=int8_per_tensor kv_cache_scale_file="$dir/models/kv_scales.json"
+
+# llama.cpp: Q4_0
+if [ ! -e models/q4_0.gguf ]; then
+  say "models/q4_0.gguf"
+  if [ ! -d llama_source ]; then
+    pip genai download --no-deps --no-binary :all: --no-build-isolation -d sdist "llama-cpp-python==$llama_version" \
+      || pip genai download --no-deps --no-binary :all: -d sdist "llama-cpp-python==$llama_version"
+    mkdir -p llama_source
+    tar -xzf sdist/llama_cpp_python-*.tar.gz -C llama_source --strip-components=1
+  fi
+  genai/bin/python "$here/peers/convert_gguf.py" llama_source/vendor/llama.cpp ckpt models/bf16.gguf >models/gguf.log 2>&1
+  llamacpp/bin/python "$here/peers/quantise_gguf.py" models/bf16.gguf models/q4_0.gguf >>models/gguf.log 2>&1
+  rm models/bf16.gguf
+fi
+say "ready: EDGEKV_PEERS=$dir make bench"

@@ -1,0 +1,75 @@
+"""The native kernels (runtime/csrc). What the functions mean is said in :mod:`edgekv.runtime.kernels`."""
+
+from edgekv.runtime.kernels import Addresses, Bytes, Float, Half, Int8, Int64, Refs
+
+RUN_PAGES: int
+
+def isa() -> str: ...
+def available_isas() -> tuple[str, ...]: ...
+def read_bandwidth(pool: ThreadPool, array: Bytes) -> float: ...
+
+class ThreadPool:
+    def __init__(self, n_threads: int) -> None: ...
+    @property
+    def n_threads(self) -> int: ...
+
+class Attention:
+    def __init__(
+        self,
+        pool: ThreadPool,
+        n_q_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: Float | None = None,
+        max_tokens: int = 512,
+        isa: str = "",
+    ) -> None: ...
+    def run(
+        self,
+        q: Float,
+        new_k: Float,
+        new_v: Float,
+        positions: Int64,
+        refs: Refs,
+        out: Float,
+        window: int = 0,
+        page_mass: Float | None = None,
+    ) -> None: ...
+    def begin(
+        self,
+        q: Float,
+        new_k: Float,
+        new_v: Float,
+        positions: Int64,
+        window: int,
+        n_pages: int,
+        want_mass: bool = False,
+    ) -> None: ...
+    def pages(self, refs: Refs, start: int, stop: int) -> None: ...
+    def finish(self, out: Float, page_mass: Float | None = None) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def buffer_bytes(self) -> int: ...
+
+def pack_warm(
+    hot_page: Bytes | int, out: Bytes | int, n_kv_heads: int, head_dim: int, page_size: int, n_slots: int = -1
+) -> None: ...
+def pack_warm_many(
+    pool: ThreadPool,
+    sources: Addresses,
+    targets: Addresses,
+    n_slots: Int64,
+    n_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+) -> None: ...
+def write_hot(page: Bytes | int, slot: int, k: Float, v: Float, page_size: int) -> None: ...
+def write_hot_many(pages: Addresses, slot: int, k: Float, v: Float, page_size: int) -> None: ...
+def gather_int8(
+    pool: ThreadPool, refs: Refs, keys: Int8, key_scales: Half, values: Int8, value_scales: Half
+) -> None: ...
+def page_bounds(refs: Refs, low: Half, high: Half, page_size: int) -> None: ...

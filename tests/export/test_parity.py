@@ -1,0 +1,100 @@
+"""Both forms give the logits and tokens of transformers, run with NumPy and ONNX Runtime alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.checkpoints import load_reference, make_checkpoint
+from tests.conftest import VARIANTS
+from tests.export.driver import Float, InlineDriver, SplitDriver
+
+TOLERANCE = 1e-3
+#: Ways in which decoders differ that need no 64 tokens to show.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2-some-windows": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 20}),
+    "smollm3-unrotated-layer": ("smollm3", {"num_hidden_layers": 4}),
+    "yarn-rope": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                                "original_max_position_embeddings": 256}}),
+    "all-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "one-layer": ("llama", {"num_hidden_layers": 1}),
+}  # fmt: skip
+
+
+def prompt(count: int) -> list[int]:
+    tokens: list[int] = np.random.default_rng(0).integers(0, 250, count).tolist()
+    return tokens
+
+
+def logits_of(model: PreTrainedModel, tokens: list[int]) -> Float:
+    with torch.no_grad():
+        rows: Float = model(torch.tensor([tokens])).logits[0].numpy()
+    return rows
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_64_greedy_tokens_equal_those_of_transformers(
+    variant: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
+) -> None:
+    source, given = checkpoint(variant), prompt(40)
+    model = load_reference(source)
+    inputs = torch.tensor([given])
+    with torch.no_grad():
+        expected = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=64, do_sample=False, eos_token_id=None
+        )[0].tolist()
+    reference = logits_of(model, expected)
+    for driver_type, form in ((SplitDriver, "split"), (InlineDriver, "inline")):
+        for chunks in ((40,), (1, 7, 13, 19)):
+            driver = driver_type(bundle(source, form))
+            starts = [sum(chunks[:i]) for i in range(len(chunks))]
+            rows = [driver.step(given[start : start + size]) for start, size in zip(starts, chunks, strict=True)]
+            tokens = list(given)
+            for _ in range(64):
+                tokens.append(int(rows[-1][-1].argmax()))
+                rows.append(driver.step(tokens[-1:]))
+            assert tokens == expected, (form, chunks)
+            assert np.abs(np.concatenate(rows) - reference).max() <= TOLERANCE, (form, chunks)
+
+
+@pytest.mark.parametrize("variant", MORE)
+def test_further_variants_give_the_logits_of_transformers(
+    variant: str, tmp_path: Path, bundle: Callable[..., Path]
+) -> None:
+    family, changes = MORE[variant]
+    source = make_checkpoint(tmp_path, family, **changes)
+    driver, tokens = SplitDriver(bundle(source)), prompt(60)
+    rows = np.concatenate([driver.step(tokens[:31]), driver.step(tokens[31:59]), driver.step(tokens[59:])])
+    assert np.abs(rows - logits_of(load_reference(source), tokens)).max() <= TOLERANCE
+
+
+def test_pages_in_int8_change_the_logits_little(checkpoint: Callable[[str], Path], bundle: Callable[..., Path]) -> None:
+    source, tokens = checkpoint("llama"), prompt(100)
+    driver = InlineDriver(bundle(source, "inline"), quantised=True)
+    rows = np.concatenate([driver.step(tokens[:70]), driver.step(tokens[70:])])
+    reference = logits_of(load_reference(source), tokens)
+    assert np.abs(rows - reference).max() <= 0.05 * reference.std()
+    assert all(mass.shape == (4,) and 0 < mass.sum() < 1 for mass in driver.page_mass)
+
+
+def test_partial_rotation_turns_only_the_first_channels(tmp_path: Path, bundle: Callable[..., Path]) -> None:
+    """transformers has no Llama with it, so the oracle is one with its channels put elsewhere and zero angles."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    source, tokens = make_checkpoint(tmp_path, "llama", rope_parameters=rope), prompt(40)
+    model = load_reference(source)
+    dim, half = 32, 8
+    order = [*range(half), *range(2 * half, half + dim // 2), *range(half, 2 * half), *range(half + dim // 2, dim)]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                weight.copy_(weight.unflatten(0, (-1, dim))[:, order].flatten(0, 1))
+        frequencies = 1.0 / (10000.0 ** (torch.arange(0, 2 * half, 2) / (2 * half)))
+        model.model.rotary_emb.inv_freq.zero_()[:half] = frequencies
+    rows = SplitDriver(bundle(source)).step(tokens)
+    assert np.abs(rows - logits_of(model, tokens)).max() <= TOLERANCE

@@ -1,0 +1,120 @@
+"""What each weight kind costs in bytes and in logits, and that nothing is stored twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from edgekv.bundle import read_manifest
+from edgekv.export.checkpoint import open_checkpoint
+from edgekv.export.quantise import quantise
+from tests.checkpoints import make_checkpoint
+from tests.export.driver import Float, InlineDriver, SplitDriver, embedding_rows
+
+Bundle = Callable[..., Path]
+#: Root mean square of the logit error over that of the logits. int8 and int4 include INT8 activations.
+TOLERANCE = {"fp16": 1e-3, "int8": 0.02, "int4": 0.15}
+
+
+def prompt(count: int) -> list[int]:
+    tokens: list[int] = np.random.default_rng(1).integers(0, 250, count).tolist()
+    return tokens
+
+
+def distance(rows: Float, reference: Float) -> float:
+    return float(np.sqrt(np.square(rows - reference).mean() / np.square(reference).mean()))
+
+
+def extents(folder: Path) -> Iterator[tuple[int, int]]:
+    """Every (offset, bytes) that a graph of the bundle reads from the weight file."""
+    for name in read_manifest(folder).graphs:
+        for tensor in onnx.load(folder / name, load_external_data=False).graph.initializer:
+            fields = {entry.key: entry.value for entry in tensor.external_data}
+            if fields:
+                assert fields["location"] == "weights.bin"
+                yield int(fields["offset"]), int(fields["length"])
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen2-bias"])
+@pytest.mark.parametrize("weights", TOLERANCE)
+def test_smaller_weights_keep_the_logits_close_and_both_forms_alike(
+    variant: str, weights: str, checkpoint: Callable[[str], Path], bundle: Bundle
+) -> None:
+    source, tokens = checkpoint(variant), prompt(48)
+    reference = SplitDriver(bundle(source)).step(tokens)
+    split = SplitDriver(bundle(source, "split", weights)).step(tokens)
+    assert distance(split, reference) <= TOLERANCE[weights]
+    inline = InlineDriver(bundle(source, "inline", weights)).step(tokens)
+    assert distance(inline, split) <= 1e-3
+
+
+@pytest.mark.parametrize("form", ["split", "inline"])
+@pytest.mark.parametrize("weights", ["fp32", "fp16", "int8", "int4"])
+def test_a_tied_embedding_is_on_disk_once(
+    form: str, weights: str, checkpoint: Callable[[str], Path], bundle: Bundle
+) -> None:
+    folder = bundle(checkpoint("llama-tied"), form, weights)
+    model = read_manifest(folder).model
+    weight_bits = {"fp32": 32.0, "fp16": 16.0, "int8": 9.0, "int4": 5.125}[weights]
+    parameters = open_checkpoint(checkpoint("llama-tied")).parameters
+    assert parameters > model.vocab_size * model.hidden_size
+    bytes_needed = parameters * weight_bits / 8
+    assert (folder / "weights.bin").stat().st_size <= bytes_needed * 1.02 + 32 * 4096
+
+
+def test_the_embedding_of_the_manifest_is_the_head_when_tied(checkpoint: Callable[[str], Path], bundle: Bundle) -> None:
+    for weights in ("fp32", "fp16", "int8", "int4"):
+        folder = bundle(checkpoint("llama-tied"), "split", weights)
+        embedding = read_manifest(folder).embedding
+        assert embedding is not None
+        assert embedding.offset in {offset for offset, _ in extents(folder)}
+
+
+@pytest.mark.parametrize("weights", ["fp32", "fp16", "int8", "int4"])
+def test_embedding_rows_are_those_of_the_checkpoint(
+    weights: str, checkpoint: Callable[[str], Path], bundle: Bundle
+) -> None:
+    for variant in ("llama", "llama-tied"):
+        folder, ids = bundle(checkpoint(variant), "split", weights), np.array(prompt(20))
+        manifest = read_manifest(folder)
+        assert manifest.embedding is not None
+        rows = embedding_rows(folder, manifest.embedding, manifest.model.vocab_size, manifest.model.hidden_size, ids)
+        table = open_checkpoint(checkpoint(variant)).tensor("model.embed_tokens.weight").numpy()
+        assert (
+            distance(rows, table[ids])
+            <= {"float32": 0, "float16": 1e-3, "int8": 0.01, "int4": 0.12}[manifest.embedding.dtype]
+        )
+
+
+def test_large_tensors_can_be_mapped_and_no_two_overlap(checkpoint: Callable[[str], Path], bundle: Bundle) -> None:
+    for form in ("split", "inline"):
+        found = sorted(set(extents(bundle(checkpoint("llama"), form))))
+        assert all(offset % (4096 if size >= 1 << 16 else 64) == 0 for offset, size in found)
+        assert all(a + size <= b for (a, size), (b, _) in zip(found, found[1:], strict=False))
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_widths_that_do_not_fill_their_blocks_are_padded(weights: str, tmp_path: Path, bundle: Bundle) -> None:
+    source = make_checkpoint(tmp_path, hidden_size=80, intermediate_size=144, tie_word_embeddings=True)
+    tokens = prompt(30)
+    reference = SplitDriver(bundle(source)).step(tokens)
+    split = SplitDriver(bundle(source, "split", weights))
+    assert split.manifest.embedding is not None
+    assert split.manifest.embedding.dtype == "float16"
+    rows = split.step(tokens)
+    assert distance(rows, reference) <= TOLERANCE[weights]
+    assert distance(InlineDriver(bundle(source, "inline", weights)).step(tokens), rows) <= 1e-3
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_codes_are_low_nibble_first(symmetric: bool) -> None:
+    weight = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    got = quantise(weight, 4, symmetric=symmetric)
+    codes = np.stack([got.codes & 15, got.codes >> 4], axis=-1).reshape(8, 2, 32).astype(np.float32)
+    zeros = np.float32(8) if got.zeros is None else np.stack([got.zeros & 15, got.zeros >> 4], -1).reshape(8, 2, 1)
+    restored = ((codes - zeros) * got.scales[:, :, None]).reshape(8, 64)
+    assert np.abs(restored - weight).max() <= got.scales.max()
