@@ -83,13 +83,13 @@ def test_peak_memory_stays_within_weights_budget_and_the_overhead_that_the_readm
     n_tokens: int, bundle: Bundle, tmp_path: Path
 ) -> None:
     words = Path(LONG[1]).read_text(encoding="utf-8").split()
-    text = " ".join((words * (1 + n_tokens // len(words)))[:n_tokens])
+    text = " ".join((words * 4)[: n_tokens // 2])  # about two tokens to a word
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(text, encoding="utf-8")
     folder = bundle("demo")
     weights = sum(path.stat().st_size for path in folder.iterdir())
     result = json.loads(cli("run", folder, "--prompt-file", prompt, "-n", "8", "--kv-budget", "1MiB", "--json").stdout)
-    assert result["prefill_tokens"] >= n_tokens
+    assert 0.9 * n_tokens <= result["prefill_tokens"] <= 1.3 * n_tokens
     assert result["peak_rss_bytes"] <= weights + 2**20 + RUNTIME_OVERHEAD_BYTES
 
 
@@ -187,7 +187,7 @@ def test_a_damaged_bundle_is_refused_by_name(
 def test_a_profile_with_a_bad_number_names_file_and_field(bundle: Bundle, tmp_path: Path) -> None:
     profile = tmp_path / "mine.toml"
     profile.write_text(
-        'extends = "laptop-16gb"\n[memory]\napp_limit_bytes = {value = -1, source = "x", confidence = "low"}\n'
+        'name = "mine"\ntitle = "Mine"\nextends = "laptop-16gb"\n[memory]\napp_limit_bytes = {value = -1, source = "x", confidence = "low"}\n'
     )
     refused(cli("run", bundle("demo"), "--prompt", "a", "--profile", profile), 2, "mine.toml", "app_limit_bytes")
 

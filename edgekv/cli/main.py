@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 import edgekv
+from edgekv.cli import run
 from edgekv.cli.export import export_command
 from edgekv.cli.inspect import inspect_command
 from edgekv.cli.profiles import app as profiles_app
-from edgekv.cli.run import run_command
 from edgekv.errors import EdgeKVError
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("export")(export_command)
-app.command("run")(run_command)
+app.command("run", epilog=run.EPILOG)(run.run_command)
 app.command("inspect")(inspect_command)
 app.add_typer(profiles_app, name="profiles")
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from edgekv.bundle import read_manifest
 from edgekv.errors import EdgeKVError, UsageError
 from edgekv.types import KVMode, format_bytes
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from edgekv.runtime.generate import Generator
     from edgekv.runtime.sampling import SamplingOptions
 
-_EPILOG = """
+#: Tokens that a conversation may grow to when --context does not say.
+CHAT_CONTEXT = 8192
+
+EPILOG = """
 Examples:
 
 `edgekv run demo.edgekv --prompt "It was a dark night"`
@@ -42,7 +46,7 @@ def run_command(
     system: Annotated[str | None, typer.Option("--system", help="System message of the conversation.")] = None,
     profile: Annotated[str | None, typer.Option("--profile", help="Device whose memory sets the KV budget; see `edgekv profiles`.")] = None,
     kv_budget: Annotated[str | None, typer.Option("--kv-budget", metavar="SIZE|SHARE", help="RAM for keys and values: 64MiB, or 25% of the fp16 cache of the context.")] = None,
-    context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens in the sequence at the most. Default: what the prompt and --max-tokens need.")] = None,
+    context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens in the sequence at the most. Default: what the prompt and --max-tokens need; 8192 with --chat.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to generate at the most.")] = 256,
     kv: Annotated[KVMode, typer.Option("--kv", help="auto: fp16 while the context fits the budget, INT8 otherwise. int8: from the first full page. fp16: until memory runs out.")] = KVMode.AUTO,
     policy: Annotated[str, typer.Option("--policy", help="Which pages leave RAM first: lru, heavy, window, random.")] = "lru",
@@ -73,6 +77,8 @@ def run_command(
         )
     if kv_budget and profile:
         raise UsageError("give --kv-budget or --profile, not both: the profile sets the budget")
+    if chat and context is None:
+        context = min(read_manifest(bundle).model.max_context, CHAT_CONTEXT)
     sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
     console = Console(stderr=True)
     budget: int | str | None = kv_budget
@@ -111,7 +117,6 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
 
 
 def _profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -> int:
-    from edgekv.bundle import read_manifest
     from edgekv.device_profiles import kv_budget, load
     from edgekv.runtime.budget import RUNTIME_OVERHEAD_BYTES
 
