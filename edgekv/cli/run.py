@@ -91,9 +91,7 @@ def run_command(
     text = _read_prompt(prompt, prompt_file)
     with Generator.open(bundle, options) as generator:
         if generator.kernels.isa() == "numpy":
-            console.print(
-                "edgekv: the native kernels are not built; using NumPy, which is many times slower", style="yellow"
-            )
+            print("edgekv: the native kernels are not built; NumPy is used, many times slower", file=sys.stderr)
         if chat:
             _converse(generator, console, system, max_tokens, sampling, stop or [], as_json=as_json)
         else:
