@@ -1,8 +1,8 @@
 """The seam at run time: attention over the pages of one layer, wherever they are.
 
 All pages resident: one kernel call on the table's row. Some on flash: the pages are walked in logical order, and those on
-flash pass through a small staging ring. The kernel merges fixed runs of pages in logical order, so both ways give
-the same bits. Residency does not change here.
+flash pass through a small staging ring, read one piece ahead of the kernel, across layers. The kernel merges fixed runs of
+pages in logical order, so both ways give the same bits. Residency does not change here.
 """
 
 from __future__ import annotations
@@ -11,23 +11,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.runtime.cache import KVCache
+from edgekv.runtime.engines.base import StepBuffers
 from edgekv.runtime.kernels import KIND_WARM, Kernels
-from edgekv.spec import ModelSpec, PageSpec
+from edgekv.runtime.pages import tag
+from edgekv.runtime.reader import PageReader
+from edgekv.spec import ModelSpec
 from edgekv.types import Tier
 
 Float = NDArray[np.float32]
 
 
-def staging_pages(kernels: Kernels, spec: PageSpec) -> int:
-    """Pages of the staging ring: one run of the kernel, or 256 KiB of records if that is more."""
-    runs = -(-256 * 1024 // (spec.record_bytes * kernels.RUN_PAGES))
-    return max(1, runs) * kernels.RUN_PAGES
-
-
 class Attender:
-    """Attends new tokens to a cache. One per sequence: it owns the staging ring."""
+    """Attends new tokens to a cache. One per sequence: it owns the staging ring.
 
-    def __init__(self, model: ModelSpec, cache: KVCache, kernels: Kernels, *, threads: int, max_tokens: int) -> None:
+    Args:
+        piece_pages: pages that are read from flash at a time, a multiple of ``kernels.RUN_PAGES``.
+    """
+
+    def __init__(
+        self, model: ModelSpec, cache: KVCache, kernels: Kernels, *, threads: int, max_tokens: int, piece_pages: int
+    ) -> None:
         self._cache = cache
         self._windows = model.windows
         self._run_pages = kernels.RUN_PAGES
@@ -40,9 +43,14 @@ class Attender:
             model.softmax_scale,
             max_tokens=max_tokens,
         )
-        self._ring: NDArray[np.uint8] = np.empty((0, cache.spec.warm_slot_bytes), np.uint8)
-        self._ring_pages = staging_pages(kernels, cache.spec)
-        self.missed_pages = 0
+        self._piece_pages = piece_pages
+        store = cache.manager.store
+        self._reader = PageReader(store, cache.spec, piece_pages) if store is not None else None
+
+    def close(self) -> None:
+        """End the reader's thread."""
+        if self._reader is not None:
+            self._reader.close()
 
     def attend(self, layer: int, q: Float, k: Float, v: Float, positions: NDArray[np.int64], out: Float) -> None:
         """Attend T new tokens to the pages of a layer and to themselves.
@@ -65,6 +73,14 @@ class Attender:
         if mass is not None:
             self._cache.touch(layer, mass)
 
+    def attend_resident(
+        self, layer: int, buffers: StepBuffers, positions: NDArray[np.int64], refs: NDArray[np.void], mass: Float
+    ) -> None:
+        """Attend the tokens in ``buffers`` to pages that are all in RAM; the caller records ``mass`` [len(refs)]."""
+        self._attention.run(
+            buffers.q, buffers.k, buffers.v, positions, refs, buffers.attention, self._windows[layer], mass
+        )
+
     def _stream(
         self,
         layer: int,
@@ -77,28 +93,46 @@ class Attender:
         out: Float,
         mass: Float | None,
     ) -> None:
-        refs, n_pages = resident.copy(), len(resident)
-        if not len(self._ring):
-            self._ring = np.empty((self._ring_pages, self._cache.spec.warm_slot_bytes), np.uint8)
-        self.missed_pages += int(np.count_nonzero(tiers == Tier.DROPPED))
-        self._attention.begin(q, k, v, positions, self._windows[layer], n_pages, mass is not None)
-        start = 0
-        while start < n_pages:
-            stop, cold = start, 0
-            while stop < n_pages:
-                run = tiers[stop : stop + self._run_pages]
-                in_run = int(np.count_nonzero(run == Tier.COLD))
-                if cold + in_run > len(self._ring):
-                    break
-                stop, cold = stop + len(run), cold + in_run
-            pages = (np.flatnonzero(tiers[start:stop] == Tier.COLD) + start).tolist()
-            if pages:
-                self._cache.manager.read_records(layer, pages, self._ring)
-                stride = self._ring.strides[0]
-                refs["data"][pages] = self._ring.ctypes.data + np.arange(len(pages), dtype=np.uint64) * np.uint64(
-                    stride
-                )
-                refs["kind"][pages] = KIND_WARM
+        assert self._reader is not None
+        counters = self._cache.manager.counters
+        counters.pages_missed += int(np.count_nonzero(tiers == Tier.DROPPED))
+        refs = resident.copy()
+        self._attention.begin(q, k, v, positions, self._windows[layer], len(refs), mass is not None)
+        pieces = self._pieces(layer)
+        for index, (start, stop, cold) in enumerate(pieces):
+            if cold:
+                refs["data"][cold], _ = self._reader.take(*self._records(layer, cold))
+                refs["kind"][cold] = KIND_WARM
+                counters.pages_fetched += len(cold)
+            self._request_next(layer, pieces[index + 1 :])
             self._attention.pages(refs, start, stop)
-            start = stop
         self._attention.finish(out, mass)
+
+    def _pieces(self, layer: int) -> list[tuple[int, int, list[int]]]:
+        """Cut the pages of a layer into pieces [start, stop) of whole runs, with the COLD pages of each."""
+        tiers = self._cache.table.tier[layer, : self._cache.table.n_pages(layer)]
+        pieces: list[tuple[int, int, list[int]]] = []
+        start = 0
+        cold: list[int] = []
+        for run in range(0, len(tiers), self._run_pages):
+            stop = min(run + self._run_pages, len(tiers))
+            in_run = (np.flatnonzero(tiers[run:stop] == Tier.COLD) + run).tolist()
+            if len(cold) + len(in_run) > self._piece_pages:
+                pieces.append((start, run, cold))
+                start, cold = run, []
+            cold = cold + in_run
+        pieces.append((start, len(tiers), cold))
+        return pieces
+
+    def _request_next(self, layer: int, rest: list[tuple[int, int, list[int]]]) -> None:
+        """Start to read what is needed next: in this layer, or at the start of the next one."""
+        assert self._reader is not None
+        following = (layer + 1) % self._cache.spec.n_layers
+        for at, pieces in ((layer, rest), (following, self._pieces(following))):
+            for _, _, cold in pieces:
+                if cold:
+                    self._reader.request(*self._records(at, cold))
+                    return
+
+    def _records(self, layer: int, pages: list[int]) -> tuple[list[int], list[int]]:
+        return self._cache.table.record[layer, pages].tolist(), [tag(layer, page) for page in pages]

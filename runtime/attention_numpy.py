@@ -10,7 +10,7 @@ import ctypes
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -219,9 +219,7 @@ class Attention:
 
     def _empty(self) -> _State:
         shape = self._q.shape[:2]
-        return _State(
-            np.full(shape, -SCORE_LIMIT, np.float32), np.zeros(shape, np.float32), np.zeros_like(self._q)
-        )
+        return _State(np.full(shape, -SCORE_LIMIT, np.float32), np.zeros(shape, np.float32), np.zeros_like(self._q))
 
     def _attend_run(self, refs: Refs) -> None:
         spec = self._spec
@@ -387,7 +385,8 @@ def read_bandwidth(pool: Any, array: Bytes) -> float:
 def _half_up(x: Float) -> Half:
     with np.errstate(over="ignore"):
         nearest = x.astype(np.float16)
-    return np.where(nearest.astype(np.float32) < x, np.nextafter(nearest, np.float16(np.inf)), nearest)
+        above = np.nextafter(nearest, np.float16(np.inf))
+    return np.where(nearest.astype(np.float32) < x, above, nearest)
 
 
 def _pack(hot: Bytes, out: Bytes, spec: PageSpec, live: Bools) -> None:
@@ -412,7 +411,8 @@ def _live(ref: np.void, page_size: int) -> Bools:
         return np.zeros(page_size, bool)
     words = np.ascontiguousarray(ref["mask"]).astype("<u8")
     mask = np.unpackbits(words.view(np.uint8), bitorder="little")[:page_size].astype(bool)
-    return cast(Bools, mask & (np.arange(page_size) < int(ref["n_slots"])))
+    live: Bools = mask & (np.arange(page_size) < int(ref["n_slots"]))
+    return live
 
 
 def _page_bytes(page: Bytes | int, name: str, size: int, *, writable: bool = False) -> Bytes:

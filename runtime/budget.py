@@ -12,12 +12,16 @@ from edgekv.types import KVMode, format_bytes, parse_bytes
 #: RAM of the process beyond weights and cache: interpreter, libraries, activations. Measured on Linux x86-64; see README.
 RUNTIME_OVERHEAD_BYTES = 160 * 1024 * 1024
 
+#: Reads of this size keep flash near its sequential rate, which levels off between 256 KiB and 1 MiB.
+PIECE_BYTES = 512 * 1024
+
 
 @dataclass(frozen=True)
 class BudgetPlan:
     """The parts of a budget; ``arena_bytes + staging_bytes <= budget_bytes``.
 
-    ``fits``: the whole context fits the arena, so that no page needs to leave RAM.
+    ``fits``: the whole context fits the arena, so that no page needs to leave RAM. ``piece_pages``: pages that are
+    read from flash at a time; the staging ring holds two such pieces.
     """
 
     budget_bytes: int
@@ -25,6 +29,7 @@ class BudgetPlan:
     staging_bytes: int
     compress_at_seal: bool
     fits: bool
+    piece_pages: int = 0
 
 
 def resolve_budget(kv_budget: int | str | None, spec: PageSpec, context: int) -> int | None:
@@ -47,9 +52,12 @@ def resolve_budget(kv_budget: int | str | None, spec: PageSpec, context: int) ->
 
 
 def plan_budget(
-    spec: PageSpec, *, kv_budget: int | str | None, context: int, mode: KVMode, staging_bytes: int, inline: bool = False
+    spec: PageSpec, *, kv_budget: int | str | None, context: int, mode: KVMode, run_pages: int, inline: bool = False
 ) -> BudgetPlan:
     """Divide a budget for a sequence of up to ``context`` tokens.
+
+    Args:
+        run_pages: pages that the kernel takes at a time.
 
     Raises:
         BudgetError: it is below what the run needs at the least; the message says how much that is.
@@ -67,6 +75,9 @@ def plan_budget(
     whole = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
     if whole <= budget:
         return BudgetPlan(budget, whole, 0, compress, True)
+    piece_bytes = min(PIECE_BYTES, budget // 16)
+    piece_pages = max(1, piece_bytes // (spec.record_bytes * run_pages)) * run_pages
+    staging_bytes = 2 * piece_pages * spec.record_bytes
     needed = PageManager.least_bytes(spec) + staging_bytes
     gathered = 2 * spec.n_layers * pages * spec.warm_bytes if inline else 0
     if inline and budget < needed + gathered:
@@ -81,4 +92,4 @@ def plan_budget(
             f" {spec.page_size} tokens each, one to work with and a staging ring, {format_bytes(needed)} in all;"
             " raise --kv-budget, or export with a smaller --page-size"
         )
-    return BudgetPlan(budget, budget - staging_bytes - gathered, staging_bytes, compress, False)
+    return BudgetPlan(budget, budget - staging_bytes - gathered, staging_bytes, compress, False, piece_pages)

@@ -146,6 +146,13 @@ class KVCache:
             table.mass[layer, :n_pages] += mass
             table.last_used[layer, :n_pages][mass * n_pages >= 1.0] = self.manager.step
 
+    def touch_all(self, mass: Float) -> None:
+        """Do :meth:`touch` for every layer at once, with mass [n_layers, n_pages]."""
+        table, n_pages = self.table, mass.shape[1]
+        if n_pages:
+            table.mass[:, :n_pages] += mass
+            np.copyto(table.last_used[:, :n_pages], self.manager.step, where=mass * n_pages >= 1.0)
+
     def prune(self, tokens: Int) -> int:
         """Remove tokens from every layer that holds them; pages left without a token are freed in every tier.
 

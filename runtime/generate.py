@@ -8,6 +8,7 @@ with Generator.open("llama.edgekv", kv_budget="64MiB") as generator:
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import tempfile
 import time
@@ -20,7 +21,7 @@ import numpy as np
 
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.errors import PromptTooLong
-from edgekv.runtime.attend import Attender, staging_pages
+from edgekv.runtime.attend import Attender
 from edgekv.runtime.budget import BudgetPlan, plan_budget
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.embedding import Embedding
@@ -44,7 +45,8 @@ class RunOptions:
     ``kv_budget``: bytes, ``"64MiB"``, ``"25%"`` of the fp16 cache of the context, or None for no limit.
     ``context``: tokens in the sequence at the most; None takes what the prompt and ``max_tokens`` need.
     ``offload``: folder for pages that do not fit; None uses a private file in the cache folder of the user.
-    ``allow_drop``: forget pages instead of writing them to flash; changes results, and says how much.
+    ``allow_drop``: forget pages that do not fit, instead of writing them to flash (unless ``offload`` names a
+    folder); changes results, and says how much.
     """
 
     kv_budget: int | str | None = None
@@ -96,6 +98,7 @@ class Generator:
         self._store: FlashStore | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._engine: SegmentEngine | None = None
+        self._attender: Attender | None = None
         self._planned_context = 0
         if self.manifest.form == "split":
             from edgekv.runtime.engines.onnx import OnnxSegments
@@ -113,6 +116,20 @@ class Generator:
             BundleError: it cannot be used. EngineError: the engine refused a graph.
         """
         return cls(Path(folder), options or RunOptions())
+
+    def fork(self, options: RunOptions) -> Generator:
+        """Return a generator on the same engine and weights with a cache of its own; steps of the two may alternate.
+
+        The logits of one are valid until the next step of either. ``threads`` of the engine stay as they are.
+        """
+        other = copy.copy(self)
+        other.options = options
+        other.stats = RunStats()
+        other._policy = make_policy(options.policy)
+        other._tokens = []
+        other._forward = other._cache = other._store = other._scratch = other._attender = None
+        other._planned_context = 0
+        return other
 
     # -- generation --------------------------------------------------------------------------------------------
 
@@ -285,10 +302,10 @@ class Generator:
             kv_budget=self.options.kv_budget,
             context=context,
             mode=self.options.kv,
-            staging_bytes=staging_pages(self.kernels, spec) * spec.warm_slot_bytes,
+            run_pages=self.kernels.RUN_PAGES,
             inline=self.manifest.form == "inline",
         )
-        if not self._plan.fits:
+        if not self._plan.fits and (self.options.offload is not None or not self.options.allow_drop):
             self._store = FlashStore(self._offload_folder(), spec)
         options = CacheOptions(
             budget_bytes=self._plan.arena_bytes,
@@ -304,10 +321,15 @@ class Generator:
             self._forward = InlineForward(self.folder, self.manifest, self._cache, self.options.threads)
         else:
             assert self._engine is not None
-            attender = Attender(
-                model, self._cache, self.kernels, threads=self.options.threads, max_tokens=self.options.prefill_chunk
+            self._attender = Attender(
+                model,
+                self._cache,
+                self.kernels,
+                threads=self.options.threads,
+                max_tokens=self.options.prefill_chunk,
+                piece_pages=self._plan.piece_pages,
             )
-            self._forward = SplitForward(self._engine, self._embedding, Rope(model.rope), self._cache, attender)
+            self._forward = SplitForward(self._engine, self._embedding, Rope(model.rope), self._cache, self._attender)
 
     def _offload_folder(self) -> Path:
         if self.options.offload is not None:
@@ -330,6 +352,9 @@ class Generator:
 
     def close(self) -> None:
         """Free the cache and the offload file."""
+        if self._attender is not None:
+            self._attender.close()
+            self._attender = None
         self._forward = None
         self._cache = None
         self._tokens = []

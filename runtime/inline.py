@@ -17,6 +17,7 @@ from edgekv.runtime.cache import KVCache
 from edgekv.runtime.engines.base import Float
 from edgekv.runtime.engines.onnx import open_session, session_options
 from edgekv.runtime.forward import Rows
+from edgekv.spec import RECORD_HEADER_BYTES
 from edgekv.types import Tier
 
 
@@ -59,11 +60,11 @@ class InlineForward:
         key_pages, value_pages = np.empty(shape, np.int8), np.empty(shape, np.int8)
         key_scales = np.empty((len(packed), spec.n_kv_heads, spec.head_dim), np.float16)
         value_scales = np.empty((len(packed), spec.n_kv_heads, size), np.float16)
-        record = np.empty((1, spec.warm_bytes), np.uint8)
+        record = np.empty((1, spec.record_bytes), np.uint8)
         for row, page in enumerate(packed.tolist()):
             if tiers[page] == Tier.COLD:
                 cache.manager.read_records(layer, [page], record)
-                payload = record[0]
+                payload = record[0, RECORD_HEADER_BYTES:]
             else:
                 payload = cache.manager.arena.page(int(table.offset[layer, page]), spec.warm_bytes)
             key_pages[row], key_scales[row], value_pages[row], value_scales[row] = unpack_warm_codes(

@@ -110,10 +110,10 @@ class Kernels(Protocol):
     def available_isas(self) -> tuple[str, ...]:
         """Names that EDGEKV_ISA may have here, the preferred one first."""
 
-    def ThreadPool(self, n_threads: int) -> Pool:  # noqa: N802
+    def ThreadPool(self, n_threads: int) -> Pool:
         """Start a pool of ``n_threads``, the calling thread included."""
 
-    def Attention(  # noqa: N802
+    def Attention(
         self,
         pool: Any,
         n_q_heads: int,

@@ -19,7 +19,7 @@ from edgekv.runtime.policy import LRU, PageUse, Policy
 from edgekv.runtime.stats import CacheStats
 from edgekv.runtime.store import PageStore
 from edgekv.runtime.table import NOTHING, PageTable
-from edgekv.spec import PageSpec
+from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 from edgekv.types import Tier, format_bytes
 
 Bytes = NDArray[np.uint8]
@@ -101,13 +101,14 @@ class PageManager:
         """Bring a COLD page back to RAM; others may have to leave."""
         table = self.table
         if not self.arena.half_free_frames:
-            self.make_room(1)  # before the read: compressing uses the scratch page
-        self.read_records(layer, [page], self._scratch[None])
-        self._place_warm(layer, page, self._scratch)
+            self.make_room(1)
+        row = np.empty((1, self.spec.record_bytes), np.uint8)
+        self.read_records(layer, [page], row)
+        self._place_warm(layer, page, row[0, RECORD_HEADER_BYTES:])
         table.last_used[layer, page] = self.step
 
     def read_records(self, layer: int, pages: list[int], out: Bytes) -> None:
-        """Read COLD pages of a layer into ``out`` [n, >= warm_bytes] uint8, checked; residency does not change."""
+        """Read COLD pages of a layer into ``out`` [n, record_bytes] uint8, checked; residency does not change."""
         assert self.store is not None
         records = [int(self.table.record[layer, page]) for page in pages]
         self.store.read(records, [tag(layer, page) for page in pages], out)
@@ -214,10 +215,14 @@ class PageManager:
             OutOfPages: no page may leave memory. StoreFull, StoreError: flash refused. No value was changed.
         """
         while self.arena.free_frames < n_frames:
-            if not self._reclaim(2 * (n_frames - self.arena.free_frames)):
+            short = 2 * (n_frames - self.arena.free_frames)
+            # A few more than asked for, so that victims are chosen once per batch; never much of a small arena.
+            batch = min(WRITE_BATCH_BYTES // self.spec.record_bytes, self.arena.n_frames // 8)
+            if not self._reclaim(max(short, batch)):
                 raise OutOfPages(
                     f"{n_frames} frames of {format_bytes(self.spec.frame_bytes)} are needed, {self.arena.free_frames} are"
-                    " free, and no page may leave memory: raise the budget, give an offload folder (--offload DIR), or allow dropping"
+                    " free, and no page may leave memory: raise the budget, give an offload folder (--offload DIR), or allow"
+                    " dropping"
                 )
 
     def reclaim_to_threshold(self) -> None:

@@ -15,6 +15,7 @@ class CacheStats:
     pages_offloaded: int = 0
     pages_fetched: int = 0
     pages_dropped: int = 0
+    pages_missed: int = 0  #: times that a step wanted a page which had been dropped
     tokens_pruned: int = 0
 
 

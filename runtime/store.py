@@ -11,7 +11,8 @@ A record is (little endian), padded to ``PageSpec.record_bytes``::
     36      28     zero
     64      ...    payload: the WARM page as it lay in RAM
 
-Reads and writes are explicit (pread/pwrite) into memory that the caller owns, never mapped. A page is written once.
+Reads and writes are explicit (pread/pwrite) into memory that the caller owns, never mapped, and go around the page cache
+where the file system can (O_DIRECT): what left memory does not come back as cached file pages. A page is written once.
 A record that fails its check is never used and never deleted. The file is unlinked as soon as it is open, so that nothing
 is left behind, not even after a kill; the folder's lock keeps a second process out.
 """
@@ -19,6 +20,7 @@ is left behind, not even after a kill; the folder's lock keeps a second process 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import struct
 import sys
@@ -31,7 +33,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from edgekv.errors import CorruptPage, StoreError, StoreFull, StoreLocked
-from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
+from edgekv.spec import RECORD_ALIGN_BYTES, RECORD_HEADER_BYTES, PageSpec
 
 if sys.platform != "win32":
     import fcntl
@@ -63,7 +65,7 @@ class PageStore(Protocol):
         ...
 
     def read(self, records: list[int], tags: list[int], out: Bytes) -> None:
-        """Read records into out [n, >= warm_bytes] uint8, checked."""
+        """Read records into out [n, record_bytes] uint8, checked; from any thread."""
         ...
 
     def free(self, record: int) -> None:
@@ -73,6 +75,23 @@ class PageStore(Protocol):
     def close(self) -> None:
         """Release everything."""
         ...
+
+
+def aligned_rows(count: int, row_bytes: int) -> Bytes:
+    """Return zeroed memory [count, row_bytes] uint8 that starts at a page boundary, as O_DIRECT asks for."""
+    return np.frombuffer(mmap.mmap(-1, max(count * row_bytes, 1)), np.uint8, count * row_bytes).reshape(
+        count, row_bytes
+    )
+
+
+def _open_direct(path: Path) -> int | None:
+    """Open a file around the page cache, where system and file system can."""
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        return os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 class FlashStore:
@@ -107,6 +126,7 @@ class FlashStore:
         path = folder / f"pages-{os.getpid()}.bin"
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            self._direct = _open_direct(path)
             os.unlink(path)
         except OSError as error:
             os.close(self._lock)
@@ -127,7 +147,7 @@ class FlashStore:
         """
         records = self._allocate(len(pages))
         size = self.spec.record_bytes
-        block = np.zeros((len(pages), size), np.uint8)
+        block = aligned_rows(len(pages), size)
         for row, record, tag, page in zip(block, records, tags, pages, strict=True):
             row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + page.size] = page
             _HEADER.pack_into(row, 0, MAGIC, 0, record, tag, page.size)
@@ -153,31 +173,32 @@ class FlashStore:
         return records
 
     def read(self, records: list[int], tags: list[int], out: Bytes) -> None:
-        """Read records into ``out`` [n, >= warm_bytes] uint8; neighbours in one system call.
+        """Read records into ``out`` [n, record_bytes] uint8, as they are on flash; neighbours in one system call.
+
+        The payload of row ``i`` is ``out[i, RECORD_HEADER_BYTES:][: spec.warm_bytes]``. Safe to call from another thread
+        than ``write``. Rows that lie in page-aligned memory (:func:`aligned_rows`) are read around the page cache.
 
         Raises:
             CorruptPage: a record is not what was written; ``out`` must not be used.
             StoreError: the read failed.
         """
         size = self.spec.record_bytes
+        direct = self._direct is not None and out.ctypes.data % RECORD_ALIGN_BYTES == 0
+        file = self._direct if direct and self._direct is not None else self._file
         start = 0
         while start < len(records):
             stop = start + 1
             while stop < len(records) and records[stop] == records[stop - 1] + 1:
                 stop += 1
-            block = np.empty((stop - start, size), np.uint8)
             try:
-                got = os.preadv(self._file, [memoryview(block.reshape(-1))], records[start] * size)
+                got = os.preadv(file, [out[start:stop].reshape(-1).data], records[start] * size)
             except OSError as error:
                 raise StoreError(f"cannot read from the offload folder {self.folder}: {error.strerror}") from error
-            if got != block.nbytes:
+            if got != (stop - start) * size:
                 raise CorruptPage(f"the page file in {self.folder} is shorter than what was written to it")
-            for index in range(start, stop):
-                row = block[index - start]
-                self._verify(row, records[index], tags[index])
-                payload = row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + self.spec.warm_bytes]
-                out[index, : payload.size] = payload
             start = stop
+        for row, record, tag in zip(out, records, tags, strict=False):
+            self._verify(row, record, tag)
         self.counters.records_read += len(records)
         self.counters.bytes_read += len(records) * size
 
@@ -188,6 +209,8 @@ class FlashStore:
     def close(self) -> None:
         """Close the file and the lock; the space goes back to the file system."""
         os.close(self._file)
+        if self._direct is not None:
+            os.close(self._direct)
         os.close(self._lock)
 
     def _allocate(self, count: int) -> list[int]:
@@ -202,9 +225,9 @@ class FlashStore:
         return list(range(first, first + count))
 
     def _pwrite(self, data: Bytes, offset: int) -> None:
-        view = memoryview(data)
+        view = data.data
         while view:
-            written = os.pwrite(self._file, view, offset)
+            written = os.pwrite(self._file if self._direct is None else self._direct, view, offset)
             offset += written
             view = view[written:]
 

@@ -104,13 +104,14 @@ inline VF rows_peak(const VF* rows) {
 // N queries times V * 4 columns: vpmaddwd on codes widened to 16 bits (vpmaddubsw would saturate).
 template <int N, int V>
 inline void int8_block(const int8_t* m, int rows, size_t stride, const Digits* d, const float* scales, float* const* y,
-                       const float* beta, int column, const int8_t* next) {
+                       const float* beta, int column, Ahead& ahead_of, int per_step) {
+    Ahead ahead = ahead_of;
     __m256i sum[N][V];
     for (int q = 0; q < N; ++q) {
         for (int v = 0; v < V; ++v) sum[q][v] = _mm256_setzero_si256();
     }
-    for (int r = 0; r < rows; r += 4, m += stride, next += stride) {
-        if (column % 16 == 0) prefetch(next);
+    for (int r = 0; r < rows; r += 4, m += stride) {
+        if (column == 0) ahead.lines(per_step);
         __m256i codes[V];
         for (int v = 0; v < V; ++v) {
             codes[v] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(m + 16 * v)));
@@ -131,18 +132,19 @@ inline void int8_block(const int8_t* m, int rows, size_t stride, const Digits* d
             _mm_storeu_ps(at, beta ? _mm_fmadd_ps(_mm_loadu_ps(at), _mm_set1_ps(beta[q]), product) : product);
         }
     }
+    ahead_of = ahead;
 }
 
 template <int N>
 inline void int8_product(const int8_t* m, int rows, int columns, const Digits* d, const float* scales, float* const* y,
-                         const float* beta, const int8_t* next) {
+                         const float* beta, Ahead& ahead, int per_step) {
     constexpr int kWide = N <= 2 ? 4 : 2;
     const size_t stride = static_cast<size_t>(columns) * 4;
     int c = 0;
     for (; c + 4 * kWide <= columns; c += 4 * kWide) {
-        int8_block<N, kWide>(m + 4 * c, rows, stride, d, scales, y, beta, c, next + 4 * c);
+        int8_block<N, kWide>(m + 4 * c, rows, stride, d, scales, y, beta, c, ahead, per_step);
     }
-    for (; c < columns; c += 4) int8_block<N, 1>(m + 4 * c, rows, stride, d, scales, y, beta, c, next + 4 * c);
+    for (; c < columns; c += 4) int8_block<N, 1>(m + 4 * c, rows, stride, d, scales, y, beta, c, ahead, per_step);
 }
 
 uint64_t read_bytes(const uint8_t* data, size_t n) {

@@ -131,7 +131,8 @@ inline __m512i broadcast4(const int8_t* p) {
 // N queries times V * 16 columns. vpdpbusd wants one unsigned operand: codes + 128, and 128 * the digits' sum less.
 template <int N, int V>
 inline void int8_block(const int8_t* m, int rows, size_t stride, __mmask16 tail, const Digits* d, const float* scales,
-                       float* const* y, const float* beta, int column, const int8_t* next) {
+                       float* const* y, const float* beta, int column, Ahead& ahead_of, int per_step) {
+    Ahead ahead = ahead_of;
     const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
     __m512i high[N][V], low[N][V];
 #pragma GCC unroll 4
@@ -142,11 +143,11 @@ inline void int8_block(const int8_t* m, int rows, size_t stride, __mmask16 tail,
             low[q][v] = _mm512_set1_epi32(-128 * d[q].sum);
         }
     }
-    for (int r = 0; r < rows; r += 4, m += stride, next += stride) {
+    for (int r = 0; r < rows; r += 4, m += stride) {
+        if (column == 0) ahead.lines(per_step);
         __m512i codes[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            prefetch(next + 64 * v);
             // The next page is on its way to the second-level cache; from there to the first it is this far ahead.
             _mm_prefetch(reinterpret_cast<const char*>(m + 64 * v + 1024), _MM_HINT_T0);
             codes[v] = V == 1 ? _mm512_maskz_loadu_epi32(tail, m) : _mm512_loadu_si512(m + 64 * v);
@@ -172,24 +173,25 @@ inline void int8_block(const int8_t* m, int rows, size_t stride, __mmask16 tail,
             vstore(at, beta ? vfma(vload(at), vset(beta[q]), product) : product);
         }
     }
+    ahead_of = ahead;
 }
 
 // y = scale * (codes product digits), or beta * y + that.
 template <int N>
 inline void int8_product(const int8_t* m, int rows, int columns, const Digits* d, const float* scales, float* const* y,
-                         const float* beta, const int8_t* next) {
+                         const float* beta, Ahead& ahead, int per_step) {
     const size_t stride = static_cast<size_t>(columns) * 4;
     constexpr __mmask16 kAll = 0xffff;
     int c = 0;
     for (; N <= 2 && c + 64 <= columns; c += 64) {
-        int8_block<N, 4>(m + 4 * c, rows, stride, kAll, d, scales, y, beta, c, next + 4 * c);
+        int8_block<N, 4>(m + 4 * c, rows, stride, kAll, d, scales, y, beta, c, ahead, per_step);
     }
     for (; c + 32 <= columns; c += 32) {
-        int8_block<N, 2>(m + 4 * c, rows, stride, kAll, d, scales, y, beta, c, next + 4 * c);
+        int8_block<N, 2>(m + 4 * c, rows, stride, kAll, d, scales, y, beta, c, ahead, per_step);
     }
     for (; c < columns; c += 16) {
         const __mmask16 tail = columns - c >= 16 ? kAll : static_cast<__mmask16>((1u << (columns - c)) - 1);
-        int8_block<N, 1>(m + 4 * c, rows, stride, tail, d, scales, y, beta, c, next + 4 * c);
+        int8_block<N, 1>(m + 4 * c, rows, stride, tail, d, scales, y, beta, c, ahead, per_step);
     }
 }
 

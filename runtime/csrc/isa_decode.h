@@ -9,7 +9,7 @@ namespace {
 // anything.
 template <int N>
 inline void half_product(const uint16_t* m, int rows, int columns, const Mask128* live, const float* const* x,
-                         float* const* y, const float* beta, const uint16_t* next) {
+                         float* const* y, const float* beta, Ahead& ahead, int per_step) {
     const auto put = [&](int q, int c, VF sum) {
         vstore(y[q] + c, beta ? vfma(vload(y[q] + c), vset(beta[q]), sum) : sum);
     };
@@ -19,7 +19,7 @@ inline void half_product(const uint16_t* m, int rows, int columns, const Mask128
         for (int q = 0; q < N; ++q) sum[q][0] = sum[q][1] = vset(0.f);
         for (int r = 0; r < rows; ++r) {
             const size_t at = static_cast<size_t>(r) * columns + c;
-            prefetch(next + at);
+            if (c == 0) ahead.lines(per_step);
             if (live && !live->test(r)) continue;
             const VF a = vload_half(m + at), b = vload_half(m + at + W);
             for (int q = 0; q < N; ++q) {
@@ -76,7 +76,8 @@ constexpr int kRows = 16;
 // The heads whose rows go together.
 struct Chunk {
     int head0, heads, rows;  // rows per head
-    HeadPage at[kRows], next[kRows];  // per head: this page, and the one to prefetch meanwhile
+    HeadPage at[kRows];  // per head
+    int per_row, per_key_step, per_value_step;  // cache lines to fetch ahead
     int n() const { return heads * rows; }
 };
 
@@ -88,6 +89,7 @@ struct Extents {
 };
 
 struct Work {
+    Ahead ahead;
     Digits digits[kRows];
     alignas(64) float scores[kRows][kMaxPage];
     alignas(64) float key_scales[kMaxDim];
@@ -125,6 +127,7 @@ inline void scale_queries(const Batch& b, const Chunk& chunk, Work& w) {
                 high = vmax(high, vabs(x));
             }
             w.parts[row] = high;
+            w.ahead.lines(chunk.per_row);
         }
     }
     peak_parts(w.parts, peaks);
@@ -135,6 +138,7 @@ inline void scale_queries(const Batch& b, const Chunk& chunk, Work& w) {
     }
     for (int row = 0; row < chunk.n(); ++row) {
         w.parts[row] = put_digits(w.digits[row], scaled[row], vset(factors[row]), dim);
+        w.ahead.lines(chunk.per_row);
     }
     sum_parts(w.parts, factors);
     for (int row = 0; row < chunk.n(); ++row) put_sum(w.digits[row], factors[row]);
@@ -183,6 +187,7 @@ inline void soften(const Batch& b, Mask128 live, int64_t position, const Chunk& 
         peaks[row] = out.peak[row];
         totals[row] = out.total[row];
         w.parts[row] = high;
+        w.ahead.lines(chunk.per_row);
     }
     peak_parts(w.parts, w.base);
     for (int i = 0; i < kRows; i += W) {
@@ -203,6 +208,7 @@ inline void soften(const Batch& b, Mask128 live, int64_t position, const Chunk& 
                 vstore(s + c, kWarmPage ? vmul(e, vload(scales + c)) : vmul(e, vset(w.add[row])));
             }
             w.parts[row] = sum;
+            w.ahead.lines(chunk.per_row);
         }
     }
     sum_parts(w.parts, sums);
@@ -223,7 +229,10 @@ inline void soften(const Batch& b, Mask128 live, int64_t position, const Chunk& 
         }
     }
     if (!kWarmPage) return;
-    for (int row = 0; row < n; ++row) w.parts[row] = put_digits(w.digits[row], w.scores[row], vset(1.f), page);
+    for (int row = 0; row < n; ++row) {
+        w.parts[row] = put_digits(w.digits[row], w.scores[row], vset(1.f), page);
+        w.ahead.lines(chunk.per_row);
+    }
     sum_parts(w.parts, sums);
     for (int row = 0; row < n; ++row) put_sum(w.digits[row], sums[row]);
 }
@@ -241,7 +250,8 @@ inline void by_rows(int n, F&& f) {
 struct HeadProducts {
     const Geometry& g;
     Work& w;
-    HeadPage at, next;
+    const Chunk& chunk;
+    HeadPage at;
     Mask128 live;
     bool warm;
     int first;           // row of the chunk
@@ -261,12 +271,11 @@ struct KeyProduct {
         }
         if (p.warm) {
             int8_product<N>(reinterpret_cast<const int8_t*>(p.at.keys), p.g.dim, p.g.page, p.w.digits + p.first + row,
-                            p.w.score_scale + p.first + row, y, nullptr, reinterpret_cast<const int8_t*>(p.next.keys));
+                            p.w.score_scale + p.first + row, y, nullptr, p.w.ahead, p.chunk.per_key_step);
         } else {
             half_product<N>(reinterpret_cast<const uint16_t*>(p.at.keys), p.g.dim, p.g.page, nullptr, x, y, nullptr,
-                            reinterpret_cast<const uint16_t*>(p.next.keys));
+                            p.w.ahead, p.chunk.per_key_step);
         }
-        p.next = p.at;  // once is enough
     }
 };
 
@@ -286,12 +295,11 @@ struct ValueProduct {
         }
         if (p.warm) {
             int8_product<N>(reinterpret_cast<const int8_t*>(p.at.values), p.g.page, p.g.dim, p.w.digits + first, scales,
-                            y, p.w.keep + first, reinterpret_cast<const int8_t*>(p.next.values));
+                            y, p.w.keep + first, p.w.ahead, p.chunk.per_value_step);
         } else {
             half_product<N>(reinterpret_cast<const uint16_t*>(p.at.values), p.g.page, p.g.dim, &p.live, x, y,
-                            p.w.keep + first, reinterpret_cast<const uint16_t*>(p.next.values));
+                            p.w.keep + first, p.w.ahead, p.chunk.per_value_step);
         }
-        p.next = p.at;
     }
 };
 
@@ -303,10 +311,9 @@ inline void decode_chunk(const Batch& b, const PageRef& ref, Mask128 live, const
         scale_queries<E>(b, chunk, w);
         scale_values<E>(g, chunk, live, w);
     }
-    HeadProducts p{g, w, {}, {}, live, kWarmPage, 0, nullptr, nullptr};
+    HeadProducts p{g, w, chunk, {}, live, kWarmPage, 0, nullptr, nullptr};
     for (int h = 0; h < chunk.heads; ++h) {
         p.at = chunk.at[h];
-        p.next = chunk.next[h];
         p.first = h * chunk.rows;
         p.query = b.q + static_cast<size_t>(chunk.head0 + h) * b.rows * g.dim_pad;
         by_rows(chunk.rows, KeyProduct{p});
@@ -314,12 +321,14 @@ inline void decode_chunk(const Batch& b, const PageRef& ref, Mask128 live, const
     soften<E, kWarmPage>(b, live, ref.position, chunk, out, mass, slot, w);
     for (int h = 0; h < chunk.heads; ++h) {
         p.at = chunk.at[h];
-        p.next = chunk.next[h];
         p.first = h * chunk.rows;
         p.acc = out.acc + static_cast<size_t>(h) * chunk.rows * g.dim_pad;
         by_rows(chunk.rows, ValueProduct{p, h});
     }
+    w.ahead.lines(1 << 20);
 }
+
+inline int steps(int lines, int n) { return lines > n ? (lines + n / 2) / n : 1; }
 
 void decode_run(const Batch& b, const PageRef* pages, int n_pages, const PageRef* next, const State& out, float* mass,
                 float*) {
@@ -334,6 +343,7 @@ void decode_run(const Batch& b, const PageRef* pages, int n_pages, const PageRef
         for (size_t i = 0; i < n * kMassStride; ++i) mass[i] = 0.f;
     }
     Work w;
+    w.ahead = {nullptr, nullptr};
     for (int i = 0; i < kRows; ++i) w.parts[i] = vset(0.f);
     Chunk chunk;
     chunk.rows = b.rows;
@@ -343,14 +353,20 @@ void decode_run(const Batch& b, const PageRef* pages, int n_pages, const PageRef
         const Mask128 live = g.live(ref);
         if (!b.visible(live, ref.position, 0).any()) continue;
         const PageRef* after = p + 1 < n_pages ? &pages[p + 1] : next;
-        if (!after || after->data == 0) after = &ref;
+        const char* ahead = after ? reinterpret_cast<const char*>(static_cast<uintptr_t>(after->data)) : nullptr;
+        const size_t bytes = !ahead ? 0 : after->kind == kHot ? g.hot_bytes() : g.warm_bytes();
         for (int head = 0; head < g.n_kv_heads; head += heads) {
             chunk.head0 = head;
             chunk.heads = min_of(heads, g.n_kv_heads - head);
-            for (int h = 0; h < chunk.heads; ++h) {
-                chunk.at[h] = head_page(g, ref, head + h);
-                chunk.next[h] = head_page(g, *after, head + h);
-            }
+            for (int h = 0; h < chunk.heads; ++h) chunk.at[h] = head_page(g, ref, head + h);
+            // Half of this chunk's share of the next page during the products, half during the rest.
+            const size_t share = (bytes * chunk.heads / g.n_kv_heads + 63) / 64 * 64;
+            const size_t skipped = (bytes * head / g.n_kv_heads) / 64 * 64;
+            w.ahead = {ahead + skipped, ahead + min_of(static_cast<int>(skipped + share), static_cast<int>(bytes))};
+            const int half = static_cast<int>(share / 128);
+            chunk.per_row = (half + 5 * chunk.n() - 1) / (5 * chunk.n());
+            chunk.per_key_step = steps(half / (2 * chunk.heads), g.dim / (ref.kind == kHot ? 1 : 4));
+            chunk.per_value_step = steps(half / (2 * chunk.heads), g.page / (ref.kind == kHot ? 1 : 4));
             const size_t row = static_cast<size_t>(head) * b.rows;
             const State state = out.at(row, g.dim_pad);
             float* m = mass ? mass + row * kMassStride : nullptr;

@@ -10,6 +10,16 @@ using namespace edgekv;
 
 inline int min_of(int a, int b) { return a < b ? a : b; }
 
+// The bytes that will be needed next. They are asked for a few cache lines at a time, all through the work on the
+// present ones: in one burst they would fill the processor's miss buffers and then stall it.
+struct Ahead {
+    const char* at;
+    const char* end;
+    void lines(int n) {
+        for (; n > 0 && at < end; --n, at += 64) prefetch(at);
+    }
+};
+
 // exp(x) for x <= 0; exactly 1 at 0 and exactly 0 below about -88.
 inline VF vexp(VF x) {
     x = vmax(vmul(x, vset(1.44269504f)), vset(-127.f));

@@ -73,7 +73,7 @@ inline VF rows_peak(const VF* rows) { return rows[0]; }
 
 template <int N>
 inline void int8_product(const int8_t* m, int rows, int columns, const Digits* d, const float* scales, float* const* y,
-                         const float* beta, const int8_t*) {
+                         const float* beta, Ahead&, int) {
     for (int q = 0; q < N; ++q) {
         int32_t sum[kMaxDim] = {};
         for (int r = 0; r < rows; r += 4) {

@@ -42,7 +42,7 @@ ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads < 1 ? 1 : n_threads
 ThreadPool::~ThreadPool() {
     {
         std::lock_guard<std::mutex> guard(sleep_mutex_);
-        stop_ = true;
+        stop_.store(true);
         generation_.fetch_add(1);
     }
     wake_.notify_all();
@@ -53,19 +53,19 @@ void ThreadPool::dispatch(int n_items, void* context, Invoke invoke) {
     std::lock_guard<std::mutex> job(job_mutex_);
     context_ = context;
     invoke_ = invoke;
+    remaining_.store(n_items);
     for (int thread = 0; thread < n_threads_; ++thread) {
         const uint64_t first = static_cast<uint64_t>(n_items) * thread / n_threads_;
         const uint64_t end = static_cast<uint64_t>(n_items) * (thread + 1) / n_threads_;
-        shares_[thread].range.store(first | end << 32, std::memory_order_relaxed);
+        shares_[thread].range.store(first | end << 32, std::memory_order_release);
     }
-    running_.store(n_threads_ - 1);
     generation_.fetch_add(1);  // seq_cst: ordered against a helper's asleep_ count, so no wake-up is lost
     if (asleep_.load() > 0) {
         std::lock_guard<std::mutex> guard(sleep_mutex_);
         wake_.notify_all();
     }
     work(0);
-    const auto finished = [this] { return running_.load() == 0; };
+    const auto finished = [this] { return remaining_.load() == 0; };
     if (spin(finished)) return;
     std::unique_lock<std::mutex> lock(sleep_mutex_);
     caller_asleep_.store(true);
@@ -85,9 +85,13 @@ void ThreadPool::work(int thread) {
                 end = static_cast<uint32_t>(range >> 32);
                 if (first >= end) break;
                 rest = turn == 0 ? range + 1 : range - (uint64_t{1} << 32);
-            } while (!share.compare_exchange_weak(range, rest, std::memory_order_relaxed));
+            } while (!share.compare_exchange_weak(range, rest, std::memory_order_acquire, std::memory_order_relaxed));
             if (first >= end) break;
             invoke_(context_, static_cast<int>(turn == 0 ? first : end - 1), thread);
+            if (remaining_.fetch_sub(1) == 1 && caller_asleep_.load()) {
+                std::lock_guard<std::mutex> guard(sleep_mutex_);
+                done_.notify_one();
+            }
         }
     }
 }
@@ -102,14 +106,9 @@ void ThreadPool::helper(int thread) {
             wake_.wait(lock, called);
             asleep_.fetch_sub(1);
         }
-        // A new job cannot start before this helper has reported, so at most one generation is new.
-        ++seen;
-        if (stop_) return;
+        seen = generation_.load();
+        if (stop_.load()) return;
         work(thread);
-        if (running_.fetch_sub(1) == 1 && caller_asleep_.load()) {
-            std::lock_guard<std::mutex> guard(sleep_mutex_);
-            done_.notify_one();
-        }
     }
 }
 

@@ -38,7 +38,9 @@ class ThreadPool {
 
   private:
     using Invoke = void (*)(void*, int, int);
-    // One cache line each, so that taking an item does not disturb the neighbours.
+    // One cache line each, so that taking an item does not disturb the neighbours. Whoever takes an item takes it from
+    // the job that is running now, and that job cannot end before the item is done: a helper that comes late, from an
+    // earlier job, does no harm, and nobody waits for a helper that the system has not scheduled.
     struct alignas(64) Share {
         std::atomic<uint64_t> range{0};  // first item in the low half, end in the high half
     };
@@ -54,10 +56,10 @@ class ThreadPool {
     void* context_ = nullptr;
     Invoke invoke_ = nullptr;
     alignas(64) std::atomic<uint32_t> generation_{0};
-    alignas(64) std::atomic<int> running_{0};
+    alignas(64) std::atomic<int> remaining_{0};  // items not yet done
     alignas(64) std::atomic<int> asleep_{0};
     std::atomic<bool> caller_asleep_{false};
-    bool stop_ = false;
+    std::atomic<bool> stop_{false};
     std::mutex sleep_mutex_;
     std::condition_variable wake_;
     std::condition_variable done_;

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ class Case:
         else:
             attention.begin(self.q, self.k, self.v, self.positions, self.window, self.n_pages, True)
             edges = [0, *cuts, self.n_pages]
-            for start, stop in zip(edges, edges[1:], strict=False):
+            for start, stop in pairwise(edges):
                 attention.pages(refs, start, stop)
             attention.finish(out, mass)
         return out, mass

@@ -44,7 +44,8 @@ def packed_by_codec(spec: PageSpec, page: Any, n_slots: int) -> Any:
     keys, values = codec.unpack_hot(page, spec.n_kv_heads, spec.head_dim, spec.page_size)
     live = np.arange(spec.page_size)[:, None, None] < n_slots
     out = np.zeros(spec.warm_bytes, np.uint8)
-    codec.pack_warm(*(np.where(live, x.transpose(1, 0, 2), np.float32(0)) for x in (keys, values)), out)
+    keys, values = (np.where(live, x.transpose(1, 0, 2), np.float32(0)) for x in (keys, values))
+    codec.pack_warm(keys, values, out)
     return out
 
 
@@ -58,7 +59,9 @@ def one_ref(page: Any, kind: int, live: Any, n_slots: int) -> Any:
 @both
 @quick
 @given(spec=specs, seed=st.integers(0, 2**32 - 1), data=st.data())
-def test_packing_is_bit_identical_to_the_codec(kernels: Kernels, spec: PageSpec, seed: int, data: st.DataObject) -> None:
+def test_packing_is_bit_identical_to_the_codec(
+    kernels: Kernels, spec: PageSpec, seed: int, data: st.DataObject
+) -> None:
     n_slots = data.draw(st.integers(0, spec.page_size))
     page = hot_page(spec, seed)
     want = packed_by_codec(spec, page, n_slots)
@@ -77,8 +80,8 @@ def test_many_pages_are_packed_by_address(kernels: Kernels) -> None:
     pages = [hot_page(spec, seed) for seed in range(7)]
     outs = [np.zeros(spec.warm_bytes, np.uint8) for _ in pages]
     slots = np.array([32, 0, 5, 32, 31, 1, 32])
-    addresses = [np.array([x.ctypes.data for x in xs], np.uint64) for xs in (pages, outs)]
-    kernels.pack_warm_many(kernels.ThreadPool(2), *addresses, slots, 2, 64, 32)
+    sources, targets = (np.array([x.ctypes.data for x in xs], np.uint64) for xs in (pages, outs))
+    kernels.pack_warm_many(kernels.ThreadPool(2), sources, targets, slots, 2, 64, 32)
     for page, out, n_slots in zip(pages, outs, slots, strict=True):
         np.testing.assert_array_equal(out, packed_by_codec(spec, page, n_slots))
 
@@ -136,8 +139,8 @@ def test_gathered_pages_are_the_codes_with_dead_slots_zero(
     refs = np.repeat(one_ref(warm if kind else page, kind, live, spec.page_size), 2)
     refs["data"][1] = 0
     shape = (2, spec.n_kv_heads, spec.page_size)
-    codes = [np.full((*shape, spec.head_dim), 99, np.int8) for _ in range(2)]
-    scales = [np.full((*shape[:2], spec.head_dim), 9, np.float16), np.full(shape, 9, np.float16)]
+    codes: list[Any] = [np.full((*shape, spec.head_dim), 99, np.int8) for _ in range(2)]
+    scales: list[Any] = [np.full((*shape[:2], spec.head_dim), 9, np.float16), np.full(shape, 9, np.float16)]
     kernels.gather_int8(kernels.ThreadPool(2), refs, codes[0], scales[0], codes[1], scales[1])
     np.testing.assert_array_equal(codes[0][0], np.where(live[:, None], k, 0))
     np.testing.assert_array_equal(codes[1][0], np.where(live[:, None], v, 0))
