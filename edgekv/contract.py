@@ -18,6 +18,10 @@ FORMS = ("split", "inline")
 ENGINES = ("onnx", "executorch")
 WEIGHTS = ("int4", "int8", "fp16", "fp32")
 
+#: Numbers of rows for which an ExecuTorch program has methods: its shapes are fixed, and a step is put together of them.
+EXECUTORCH_ROWS = (1, 16, 128)
+EXECUTORCH_HEAD_ROWS = (1, 16)
+
 Dim = int | str
 
 
@@ -107,3 +111,8 @@ def inline_spec(model: ModelSpec, page_size: int) -> GraphSpec:
             ),
         ]
     return GraphSpec("model", tuple(inputs), tuple(outputs))
+
+
+def executorch_method(name: str, rows: int) -> str:
+    """Return the name of the method of an ExecuTorch program that runs a graph on ``rows`` tokens."""
+    return f"{name}_t{rows}"

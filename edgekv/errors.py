@@ -78,6 +78,18 @@ class CorruptPage(StoreError):
     """A record differs from its checksum. It was not used, and it was not deleted."""
 
 
+class GateFailed(EdgeKVError):
+    """`edgekv verify` measured a quality below the gate."""
+
+
+class SessionError(StoreError):
+    """A session cannot be read or written."""
+
+
+class SessionMismatch(UsageError):
+    """A session was made with something else: another checkpoint, tokenizer, geometry, page size or key."""
+
+
 class EngineError(EdgeKVError):
     """The inference engine refused a graph or a run."""
 

@@ -16,22 +16,27 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "demo-output"
+OUT = Path("demo-output")
 BUNDLE = OUT / "demo.edgekv"
+PROMPT = Path("examples") / "long_prompt.txt"
 PROFILE = "galaxy-s24-8gb"
 BUDGET = "25%"
 console = Console(highlight=False)
 
 
-def edgekv(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user would; it prints its own errors."""
-    console.print(f"[dim]$ edgekv {' '.join(arguments)}[/dim]")
-    result = subprocess.run(
-        [sys.executable, "-m", "edgekv", *arguments], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if result.returncode:
-        sys.exit(result.returncode)
-    return result
+def edgekv(*arguments: str) -> str:
+    """Run the command line as a user would; pass its output on as it comes, and return it."""
+    console.print(f"[dim]$ edgekv {' '.join(arguments)}[/dim]", soft_wrap=True)
+    said = []
+    with subprocess.Popen([sys.executable, "-m", "edgekv", *arguments], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        while chunk := process.stdout.read1():
+            said.append(chunk)
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.flush()
+    if process.returncode:
+        sys.exit(process.returncode)
+    return b"".join(said).decode()
 
 
 def size(n_bytes: float) -> str:
@@ -39,25 +44,29 @@ def size(n_bytes: float) -> str:
 
 
 def main() -> None:
-    shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir()
-    prompt = OUT / "prompt.txt"
-    prompt.write_text((ROOT / "examples" / "long_prompt.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    shutil.rmtree(ROOT / OUT, ignore_errors=True)
+    (ROOT / OUT).mkdir()
 
     console.print("[bold]1. Export[/bold] the bundled model: a decoder whose KV cache is paged")
     edgekv("export", "demo", "--out", str(BUNDLE))
 
+    prompt = (ROOT / PROMPT).read_text(encoding="utf-8")
     console.print(
-        f"\n[bold]2. Run[/bold] it as an app on a phone ({PROFILE}); the cache fits there, so nothing has to move"
+        f"\n[bold]2. The prompt[/bold]: {len(prompt)} characters of prose with two secrets in it, and at the end:"
     )
-    run = ("run", str(BUNDLE), "--prompt-file", str(prompt), "--max-tokens", "48", "--kv", "int8", "--json")
-    roomy = json.loads(edgekv(*run, "--profile", PROFILE, "--quiet").stdout)
+    console.print(prompt[prompt.rindex("Question") :], style="cyan")
 
-    console.print(f"\n[bold]3. Run[/bold] it with a quarter of the memory that its fp16 cache needs: {BUDGET}")
-    tight = json.loads(edgekv(*run, "--kv-budget", BUDGET).stdout)
+    console.print(f"\n[bold]3. Run[/bold] it as an app on a phone ({PROFILE}): the cache fits, so nothing has to move")
+    run = ("run", str(BUNDLE), "--prompt-file", str(PROMPT), "--max-tokens", "48", "--kv", "int8", "--quiet")
+    roomy_text = edgekv(*run, "--profile", PROFILE, "--stats", str(OUT / "roomy.json"))
 
-    console.print(f"\n[dim]... {prompt.read_text(encoding='utf-8')[-160:]!r}[/dim]")
-    console.print(tight["text"].strip() + "\n")
+    console.print(f"\n[bold]4. Run[/bold] it with a quarter of the memory that its fp16 cache needs ({BUDGET})")
+    tight_text = edgekv(*run, "--kv-budget", BUDGET, "--stats", str(OUT / "tight.json"))
+
+    roomy, tight = (
+        json.loads((ROOT / OUT / name).read_text(encoding="utf-8")) for name in ("roomy.json", "tight.json")
+    )
+    console.print()
     table = Table(title="What happened")
     table.add_column("")
     table.add_column(PROFILE, justify="right")
@@ -76,7 +85,7 @@ def main() -> None:
     ):
         table.add_row(label, value(roomy), value(tight))
     console.print(table)
-    if tight["text"] != roomy["text"]:
+    if tight_text != roomy_text:
         console.print("[red]The text differs from the run with enough memory: that is a bug.[/red]")
         sys.exit(1)
     console.print("[green]The text is the same, to the letter.[/green]")

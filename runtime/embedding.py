@@ -1,7 +1,13 @@
-"""Embedding rows, looked up in the mapped weights: only the rows that are used become resident."""
+"""Embedding rows, read from the weights file as they are needed.
+
+Reads, not a mapping: the kernel maps sixteen pages around each row that is touched, and a long prompt would bring the
+whole table into the process.
+"""
 
 from __future__ import annotations
 
+import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +20,40 @@ from edgekv.spec import ModelSpec
 
 #: Channels that share one scale in an int8 or int4 row.
 BLOCK = 32
+_BYTES = np.arange(256)
+#: What each byte of a row means, without its scale: one code in int8, two in int4, the low one first.
+_CODES = {
+    "int8": (_BYTES[:, None] - 128).astype(np.float32),
+    "int4": (np.stack([_BYTES & 15, _BYTES >> 4], axis=1) - 8).astype(np.float32),
+}
 
 
 class Embedding:
     """The embedding table of a split bundle, in the form that :class:`edgekv.bundle.EmbeddingSpec` describes."""
 
     def __init__(self, folder: Path, spec: EmbeddingSpec, model: ModelSpec) -> None:
-        self._dtype = spec.dtype
-        path, rows, hidden = folder / spec.file, model.vocab_size, model.hidden_size
-        self._scales: NDArray[np.float32] | None = None
-        self._rows: NDArray[Any]
-        if spec.dtype in ("float32", "float16"):
-            self._rows = np.memmap(path, np.dtype(spec.dtype), "r", spec.offset, (rows, hidden))
-        elif spec.dtype in ("int8", "int4"):
-            width = hidden if spec.dtype == "int8" else hidden // 2
-            self._rows = np.memmap(path, np.uint8, "r", spec.offset, (rows, width))
-            self._scales = np.memmap(path, np.float32, "r", spec.scales_offset, (rows, hidden // BLOCK))
-        else:
+        self._spec = spec
+        self._hidden = model.hidden_size
+        self._codes = _CODES.get(spec.dtype)
+        if self._codes is None and spec.dtype not in ("float32", "float16"):
             raise BundleError(f"unknown embedding type {spec.dtype!r} in the manifest; export the bundle again")
+        self._dtype: np.dtype[Any] = np.dtype(np.uint8 if self._codes is not None else spec.dtype)
+        per_byte = 1 if self._codes is None else self._codes.shape[1]
+        self._row_bytes = self._hidden // per_byte * self._dtype.itemsize
+        self._file = os.open(folder / spec.file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
 
     def look_up(self, tokens: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """Write the rows of tokens [T] to out [T, hidden_size] float32."""
-        rows = self._rows[tokens]
-        if self._scales is None:
-            out[:] = rows
-            return
-        if self._dtype == "int8":
-            codes = rows.astype(np.float32) - 128
-        else:
-            codes = np.stack([rows & 15, rows >> 4], axis=-1).astype(np.float32) - 8
-        blocks = codes.reshape(len(tokens), -1, BLOCK) * self._scales[tokens][:, :, None]
-        out[:] = blocks.reshape(out.shape)
+        spec, n_scales = self._spec, self._hidden // BLOCK
+        for row, token in zip(out, tokens.tolist(), strict=True):
+            values = self._read(spec.offset + token * self._row_bytes, self._row_bytes, self._dtype)
+            if self._codes is None:
+                row[:] = values
+                continue
+            scales = self._read(spec.scales_offset + token * n_scales * 4, n_scales * 4, np.dtype(np.float32))
+            blocks = self._codes.take(values, axis=0).reshape(n_scales, BLOCK)
+            np.multiply(blocks, scales[:, None], out=row.reshape(n_scales, BLOCK))
+
+    def _read(self, offset: int, n_bytes: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        return np.frombuffer(os.pread(self._file, n_bytes, offset), dtype)

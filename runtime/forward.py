@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from edgekv.runtime.attend import Attender
 from edgekv.runtime.cache import KVCache
+from edgekv.runtime.decode import ResidentStep
 from edgekv.runtime.embedding import Embedding
 from edgekv.runtime.engines.base import Float, SegmentEngine
 from edgekv.runtime.rope import Rope
@@ -36,6 +37,7 @@ class SplitForward:
         self._rope = rope
         self._cache = cache
         self._attender = attender
+        self._resident = ResidentStep(cache, attender)
 
     def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
         """Run T tokens; see :class:`Forward`."""
@@ -45,6 +47,9 @@ class SplitForward:
         cache.manager.step += 1
         self._embedding.look_up(tokens, buffers.residual[0])
         self._rope.fill(positions, buffers.cos, buffers.sin)
+        if len(tokens) == 1 and rows != "none" and self._resident.begin():
+            self._run_resident(tokens, positions)
+            return engine.head(buffers.residual[(n_layers - 1) % 2], buffers.attention)
         for layer in range(n_layers):
             engine.run(layer, buffers)
             # What the last layer attends to only matters for the logits.
@@ -55,3 +60,15 @@ class SplitForward:
             return buffers.residual[0][:0]
         first = 0 if rows == "all" else len(tokens) - 1
         return engine.head(buffers.residual[(n_layers - 1) % 2][first:], buffers.attention[first:])
+
+    def _run_resident(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+        engine, resident = self._engine, self._resident
+        buffers = engine.prepare(1)
+        try:
+            for layer in range(self._cache.spec.n_layers):
+                engine.run(layer, buffers)
+                resident.layer(layer, buffers, positions)
+        except BaseException:
+            resident.cancel()
+            raise
+        resident.commit(int(positions[0]))

@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -26,6 +26,7 @@ from edgekv.runtime.budget import BudgetPlan, plan_budget
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.embedding import Embedding
 from edgekv.runtime.engines.base import Float, SegmentEngine
+from edgekv.runtime.engines.choose import open_segments
 from edgekv.runtime.forward import Forward, Rows, SplitForward
 from edgekv.runtime.kernels import Kernels, load_kernels
 from edgekv.runtime.pages import CacheOptions
@@ -101,9 +102,7 @@ class Generator:
         self._attender: Attender | None = None
         self._planned_context = 0
         if self.manifest.form == "split":
-            from edgekv.runtime.engines.onnx import OnnxSegments
-
-            self._engine = OnnxSegments(folder, self.manifest, options.threads)
+            self._engine = open_segments(folder, self.manifest, options.threads, cache_home())
             assert self.manifest.embedding is not None
             self._embedding = Embedding(folder, self.manifest.embedding, self.manifest.model)
         self.stats = RunStats(load_seconds=time.perf_counter() - started)
@@ -343,7 +342,7 @@ class Generator:
         """Return the counters of the run, with what the cache holds now and the peak RSS of the process."""
         self.stats.peak_rss_bytes = peak_rss_bytes()
         if self._cache is not None:
-            self.stats.cache = self._cache.use()
+            self.stats.cache = replace(self._cache.use(), budget_bytes=self._plan.budget_bytes)
             self.stats.pages = self._cache.manager.counters
             if self._store is not None:
                 self.stats.bytes_written = self._store.counters.bytes_written

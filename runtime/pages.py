@@ -24,8 +24,9 @@ from edgekv.types import Tier, format_bytes
 
 Bytes = NDArray[np.uint8]
 
-#: A batch of writes to flash is at least this large. Source: microSD writes 22 MB/s at 1 MiB, 2.65 MB/s at 4 KiB.
-WRITE_BATCH_BYTES = 256 * 1024
+#: A batch of writes to flash is this large when so many pages are ready: pages of a layer that lie side by side are
+#: read back in one request. Source: a microSD card writes 22 MB/s at 1 MiB, 2.65 MB/s at 4 KiB (docs/profiles.md).
+WRITE_BATCH_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,38 @@ class PageManager:
         table.refs["data"][layer, page] = self.arena.address + offset
         table.refs["kind"][layer, page] = KIND_WARM
 
+    def adopt(self, layer: int, page: int, record: int) -> None:
+        """Take over a sealed page that is on flash already, from a session: it is COLD. The caller sets its tokens."""
+        table = self.table
+        table.tier[layer, page] = Tier.COLD
+        table.record[layer, page] = record
+        table.last_used[layer, page] = self.step
+        table.mass[layer, page] = 0
+        ref = table.refs[layer, page]
+        ref["data"] = 0
+        ref["position"] = page * self.spec.page_size
+        ref["kind"] = KIND_WARM
+
+    def warm(self, layer: int, page: int, payload: Bytes) -> bool:
+        """Put the payload of a COLD page into RAM if there is room beyond what open pages need; says if it did."""
+        if not self.arena.half_free_frames and self.arena.free_frames <= self.spec.n_layers + 1:
+            return False
+        self._place_warm(layer, page, payload)
+        return True
+
+    def persist(self, pages: list[tuple[int, int]]) -> None:
+        """Write the sealed pages (layer, page) among these that have no record yet; residency does not change.
+
+        Raises:
+            StoreFull, StoreError: none of them counts as written.
+        """
+        missing = [page for page in pages if self.table.record[page] == NOTHING]
+        for page in missing:
+            if self.table.tier[page] == Tier.HOT:
+                self.seal(*page)
+        if missing:
+            self._write(missing)
+
     def free_page(self, layer: int, page: int) -> None:
         """Free a page in every tier."""
         table = self.table
@@ -217,7 +250,7 @@ class PageManager:
         while self.arena.free_frames < n_frames:
             short = 2 * (n_frames - self.arena.free_frames)
             # A few more than asked for, so that victims are chosen once per batch; never much of a small arena.
-            batch = min(WRITE_BATCH_BYTES // self.spec.record_bytes, self.arena.n_frames // 8)
+            batch = min(8, self.arena.n_frames // 8)
             if not self._reclaim(max(short, batch)):
                 raise OutOfPages(
                     f"{n_frames} frames of {format_bytes(self.spec.frame_bytes)} are needed, {self.arena.free_frames} are"

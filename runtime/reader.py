@@ -1,4 +1,4 @@
-"""Reads pages from flash ahead of need, on a thread of its own.
+"""Reads pages from flash ahead of need, on threads of its own.
 
 Two buffers: while the kernel attends to the pages in one, the next pages are read into the other. A request is a guess
 that costs nothing when it was wrong: what is taken is compared with what was asked for, and read again if need be.
@@ -6,7 +6,7 @@ that costs nothing when it was wrong: what is taken is compared with what was as
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from edgekv.runtime.store import PageStore, aligned_rows
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 
 Bytes = NDArray[np.uint8]
+
+#: Reads in flight: flash needs several to be busy all the time.
+QUEUE_DEPTH = 4
 
 
 class PageReader:
@@ -29,15 +32,18 @@ class PageReader:
         self._buffers = [aligned_rows(capacity, spec.record_bytes) for _ in range(2)]
         self._payload = spec.warm_bytes
         self._next = 0
-        self._pending: tuple[list[int], list[int], Bytes, Future[None]] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="edgekv-reader")
+        self._pending: tuple[list[int], list[int], Bytes, list[Future[None]]] | None = None
+        self._threads = ThreadPoolExecutor(QUEUE_DEPTH, thread_name_prefix="edgekv-reader")
 
     def request(self, records: list[int], tags: list[int]) -> None:
         """Start to read records; an earlier request that was not taken is forgotten."""
         self._settle()
         rows = self._buffers[self._next][: len(records)]
         self._next ^= 1
-        self._pending = (records, tags, rows, self._thread.submit(self._store.read, records, tags, rows))
+        share = -(-len(records) // QUEUE_DEPTH)
+        parts = [slice(start, start + share) for start in range(0, len(records), share)]
+        reads = [self._threads.submit(self._store.read, records[part], tags[part], rows[part]) for part in parts]
+        self._pending = (records, tags, rows, reads)
 
     def take(self, records: list[int], tags: list[int]) -> tuple[NDArray[np.uint64], Bytes]:
         """Return where the records are, waiting for them if need be; valid until the request after the next.
@@ -51,18 +57,20 @@ class PageReader:
         if self._pending is None or self._pending[:2] != (records, tags):
             self.request(records, tags)
         assert self._pending is not None
-        _, _, rows, future = self._pending
+        _, _, rows, reads = self._pending
+        wait(reads)
         self._pending = None
-        future.result()
+        for read in reads:
+            read.result()
         first = rows.ctypes.data + RECORD_HEADER_BYTES
         return np.arange(len(records), dtype=np.uint64) * np.uint64(rows.strides[0]) + np.uint64(first), rows
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
         self._settle()
-        self._thread.shutdown()
+        self._threads.shutdown()
 
     def _settle(self) -> None:
         if self._pending is not None:
-            self._pending[3].exception()  # waits; an error of a read that nobody needs is nobody's error
+            wait(self._pending[3])  # an error of a read that nobody needs is nobody's error
             self._pending = None

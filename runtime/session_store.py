@@ -68,6 +68,7 @@ class SessionStore:
         self._released: list[int] = []
         self._free: list[int] = []
         self._dirty = False
+        self._failed = False
         mode = os.O_RDONLY if spill is not None else os.O_RDWR
         try:
             for number, path in segment_paths(folder).items():
@@ -232,13 +233,17 @@ class SessionStore:
         Raises:
             StoreError: the medium refused; nothing may be committed.
         """
-        if not self._dirty:
+        if not (self._dirty or self._failed):
             return
         try:
+            # After one failure the system may call lost pages clean: nothing more is committed through these files.
+            if self._failed:
+                raise OSError(errno.EIO, "an earlier write was lost")
             for segment in self._segments.values():
                 if segment.writable:
                     os.fsync(segment.file)
         except OSError as error:
+            self._failed = True
             raise StoreError(f"cannot write the session {self.folder}: {error.strerror}") from error
         self._dirty = False
 

@@ -51,7 +51,7 @@ def run_command(
     kv: Annotated[KVMode, typer.Option("--kv", help="auto: fp16 while the context fits the budget, INT8 otherwise. int8: from the first full page. fp16: until memory runs out.")] = KVMode.AUTO,
     policy: Annotated[str, typer.Option("--policy", help="Which pages leave RAM first: lru, heavy, window, random.")] = "lru",
     offload: Annotated[Path | None, typer.Option("--offload", metavar="DIR", help="Folder for pages that do not fit. Default: a private file in the user's cache folder.")] = None,
-    allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Forget pages when flash is full, instead of stopping. Changes results.")] = False,
+    allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Forget pages that do not fit, instead of writing them to flash (unless --offload is given). Changes results.")] = False,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the most likely tokens up to this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Keep this many tokens; 0 keeps all.")] = 0,
@@ -60,6 +60,7 @@ def run_command(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be given several times.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: the cores of this process, 4 at the most.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object (text and statistics) instead of text.")] = False,
+    stats: Annotated[Path | None, typer.Option("--stats", metavar="FILE", help="Write the statistics to a file, as JSON.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No statistics on stderr.")] = False,
 ) -> None:  # fmt: skip
     """Generate text from a bundle, inside a memory budget. The text goes to stdout, everything else to stderr."""
@@ -99,8 +100,10 @@ def run_command(
             if as_json:
                 pieces = list(generator.stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop or []))
                 print(json.dumps({"text": "".join(pieces), **_stats(generator)}))
-                return
-            _print_stream(generator, text, console, max_tokens, sampling, stop or [])
+            else:
+                _print_stream(generator, text, console, max_tokens, sampling, stop or [])
+        if stats is not None:
+            _write_stats(stats, generator)
         if not quiet and not as_json:
             console.print(_summary(generator))
 
@@ -202,6 +205,13 @@ def _stats(generator: Generator) -> dict[str, Any]:
         "decode_tokens_per_s": stats.decode_tokens_per_s,
         "kernels": generator.kernels.isa(),
     }
+
+
+def _write_stats(path: Path, generator: Generator) -> None:
+    try:
+        path.write_text(json.dumps(_stats(generator)) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write the statistics to {path}: {error.strerror}") from error
 
 
 def _summary(generator: Generator) -> Table:

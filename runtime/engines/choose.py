@@ -1,0 +1,32 @@
+"""Opens the engine that a bundle was exported for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgekv.bundle import Manifest
+from edgekv.runtime.engines.base import SegmentEngine
+
+
+def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path) -> SegmentEngine:
+    """Open the segments of a split bundle.
+
+    Args:
+        cache: folder for what an engine makes once per machine.
+
+    Raises:
+        EngineMissing: a package that the bundle needs is not installed. EngineError: the engine refused a graph.
+    """
+    if manifest.engine == "executorch":
+        from edgekv.runtime.engines.executorch import ExecutorchSegments
+        from edgekv.runtime.engines.executorch_library import NoCompiler
+
+        try:
+            return ExecutorchSegments(folder, manifest, threads, cache)
+        except NoCompiler as error:
+            from edgekv.runtime.engines.executorch_fallback import PybindSegments
+
+            return PybindSegments(folder, manifest, threads, str(error))
+    from edgekv.runtime.engines.onnx import OnnxSegments
+
+    return OnnxSegments(folder, manifest, threads)

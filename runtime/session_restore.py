@@ -1,0 +1,120 @@
+"""From the records of a session to the pages of a cache, and the open page back to records."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.runtime.cache import KVCache
+from edgekv.runtime.pages import tag
+from edgekv.runtime.session_index import Row
+from edgekv.runtime.session_store import SessionStore
+from edgekv.runtime.store import aligned_rows
+from edgekv.spec import RECORD_HEADER_BYTES
+from edgekv.types import Tier
+
+Bytes = NDArray[np.uint8]
+#: In the tag of a record: it is half of an open fp16 page, the first or the second.
+OPEN_HALVES = (1 << 30, 1 << 31)
+_BATCH_BYTES = 4 * 1024 * 1024
+
+
+def restore_pages(cache: KVCache, rows: list[Row], store: SessionStore) -> int:
+    """Fill an empty cache with the pages of a session: in RAM as far as the budget allows, the rest COLD.
+
+    Every record is read once and checked; the first damaged one ends what is restored.
+
+    Returns:
+        how many pages (of all layers) the cache holds now.
+
+    Raises:
+        StoreError: the medium refused.
+    """
+    table, manager, spec = cache.table, cache.manager, cache.spec
+    table.grow(len(rows) + 1)
+    batch = max(1, _BATCH_BYTES // (spec.record_bytes * spec.n_layers))
+    buffer = aligned_rows(batch * spec.n_layers, spec.record_bytes)
+    for first in range(0, len(rows), batch):
+        places = [
+            (row.records[layer], layer, page)
+            for page, row in enumerate(rows[first : first + batch], first)
+            for layer in range(spec.n_layers)
+        ]
+        places.sort()
+        out = buffer[: len(places)]
+        good = store.try_read([place[0] for place in places], [tag(*place[1:]) for place in places], out)
+        bad = min((page for (_, _, page), whole in zip(places, good, strict=True) if not whole), default=len(rows))
+        room = True
+        for (record, layer, page), payload in zip(places, out, strict=True):
+            if page < bad:
+                manager.adopt(layer, page, record)
+                room = room and manager.warm(layer, page, payload[RECORD_HEADER_BYTES:])
+        last = min(bad, first + batch, len(rows))
+        _fill_table(cache, first, last)
+        if bad < len(rows):
+            return bad
+    return len(rows)
+
+
+def _fill_table(cache: KVCache, first: int, last: int) -> None:
+    """Say that the pages [first, last) hold their tokens, in every layer."""
+    table, size = cache.table, cache.spec.page_size
+    table.tokens[:, first * size : last * size] = np.arange(first * size, last * size)
+    table.refs["n_slots"][:, first:last] = size
+    for layer in range(cache.spec.n_layers):
+        for page in range(first, last):
+            table.set_live(layer, page, 0, size, live=True)
+    table.n_slots[:] = last * size
+
+
+def store_open(cache: KVCache, n_slots: int, store: SessionStore) -> list[int]:
+    """Write the open page of every layer, fp16, as two records each; ``n_slots`` tokens of the sequence are in the cache.
+
+    Returns:
+        the records, [first half, second half] per layer.
+
+    Raises:
+        StoreFull, StoreError: nothing counts as written.
+    """
+    spec, page = cache.spec, n_slots // cache.spec.page_size
+    half = spec.hot_bytes // 2
+    tags, payloads = [], []
+    for layer in range(spec.n_layers):
+        assert cache.table.tier[layer, page] == Tier.HOT
+        content = cache.manager.arena.page(int(cache.table.offset[layer, page]), spec.hot_bytes)
+        for part, flag in enumerate(OPEN_HALVES):
+            tags.append(tag(layer, page) | flag)
+            payloads.append(content[part * half : part * half + half])
+    return store.write(tags, payloads)
+
+
+def restore_open(cache: KVCache, n_slots: int, records: tuple[int, ...], store: SessionStore) -> bool:
+    """Bring back the open page of every layer with its first tokens, up to ``n_slots`` in the sequence.
+
+    Returns:
+        False, with nothing changed, when a record is damaged.
+
+    Raises:
+        StoreError: the medium refused.
+    """
+    spec, table = cache.spec, cache.table
+    page, inside = divmod(n_slots, spec.page_size)
+    half = spec.hot_bytes // 2
+    out = aligned_rows(len(records), spec.record_bytes)
+    tags = [tag(layer, page) | flag for layer in range(spec.n_layers) for flag in OPEN_HALVES]
+    if not all(store.try_read(list(records), tags, out)):
+        return False
+    table.grow(page + 1)
+    cache.manager.make_room(spec.n_layers)
+    for layer in range(spec.n_layers):
+        cache.manager.open_page(layer, page)
+        content = cache.manager.arena.page(int(table.offset[layer, page]), spec.hot_bytes)
+        for part in range(2):
+            payload = out[2 * layer + part, RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + half]
+            content[part * half : part * half + half] = payload
+        slots = slice(page * spec.page_size, n_slots)
+        table.tokens[layer, slots] = np.arange(slots.start, n_slots)
+        table.set_live(layer, page, 0, inside, live=True)
+        table.refs["n_slots"][layer, page] = inside
+        table.n_slots[layer] = n_slots
+    return True
