@@ -35,7 +35,7 @@ if [ ! -e ckpt/model.safetensors ]; then
   genai/bin/python "$here/peers/make_checkpoint.py" ckpt
 fi
 
-# onnxruntime-genai: float and INT8 cache
+# onnxruntime-genai: float, INT8 and INT4 cache
 builder() {
   local out=models/$1; shift
   [ -e "$out/genai_config.json" ] && return
@@ -44,8 +44,9 @@ builder() {
     --extra_options prune_lm_head=true shared_embeddings=true "$@" >"$out.log" 2>&1
 }
 builder genai-int4-f32
-[ -e models/kv_scales.json ] || genai/bin/python "$here/peers/kv_scales.py" ckpt models/kv_scales.json
-builder genai-int4-int8 kv_cache_quant_scheme=int8_per_tensor kv_cache_scale_file="$dir/models/kv_scales.json"
+[ -e models/kv_per_channel.json ] || genai/bin/python "$here/peers/kv_scales.py" ckpt models
+builder genai-int4-int8 kv_cache_quant_scheme=int8_per_tensor kv_cache_scale_file="$dir/models/kv_per_tensor.json"
+builder genai-int4-int4 kv_cache_quant_scheme=int4_per_channel kv_cache_scale_file="$dir/models/kv_per_channel.json"
 
 # llama.cpp: Q4_0
 if [ ! -e models/q4_0.gguf ]; then

@@ -7,20 +7,18 @@ with Generator.open("llama.edgekv", kv_budget="64MiB") as generator:
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from edgekv.bundle import Manifest, check_files, read_manifest
-from edgekv.errors import PromptTooLong
+from edgekv.errors import PromptTooLong, UsageError
 from edgekv.runtime.attend import Attender
 from edgekv.runtime.budget import BudgetPlan, plan_budget
 from edgekv.runtime.cache import KVCache
@@ -29,47 +27,19 @@ from edgekv.runtime.engines.base import Float, SegmentEngine
 from edgekv.runtime.engines.choose import open_segments
 from edgekv.runtime.forward import Forward, Rows, SplitForward
 from edgekv.runtime.kernels import Kernels, load_kernels
+from edgekv.runtime.options import RunOptions as RunOptions
+from edgekv.runtime.options import cache_home as cache_home
+from edgekv.runtime.options import default_threads as default_threads
 from edgekv.runtime.pages import CacheOptions
 from edgekv.runtime.policy import make_policy
 from edgekv.runtime.rope import Rope
 from edgekv.runtime.sampling import Sampler, SamplingOptions
+from edgekv.runtime.session import Session
+from edgekv.runtime.session_keeper import SessionKeeper
 from edgekv.runtime.stats import RunStats, peak_rss_bytes
-from edgekv.runtime.store import FlashStore
+from edgekv.runtime.store import FlashStore, PageStore
 from edgekv.runtime.text import Text, TextStream
 from edgekv.types import KVMode
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to run a bundle.
-
-    ``kv_budget``: bytes, ``"64MiB"``, ``"25%"`` of the fp16 cache of the context, or None for no limit.
-    ``context``: tokens in the sequence at the most; None takes what the prompt and ``max_tokens`` need.
-    ``offload``: folder for pages that do not fit; None uses a private file in the cache folder of the user.
-    ``allow_drop``: forget pages that do not fit, instead of writing them to flash (unless ``offload`` names a
-    folder); changes results, and says how much.
-    """
-
-    kv_budget: int | str | None = None
-    kv: KVMode = KVMode.AUTO
-    context: int | None = None
-    policy: str = "lru"
-    offload: Path | None = None
-    allow_drop: bool = False
-    threads: int = field(default_factory=lambda: default_threads())
-    prefill_chunk: int = 256
-
-
-def default_threads() -> int:
-    """Cores that this process may use, 4 at the most: decode is bound by memory, and little cores slow big ones."""
-    with contextlib.suppress(AttributeError):
-        return min(4, len(os.sched_getaffinity(0)))
-    return min(4, os.cpu_count() or 1)
-
-
-def cache_home() -> Path:
-    """Folder for files that may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekv"
 
 
 class Generator:
@@ -96,11 +66,12 @@ class Generator:
         self._tokens: list[int] = []
         self._forward: Forward | None = None
         self._cache: KVCache | None = None
-        self._store: FlashStore | None = None
+        self._store: PageStore | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._engine: SegmentEngine | None = None
         self._attender: Attender | None = None
         self._planned_context = 0
+        self._keeper = self._open_session()  # first: a wrong or a locked one is refused before anything is loaded
         if self.manifest.form == "split":
             self._engine = open_segments(folder, self.manifest, options.threads, cache_home())
             assert self.manifest.embedding is not None
@@ -128,7 +99,26 @@ class Generator:
         other._tokens = []
         other._forward = other._cache = other._store = other._scratch = other._attender = None
         other._planned_context = 0
+        other._keeper = other._open_session()
         return other
+
+    # -- the session -------------------------------------------------------------------------------------------
+
+    @property
+    def session(self) -> Session | None:
+        """The session that keeps the sequence, if one was asked for."""
+        return self._keeper.session if self._keeper is not None else None
+
+    def save(self, *, whole: bool = False) -> None:
+        """Write a checkpoint of the session now; ``whole`` includes the page that is not full yet."""
+        if self._keeper is not None and self._cache is not None:
+            self._keeper.save(self._cache, self._tokens, whole=whole)
+
+    def _open_session(self) -> SessionKeeper | None:
+        if self.options.session is None:
+            return None
+        options = self.options
+        return SessionKeeper(options.session, self.manifest, kv=options.kv, allow_drop=options.allow_drop)
 
     # -- generation --------------------------------------------------------------------------------------------
 
@@ -172,18 +162,23 @@ class Generator:
         stop_tokens = self.manifest.model.eos_token_ids
         logits = self.prefill(prompt, max_tokens=max_tokens, progress=progress)
         sequence = list(prompt)
-        for count in range(max_tokens):
-            token = sampler.choose(logits, sequence)
-            if token in stop_tokens:
-                return
-            sequence.append(token)
-            yield token
-            if count + 1 == max_tokens:
-                return
-            started = time.perf_counter()
-            logits = self.step([token])
-            self.stats.decode_seconds += time.perf_counter() - started
-            self.stats.decode_tokens += 1
+        try:
+            for count in range(max_tokens):
+                token = sampler.choose(logits, sequence)
+                if token in stop_tokens:
+                    return
+                sequence.append(token)
+                if self._keeper is not None:
+                    self._keeper.sequence = sequence
+                yield token
+                if count + 1 == max_tokens:
+                    return
+                started = time.perf_counter()
+                logits = self.step([token])
+                self.stats.decode_seconds += time.perf_counter() - started
+                self.stats.decode_tokens += 1
+        finally:
+            self.save()
 
     def prefill(
         self, prompt: Sequence[int], *, max_tokens: int, progress: Callable[[int, int], None] = lambda done, total: None
@@ -197,8 +192,11 @@ class Generator:
         done, total = reused, len(prompt)
         chunk = self.options.prefill_chunk
         logits = None
+        if self._keeper is not None:
+            self._keeper.began(reused, total)
         while done < total:
-            part = prompt[done : done + chunk]
+            stop = done + chunk if self._keeper is None else self._keeper.stop(done, total, chunk)
+            part = prompt[done:stop]
             logits = self._run(part, "last" if done + len(part) == total else "none")
             done += len(part)
             progress(done - reused, total - reused)
@@ -215,7 +213,9 @@ class Generator:
         return logits
 
     def score(self, tokens: Sequence[int]) -> Float:
-        """Add tokens and return the logits after each of them [T, vocab_size] (teacher forcing)."""
+        """Add tokens and return the logits after each of them [T, vocab_size] (teacher forcing); not with a session."""
+        if self._keeper is not None:
+            raise UsageError("score() computes every token; use it without a session")
         self._make_cache(len(self._tokens) + len(tokens), 0)
         parts = []
         for start in range(0, len(tokens), self.options.prefill_chunk):
@@ -239,11 +239,17 @@ class Generator:
             del self._tokens[kept:]
             raise
         self._tokens.extend(int(token) for token in tokens)
+        if self._keeper is not None:
+            self._keeper.stepped(start, self._cache, self._tokens)
         return logits
 
     def _reuse(self, prompt: Sequence[int]) -> int:
         """Cut the cache to the longest common prefix; at least the last token is computed again, for its logits."""
         assert self._cache is not None
+        if self._keeper is not None:
+            restored = self._keeper.restore(self._cache, prompt)
+            if restored is not None:
+                self._tokens = restored
         common = 0
         for ours, theirs in zip(self._tokens, prompt[:-1], strict=False):
             if ours != theirs:
@@ -260,6 +266,11 @@ class Generator:
     def cache(self) -> KVCache | None:
         """The cache of the sequence, once a prompt gave it a size."""
         return self._cache
+
+    @property
+    def engine(self) -> str:
+        """What computes the dense parts, for messages."""
+        return self._engine.description if self._engine is not None else self.manifest.engine
 
     @property
     def budget(self) -> BudgetPlan | None:
@@ -292,15 +303,16 @@ class Generator:
         if self._cache is not None:
             if context <= self._planned_context:
                 return
-            # Longer than what the cache was sized for: start over (stats show that nothing was reused).
-            self.close()
+            # Longer than what the cache was sized for: start over (stats show what was reused: nothing, or the session).
+            self.save(whole=True)
+            self._drop_cache()
         self._planned_context = context
         spec = model.pages(self.manifest.page_size)
         self._plan = plan_budget(
             spec,
             kv_budget=self.options.kv_budget,
             context=context,
-            mode=self.options.kv,
+            mode=self.options.kv if self._keeper is None else KVMode.INT8,
             run_pages=self.kernels.RUN_PAGES,
             inline=self.manifest.form == "inline",
         )
@@ -350,16 +362,29 @@ class Generator:
         return self.stats
 
     def close(self) -> None:
-        """Free the cache and the offload file."""
+        """Save and close the session, if there is one, and free the cache and the offload file.
+
+        Raises:
+            StoreError: the session could not be saved; everything is free nevertheless.
+        """
+        self.save(whole=True)
+        self._drop_cache()
+        if self._keeper is not None:
+            keeper, self._keeper = self._keeper, None
+            keeper.close()
+
+    def _drop_cache(self) -> None:
+        if self._keeper is not None:
+            self._keeper.dropped()
         if self._attender is not None:
             self._attender.close()
             self._attender = None
         self._forward = None
         self._cache = None
         self._tokens = []
-        if self._store is not None:
+        if self._store is not None and self._keeper is None:
             self._store.close()
-            self._store = None
+        self._store = None
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None

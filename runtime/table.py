@@ -6,6 +6,8 @@ kernel can read the row of a layer as it is (``refs``). The table changes no res
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,15 +52,11 @@ class PageTable:
         extra = max(max_pages, 2 * self.max_pages) - self.max_pages
         if max_pages <= self.max_pages:
             return
+        # Not np.concatenate: it packs structured rows, and the kernels count on their padding.
         for name, fill in (("refs", 0), ("tier", Tier.FREE), ("offset", 0), ("record", NOTHING), ("last_used", 0),
                            ("mass", 0), ("marked", False)):  # fmt: skip
-            column = getattr(self, name)
-            tail = np.zeros((self.spec.n_layers, extra), column.dtype)
-            if name != "refs":
-                tail[:] = fill
-            setattr(self, name, np.concatenate([column, tail], axis=1))
-        tail = np.full((self.spec.n_layers, extra * self.spec.page_size), NOTHING, np.int64)
-        self.tokens = np.concatenate([self.tokens, tail], axis=1)
+            setattr(self, name, _widened(getattr(self, name), extra, fill))
+        self.tokens = _widened(self.tokens, extra * self.spec.page_size, NOTHING)
 
     def n_pages(self, layer: int) -> int:
         """Pages of a layer, the open one included."""
@@ -113,3 +111,13 @@ class PageTable:
     def count(self, layer: int) -> int:
         """Number of tokens in a layer that were not pruned (dropped ones included)."""
         return int(np.count_nonzero(self.tokens[layer] != NOTHING))
+
+
+def _widened(column: NDArray[Any], extra: int, fill: int) -> NDArray[Any]:
+    """Return a copy of [n_layers, n] with ``extra`` more columns."""
+    layers, held = column.shape
+    wide = np.zeros((layers, held + extra), column.dtype)
+    if fill:
+        wide[:] = fill
+    wide[:, :held] = column
+    return wide

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from edgekv.errors import BundleError, UsageError
@@ -29,6 +28,11 @@ class Text:
             raise BundleError(f"cannot read {tokenizer}: {error}; export the bundle again") from error
         self._template = chat_template.read_text(encoding="utf-8") if chat_template else None
 
+    @property
+    def chats(self) -> bool:
+        """Is there a chat template with turns of its own? One that only writes Question and Answer is no such."""
+        return self._template is not None and "Question: " not in self._template
+
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a prompt, with the special tokens that the tokenizer adds."""
         ids: list[int] = self._tokenizer.encode(text).ids
@@ -50,6 +54,7 @@ class Text:
         """
         if self._template is None:
             raise UsageError("this bundle has no chat template; use --prompt instead of --chat")
+        import jinja2.sandbox  # 7 MB that plain prompts need not have in memory
 
         def refuse(message: str) -> None:
             raise jinja2.TemplateError(message)

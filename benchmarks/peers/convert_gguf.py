@@ -1,4 +1,6 @@
-"""Run llama.cpp's own converter on a checkpoint. Usage: convert_gguf.py LLAMA_CPP_SOURCE CHECKPOINT OUT.gguf
+"""Run llama.cpp's own converter on a checkpoint.
+
+Usage: convert_gguf.py LLAMA_CPP_SOURCE CHECKPOINT OUT.gguf
 
 Only one thing is changed: the converter asks which published tokenizer it sees, and ours is none of them.
 """

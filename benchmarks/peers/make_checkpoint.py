@@ -1,6 +1,8 @@
 """Make the checkpoint that every contestant runs: Llama-shaped, 0.33 B parameters, random weights, a real BPE tokenizer.
 
-Speed and memory do not depend on what the weights say, so nothing has to be downloaded. Usage: make_checkpoint.py FOLDER
+Speed and memory do not depend on what the weights say, so nothing has to be downloaded.
+
+Usage: make_checkpoint.py FOLDER
 """
 
 from __future__ import annotations

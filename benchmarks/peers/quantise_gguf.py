@@ -1,4 +1,7 @@
-"""Quantise a GGUF file to Q4_0 with llama.cpp's own quantiser. Usage: quantise_gguf.py IN.gguf OUT.gguf"""
+"""Quantise a GGUF file to Q4_0 with llama.cpp's own quantiser.
+
+Usage: quantise_gguf.py IN.gguf OUT.gguf
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ inline uint32_t float_to_bits(float x) {
     const uint32_t magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return sign | 0x7e00;
     if (magnitude >= 0x477ff000) return sign | 0x7c00;  // rounds to 65536 or more
-    if (magnitude < 0x38800000) {                       // below 2^-14: adding 0.5 leaves a multiple of 2^-24 in the low bits
+    if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 leaves a multiple of 2^-24 in the low bits
         const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f);
         return sign | static_cast<uint16_t>(rounded - 0x3f000000);
     }

@@ -78,7 +78,7 @@ struct Digits {
     alignas(32) int16_t value[kMaxDim];
 };
 
-// x times factor, which must be within the range of the digits. (What it returns is the sum's lanes where that is used.)
+// x times factor, which must be within the range of the digits. (The result is for instruction sets that need the sum.)
 inline VF put_digits(Digits& d, const float* x, VF factor, int n) {
     for (int i = 0; i < n; i += W) {
         const VI v = vint(vmul(vload(x + i), factor));
@@ -160,6 +160,7 @@ uint64_t read_bytes(const uint8_t* data, size_t n) {
 
 }  // namespace
 
+#include "isa_pages.h"
 #include "isa_decode.h"
 #include "isa_blocked.h"
 #include "isa_codec.h"
@@ -169,7 +170,8 @@ namespace edgekv {
 const Kernels* avx2_kernels() {
     static const Kernels kernels{"avx2",   decode_run, blocked_pages, blocked_own, merge,
                                  sum_mass, pack_warm,  to_half,       read_bytes};
-    const bool usable = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool usable =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     return usable ? &kernels : nullptr;
 }
 

@@ -148,7 +148,7 @@ inline void int8_block(const int8_t* m, int rows, size_t stride, __mmask16 tail,
         __m512i codes[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            // The next page is on its way to the second-level cache; from there to the first it is this far ahead.
+            // Pages arrive in the second-level cache; from there to the first they are asked for this far ahead.
             _mm_prefetch(reinterpret_cast<const char*>(m + 64 * v + 1024), _MM_HINT_T0);
             codes[v] = V == 1 ? _mm512_maskz_loadu_epi32(tail, m) : _mm512_loadu_si512(m + 64 * v);
             codes[v] = _mm512_xor_si512(codes[v], offset);
@@ -210,6 +210,7 @@ uint64_t read_bytes(const uint8_t* data, size_t n) {
 
 }  // namespace
 
+#include "isa_pages.h"
 #include "isa_decode.h"
 #include "isa_blocked.h"
 #include "isa_codec.h"

@@ -5,8 +5,8 @@ namespace {
 
 // Quantises an fp16 matrix [rows, columns] with one scale per row into codes [rows/4, columns, 4]. Columns outside
 // `live_columns` and rows outside `live_rows` count as zero.
-inline void pack_matrix(const uint16_t* m, int rows, int columns, Mask128 live_columns, Mask128 live_rows, bool mask_rows,
-                        int8_t* codes, uint16_t* scales) {
+inline void pack_matrix(const uint16_t* m, int rows, int columns, Mask128 live_columns, Mask128 live_rows,
+                        bool mask_rows, int8_t* codes, uint16_t* scales) {
     alignas(64) float x[4][kMaxDim];
     alignas(64) int32_t packed[kMaxDim];
     const int padded = pad16(columns);
@@ -47,7 +47,8 @@ void pack_warm(const Geometry& g, const uint8_t* hot, uint8_t* warm, Mask128 liv
     uint16_t* value_scales = key_scales + static_cast<size_t>(g.n_kv_heads) * g.dim;
     for (int h = 0; h < g.n_kv_heads; ++h) {
         pack_matrix(keys + h * one, g.dim, g.page, live, live, false, codes + h * one, key_scales + h * g.dim);
-        pack_matrix(values + h * one, g.page, g.dim, live, live, true, codes + all + h * one, value_scales + h * g.page);
+        pack_matrix(values + h * one, g.page, g.dim, live, live, true, codes + all + h * one,
+                    value_scales + h * g.page);
     }
 }
 

@@ -78,7 +78,7 @@ struct Digits {
     alignas(16) int8_t low[kMaxDim];
 };
 
-// x times factor, which must be within the range of the digits. (What it returns is the sum's lanes where that is used.)
+// x times factor, which must be within the range of the digits. (The result is for instruction sets that need the sum.)
 inline VF put_digits(Digits& d, const float* x, VF factor, int n) {
     for (int i = 0; i < n; i += 8) {
         const int16x8_t v = vcombine_s16(vmovn_s32(vint(vmul(vload(x + i), factor))),
@@ -115,7 +115,7 @@ struct Digits {
     alignas(16) int16_t value[kMaxDim];
 };
 
-// x times factor, which must be within the range of the digits. (What it returns is the sum's lanes where that is used.)
+// x times factor, which must be within the range of the digits. (The result is for instruction sets that need the sum.)
 inline VF put_digits(Digits& d, const float* x, VF factor, int n) {
     for (int i = 0; i < n; i += 4) vst1_s16(d.value + i, vmovn_s32(vint(vmul(vload(x + i), factor))));
     return factor;
@@ -196,6 +196,7 @@ uint64_t read_bytes(const uint8_t* data, size_t n) {
 
 }  // namespace
 
+#include "isa_pages.h"
 #include "isa_decode.h"
 #include "isa_blocked.h"
 #include "isa_codec.h"

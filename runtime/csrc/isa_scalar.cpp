@@ -62,7 +62,7 @@ struct Digits {
     int32_t value[kMaxDim];
 };
 
-// x times factor, which must be within the range of the digits. (What it returns is the sum's lanes where that is used.)
+// x times factor, which must be within the range of the digits. (The result is for instruction sets that need the sum.)
 inline VF put_digits(Digits& d, const float* x, VF factor, int n) {
     for (int i = 0; i < n; ++i) d.value[i] = vint(x[i] * factor);
     return factor;
@@ -102,6 +102,7 @@ uint64_t read_bytes(const uint8_t* data, size_t n) {
 
 }  // namespace
 
+#include "isa_pages.h"
 #include "isa_decode.h"
 #include "isa_blocked.h"
 #include "isa_codec.h"

@@ -163,7 +163,8 @@ class PyAttention {
     static void check_alignment(const RefsView& refs, int64_t start, int64_t stop) {
         for (int64_t i = start; i < stop; ++i) {
             if (refs.data()[i].data & 1 || refs.data()[i].kind > kWarm) {
-                throw nb::value_error(("refs[" + std::to_string(i) + "] has an odd address or an unknown kind").c_str());
+                throw nb::value_error(
+                    ("refs[" + std::to_string(i) + "] has an odd address or an unknown kind").c_str());
             }
         }
     }

@@ -31,7 +31,8 @@ class PageBytes {
             if (PyObject_GetBuffer(page.ptr(), &buffer_, PyBUF_SIMPLE | (writable ? PyBUF_WRITABLE : 0)) != 0) {
                 PyErr_Clear();
                 throw nb::value_error(
-                    (std::string(name) + " must be an address or a contiguous " + (writable ? "writable " : "") + "array")
+                    (std::string(name) + " must be an address or a contiguous " + (writable ? "writable " : "") +
+                     "array")
                         .c_str());
             }
             if (static_cast<size_t>(buffer_.len) < bytes) {
@@ -164,7 +165,8 @@ void bounds(nb::handle refs, nb::handle low, nb::handle high, int page_size) {
     const int64_t n = view.size();
     View<uint16_t> least(low, "low", {n, -1, -1}, true);
     View<uint16_t> most(high, "high", {n, least.shape(1), least.shape(2)}, true);
-    const Geometry g = make_geometry(static_cast<int>(least.shape(1)), 1, static_cast<int>(least.shape(2)), page_size, 0);
+    const Geometry g =
+        make_geometry(static_cast<int>(least.shape(1)), 1, static_cast<int>(least.shape(2)), page_size, 0);
     nb::gil_scoped_release released;
     const size_t one = static_cast<size_t>(g.n_kv_heads) * g.dim;
     for (int64_t i = 0; i < n; ++i) page_bounds(g, view.data()[i], least.data() + i * one, most.data() + i * one);

@@ -1,0 +1,115 @@
+"""edgekv against its peers, end to end, and its attention kernels against ONNX Runtime's: `make bench`.
+
+Every measurement is a process of its own and prints one JSON line; the contestants take turns, so that the machine's
+moods meet all of them. Then a table of every figure, and one of every bar with its ratio. Exits with 1 when a bar is
+missed or could not be measured. Peers live in the folder that EDGEKV_PEERS or --peers names
+(benchmarks/setup_peers.sh makes it); those that are not there are reported as missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from bars import QUIET, Line, Results
+from configurations import BUNDLE, CHECKPOINT, CONFIGURATIONS, CONTEXTS, HERE, Configuration
+from plot import plot
+from tables import bar_table, figure_table
+
+ROOT = HERE.parent
+
+
+def say(text: str) -> None:
+    """Report progress."""
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def prepare(peers: Path) -> None:
+    """Make checkpoint and bundle where they are missing, or older than the exporter."""
+    if not (peers / CHECKPOINT / "model.safetensors").exists():
+        say("making the checkpoint")
+        command = [sys.executable, str(HERE / "peers" / "make_checkpoint.py"), str(peers / CHECKPOINT)]
+        subprocess.run(command, check=True)
+    manifest = peers / BUNDLE / "manifest.json"
+    newest = max(path.stat().st_mtime for path in (ROOT / "export").glob("*.py"))
+    if not manifest.exists() or manifest.stat().st_mtime < newest:
+        say("exporting the bundle")
+        command = [sys.executable, "-m", "edgekv", "export", str(peers / CHECKPOINT), "--weights", "int4"]
+        subprocess.run([*command, "--out", str(peers / BUNDLE), "--force"], check=True, cwd=ROOT)
+
+
+def schedule(peers: Path, rounds: int, only: str) -> Iterator[tuple[Configuration, int]]:
+    """Yield what to run, the contestants in turn."""
+    present = []
+    for configuration in CONFIGURATIONS:
+        missing = configuration.missing(peers)
+        if missing:
+            say(f"{configuration.name} is missing: {missing} (benchmarks/setup_peers.sh)")
+        elif only in configuration.name:
+            present.append(configuration)
+    for context in CONTEXTS:
+        for index in range(rounds):
+            for configuration in present:
+                if index < configuration.rounds.get(context, 0):
+                    yield configuration, context
+
+
+def run(command: list[str]) -> list[Line]:
+    """Run a measurement and return its lines; none if it failed, with the reason on stderr."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        say(f"failed: {' '.join(command)}\n{done.stderr[-2000:]}")
+    return lines
+
+
+def measure(options: argparse.Namespace) -> Iterator[Line]:
+    """Yield the lines of the whole run."""
+    if not options.only:
+        yield from run([sys.executable, str(HERE / "bench_attention.py"), "--threads", str(options.threads)])
+    for configuration, context in schedule(options.peers, options.rounds, options.only):
+        command = configuration.command(options.peers, context, threads=options.threads, own_python=sys.executable)
+        lines = run(command)
+        if lines and lines[0]["other_cpu"] > QUIET:
+            say(f"others used {lines[0]['other_cpu']} cores, again: {configuration.name}, {context}")
+            lines += run(command)
+        yield from lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, default=os.environ.get("EDGEKV_PEERS", ROOT / "bench-output" / "peers"))
+    parser.add_argument("--out", type=Path, default=ROOT / "bench-output", help="folder for results.jsonl and the plot")
+    parser.add_argument("--rounds", type=int, default=3, help="at the most; slow contestants run less often")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="only contestants whose name contains this; no kernels")
+    parser.add_argument("--report", type=Path, help="measure nothing: the tables of an earlier results.jsonl")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.report:
+        lines = [json.loads(line) for line in options.report.read_text(encoding="utf-8").splitlines()]
+    else:
+        prepare(options.peers)
+        lines = []
+        with (options.out / "results.jsonl").open("w", encoding="utf-8") as file:
+            for line in measure(options):
+                print(json.dumps(line), flush=True)
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                lines.append(line)
+    results = Results(lines)
+    print(figure_table(results))
+    table, missed = bar_table(results)
+    print(table)
+    (options.out / "benchmarks.svg").write_text(plot(results), encoding="utf-8")
+    say(f"plot: {options.out / 'benchmarks.svg'}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

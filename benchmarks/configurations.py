@@ -1,0 +1,88 @@
+"""The contestants: who runs, with which weights and cache, at which contexts, and how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CONTEXTS = (512, 2048, 8192)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One contestant.
+
+    Attributes:
+        script: measures it. ``python``: of the environment that it needs, in the peers' folder; "" is our own.
+        model: file or folder in the peers' folder.
+        rounds: how often it runs at each context, at the most; contexts that are missing are not run.
+        memory_only: contexts where only its memory is measured, because filling its cache takes minutes.
+        float_kv: its cache holds floats.
+        in_bars: it counts among the peers that the bars name.
+    """
+
+    name: str
+    script: str
+    python: str
+    model: str
+    kv: str
+    rounds: dict[int, int]
+    memory_only: frozenset[int] = field(default_factory=frozenset)
+    float_kv: bool = False
+    in_bars: bool = True
+
+    def missing(self, peers: Path) -> str:
+        """Return what is not there, "" if it can run."""
+        for part in (self.python, self.model):
+            if part and not (peers / part).exists():
+                return str(peers / part)
+        return ""
+
+    def command(self, peers: Path, context: int, *, threads: int, own_python: str) -> list[str]:
+        """Return the command of one measurement."""
+        words = [
+            str(peers / self.python) if self.python else own_python,
+            str(HERE / self.script),
+            str(peers / self.model),
+            *("--name", self.name, "--kv", self.kv, "--context", str(context), "--threads", str(threads)),
+        ]
+        return [*words, "--memory-only"] if context in self.memory_only else words
+
+
+EVERY = {512: 3, 2048: 3, 8192: 2}
+_GENAI, _LLAMA = ("measure_genai.py", "genai/bin/python"), ("measure_llamacpp.py", "llamacpp/bin/python")
+
+OURS = "edgekv int4, INT8 pages"
+OURS_FP16 = "edgekv int4, fp16 pages"
+BUNDLE = "edgekv-int4.edgekv"
+CHECKPOINT = "ckpt"
+
+CONFIGURATIONS = (
+    Configuration(OURS, "measure_edgekv.py", "", BUNDLE, "int8", EVERY),
+    Configuration("llama.cpp Q4_0, fp16 cache", *_LLAMA, "models/q4_0.gguf", "fp16", EVERY, float_kv=True),
+    Configuration("onnxruntime-genai int4, fp32 cache", *_GENAI, "models/genai-int4-f32", "fp32", EVERY, float_kv=True),
+    Configuration(OURS_FP16, "measure_edgekv.py", "", BUNDLE, "fp16", {2048: 3}, float_kv=True),
+    Configuration(
+        "onnxruntime-genai int4, INT8 cache", *_GENAI, "models/genai-int4-int8", "int8", {512: 3, 2048: 3, 8192: 1}
+    ),
+    Configuration("onnxruntime-genai int4, INT4 cache", *_GENAI, "models/genai-int4-int4", "int4", {512: 3, 2048: 2}),
+    Configuration(
+        "llama.cpp Q4_0, INT8 cache",
+        *_LLAMA,
+        "models/q4_0.gguf",
+        "int8",
+        {512: 3, 2048: 2, 8192: 1},
+        memory_only=frozenset({8192}),
+    ),
+    Configuration(
+        "transformers bf16",
+        "measure_transformers.py",
+        "genai/bin/python",
+        CHECKPOINT,
+        "bf16",
+        {512: 1, 2048: 1},
+        float_kv=True,
+        in_bars=False,
+    ),
+)

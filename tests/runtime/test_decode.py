@@ -1,0 +1,72 @@
+"""The short way through a step of one token leaves the same results and the same cache as the general way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekv.runtime.decode import ResidentStep
+from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.types import KVMode
+
+Bundle = Callable[..., Path]
+Logits = list[np.ndarray]
+
+
+def run(folder: Path, mode: KVMode, count: int = 70) -> tuple[Logits, dict[str, np.ndarray]]:
+    """Decode over two page boundaries; return the logits and the columns of the page table."""
+    tokens = np.random.default_rng(3).integers(0, 256, 21 + count).tolist()
+    with Generator.open(folder, RunOptions(threads=2, kv=mode, context=128)) as generator:
+        generator.prefill(tokens[:21], max_tokens=count)
+        logits = [generator.step([token]).copy() for token in tokens[21:]]
+        assert generator.cache is not None
+        generator.cache.check()
+        table = generator.cache.table
+        columns = {name: getattr(table, name).copy() for name in ("tier", "last_used", "mass", "tokens", "n_slots")}
+        columns |= {name: table.refs[name].copy() for name in ("mask", "position", "n_slots", "kind")}
+        return logits, columns
+
+
+@pytest.mark.parametrize("mode", [KVMode.FP16, KVMode.INT8])
+def test_the_short_way_equals_the_general_way(mode: KVMode, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = bundle("demo")
+    taken: list[bool] = []
+    begin = ResidentStep.begin
+    monkeypatch.setattr(ResidentStep, "begin", lambda self: taken.append(begin(self)) or taken[-1])
+    short = run(folder, mode)
+    assert all(taken)
+    assert len(taken) == 70
+    monkeypatch.setattr(ResidentStep, "begin", lambda self: False)
+    general = run(folder, mode)
+    for ours, theirs in zip(short[0], general[0], strict=True):
+        assert np.array_equal(ours, theirs)
+    for name, column in short[1].items():
+        assert np.array_equal(column, general[1][name]), name
+
+
+def test_a_step_that_fails_half_way_leaves_the_cache_as_it_was(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Generator.open(bundle("demo"), RunOptions(threads=1, context=64)) as generator:
+        tokens = list(range(16))
+        generator.prefill(tokens, max_tokens=8)
+        with monkeypatch.context() as patch:
+            layer = ResidentStep.layer
+
+            def fail(self: ResidentStep, index: int, *rest: object) -> None:
+                if index == 1:
+                    raise KeyboardInterrupt
+                layer(self, index, *rest)  # type: ignore[arg-type]
+
+            patch.setattr(ResidentStep, "layer", fail)
+            with pytest.raises(KeyboardInterrupt):
+                generator.step([5])
+        cache = generator.cache
+        assert cache is not None
+        cache.check()
+        assert (cache.table.n_slots == 16).all()
+        again = generator.step([5]).copy()
+    with Generator.open(bundle("demo"), RunOptions(threads=1, context=64)) as generator:
+        generator.prefill(tokens, max_tokens=8)
+        assert np.array_equal(generator.step([5]), again)

@@ -1,0 +1,182 @@
+"""ExecuTorch runs the same decoder: the same tokens as ONNX Runtime, without torch, and a clear line when it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekv.bundle import read_manifest
+from edgekv.errors import EngineError, EngineMissing
+from edgekv.runtime.generate import Generator, RunOptions, cache_home
+from edgekv.types import KVMode
+from tests.conftest import VARIANTS
+
+pytest.importorskip("executorch", reason="the extra `executorch` is not installed")
+
+Bundle = Callable[..., Path]
+
+
+def prompt(count: int, vocab: int = 256, seed: int = 0) -> list[int]:
+    tokens: list[int] = np.random.default_rng(seed).integers(0, vocab, count).tolist()
+    return tokens
+
+
+def generate(folder: Path, tokens: list[int], count: int, **options: object) -> list[int]:
+    with Generator.open(folder, RunOptions(threads=2, **options)) as generator:  # type: ignore[arg-type]
+        return list(generator.tokens(tokens, max_tokens=count))
+
+
+def test_greedy_tokens_equal_those_of_onnx_at_any_budget(bundle: Bundle) -> None:
+    onnx, executorch = bundle("demo"), bundle("demo", engine="executorch")
+    tokens = prompt(700, 1000)
+    expected = generate(onnx, tokens, 48)
+    assert generate(executorch, tokens, 48) == expected
+    assert generate(executorch, tokens, 48, prefill_chunk=50) == expected
+    compressed = generate(onnx, tokens, 48, kv=KVMode.INT8)
+    assert generate(executorch, tokens, 48, kv=KVMode.INT8) == compressed
+    assert generate(executorch, tokens, 48, kv_budget="25%") == compressed
+
+
+def test_logits_of_every_row_equal_those_of_onnx(bundle: Bundle) -> None:
+    tokens, rows = prompt(150, 1000), []
+    for engine in ("onnx", "executorch"):
+        with Generator.open(bundle("demo", engine=engine), RunOptions(threads=2, kv=KVMode.FP16)) as generator:
+            rows.append(generator.score(tokens))
+    np.testing.assert_allclose(rows[0], rows[1], atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_decoder_gives_the_tokens_of_onnx(
+    variant: str, checkpoint: Callable[[str], Path], bundle: Bundle
+) -> None:
+    source, tokens = checkpoint(variant), prompt(70)
+    onnx, executorch = (bundle(source, engine=engine) for engine in ("onnx", "executorch"))
+    for options in ({}, {"kv_budget": "25%", "kv": KVMode.INT8}):
+        expected = generate(onnx, tokens, 40, **{**options, "kv_budget": None})
+        assert generate(executorch, tokens, 40, **options) == expected
+
+
+def test_the_command_runs_without_torch(bundle: Bundle) -> None:
+    code = (
+        "import sys; from edgekv.cli.main import app\n"
+        f"sys.argv = ['edgekv', 'run', {str(bundle('demo', engine='executorch'))!r}, '-p', 'It was', '-n', '4', '--json']\n"
+        "try: app()\nexcept SystemExit as end: assert not end.code, end\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'executorch', 'onnxruntime')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    answer, modules = result.stdout.splitlines()
+    assert json.loads(answer)["engine"].startswith("executorch ")
+    assert modules == "[]"
+
+
+def test_a_second_start_maps_the_packed_weights_and_a_changed_file_is_made_again(bundle: Bundle) -> None:
+    from edgekv.runtime.engines.executorch_library import version
+    from edgekv.runtime.engines.executorch_packed import PackedCache
+
+    folder = bundle("demo", engine="executorch")
+    expected = generate(folder, prompt(20), 8)
+    code = f"from tests.runtime.test_executorch import *; print(generate(Path({str(folder)!r}), prompt(20), 8))"
+    run = [sys.executable, "-c", code]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == str(expected)
+    packed = PackedCache(cache_home(), read_manifest(folder), version())
+    assert packed.path.stat().st_size > 1_000_000
+    data = bytearray(packed.path.read_bytes())
+    data[4096:8192] = b"\xff" * 4096
+    packed.path.write_bytes(data)
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == str(expected)
+
+
+def damaged(folder: Path, into: Path, change: Callable[[bytearray], bytes]) -> Path:
+    """Copy a bundle with its program changed and its manifest made to fit."""
+    from edgekv.bundle import write_manifest
+
+    shutil.copytree(folder, into)
+    path = into / "model.pte"
+    path.write_bytes(change(bytearray(path.read_bytes())))
+    write_manifest(into, read_manifest(into))
+    return into
+
+
+@pytest.mark.parametrize("keep", [0, 3, 40, 5000, 1_000_000])
+def test_a_truncated_program_is_one_clear_line(keep: int, bundle: Bundle, tmp_path: Path) -> None:
+    folder = damaged(bundle("demo", engine="executorch"), tmp_path / "b", lambda data: bytes(data[:keep]))
+    with pytest.raises(EngineError, match=r"executorch .* cannot load .*model\.pte") as error:
+        generate(folder, prompt(20), 4)
+    assert "\n" not in str(error.value)
+
+
+def test_a_program_of_another_format_is_one_clear_line(bundle: Bundle, tmp_path: Path) -> None:
+    def other(data: bytearray) -> bytes:
+        data[4:8] = b"ET99"
+        return bytes(data)
+
+    folder = damaged(bundle("demo", engine="executorch"), tmp_path / "b", other)
+    with pytest.raises(EngineError, match=r"cannot load .*export the bundle again"):
+        generate(folder, prompt(20), 4)
+
+
+def test_a_program_without_the_methods_of_the_manifest_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    folder = damaged(bundle("demo", engine="executorch"), tmp_path / "b", lambda data: bytes(data))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["model"]["n_layers"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(EngineError, match=r"has no method segment_5_t1.*export"):
+        Generator.open(folder)
+
+
+def test_another_geometry_than_the_program_has_is_refused_with_both(bundle: Bundle, tmp_path: Path) -> None:
+    folder = damaged(bundle("demo", engine="executorch"), tmp_path / "b", lambda data: bytes(data))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["model"]["n_kv_heads"] = 4
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(EngineError, match=r"segment_0_t1 takes output float32 \[1, 2, 64\], not float32 \[1, 4, 64\]"):
+        generate(folder, prompt(1), 2)
+
+
+def test_a_missing_package_says_how_to_install_it(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgekv.runtime.engines import executorch_library as library
+
+    folder = bundle("demo", engine="executorch")
+    library.load_library.cache_clear()
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EngineMissing, match="pip install --no-deps executorch"):
+        Generator.open(folder)
+    library.load_library.cache_clear()
+
+
+def test_a_missing_delegate_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekv.runtime.engines import executorch_library as library
+
+    monkeypatch.setattr(library, "DELEGATE", "AnotherBackend")
+    with pytest.raises(EngineError, match="has no AnotherBackend on this machine"):
+        Generator.open(bundle("demo", engine="executorch"))
+
+
+def test_without_a_compiler_the_python_bindings_run_it_and_say_so(bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    folder = bundle("demo", engine="executorch")
+    expected = generate(folder, prompt(30), 6)
+    code = (
+        "from tests.runtime.test_executorch import *\n"
+        "from edgekv.runtime.engines import executorch_library as library\n"
+        "library._compiler = lambda: None\n"
+        f"with Generator.open({str(folder)!r}) as generator:\n"
+        "    print(generator.engine); print(list(generator.tokens(prompt(30), max_tokens=6)))"
+    )
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    engine, tokens = result.stdout.splitlines()[-2:]
+    assert "through torch, slower (the ExecuTorch engine is compiled on first use and no C++ compiler" in engine
+    assert tokens == str(expected)
