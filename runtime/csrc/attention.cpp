@@ -16,6 +16,10 @@ constexpr size_t kSlabFloats = 1 << 19;
 // Up to this many partial rows are merged by the caller alone: waking a helper would take longer.
 constexpr size_t kInlineMerges = 64;
 
+// One thread decodes a layer of this many bytes in about the time that waking a helper takes (30 to 50 us where the
+// helper's core has gone idle, as it does while an engine runs).
+constexpr size_t kAloneBytes = size_t{1} << 20;
+
 State state_in(float* base, size_t rows) { return {base, base + rows, base + 2 * rows}; }
 
 size_t state_floats(size_t rows, int dim_pad) {
@@ -147,20 +151,25 @@ void Attention::pages(const PageRef* refs, int64_t start, int64_t stop) {
         merge_pending_all();
         const int64_t end = std::min(stop, at + slab_runs_ * kRunPages);
         const int runs = static_cast<int>((end - at + kRunPages - 1) / kRunPages);
-        pool_.run(runs, [&](int run, int) {
+        const auto decode = [&](int run, int) {
             const int64_t first = at + static_cast<int64_t>(run) * kRunPages;
             const int n = static_cast<int>(std::min<int64_t>(kRunPages, end - first));
             const PageRef* next = first + n < end ? refs + first + n : nullptr;
             kernels_.decode_run(batch_, refs + first, n, next, partial(run),
                                 mass ? mass + first / kRunPages * mass_stride : nullptr, nullptr);
-        });
+        };
+        if (2 * g_.elements() * static_cast<size_t>(end - at) <= kAloneBytes) {
+            for (int run = 0; run < runs; ++run) decode(run, 0);
+        } else {
+            pool_.run(runs, decode);
+        }
         pending_ = runs;
         at = end;
     }
 }
 
 // Sinks join last; then the sums become averages.
-void Attention::finish_rows(int head, int row0, int row1, float* out) {
+void Attention::finish_rows(int head, int row0, int row1, float* out, float* log_sum_exp) {
     const State s = state_.at(static_cast<size_t>(head) * batch_.rows, g_.dim_pad);
     for (int row = row0; row < row1; ++row) {
         const int query_head = head * g_.group + row % g_.group;
@@ -171,6 +180,10 @@ void Attention::finish_rows(int head, int row0, int row1, float* out) {
             s.total[row] = s.total[row] * factor + std::exp(sink - peak);
             s.peak[row] = peak;
         }
+        if (log_sum_exp) {
+            const size_t at = static_cast<size_t>(row / g_.group) * g_.n_kv_heads * g_.group + query_head;
+            log_sum_exp[at] = s.total[row] > 0 ? s.peak[row] + std::log(s.total[row]) : -kScoreLimit;
+        }
         factor = s.total[row] > 0 ? factor / s.total[row] : 0.f;
         float* to = out + (static_cast<size_t>(row / g_.group) * g_.n_kv_heads * g_.group + query_head) * g_.dim;
         const float* acc = s.acc + static_cast<size_t>(row) * g_.dim_pad;
@@ -178,7 +191,7 @@ void Attention::finish_rows(int head, int row0, int row1, float* out) {
     }
 }
 
-void Attention::finish(float* out, float* page_mass) {
+void Attention::finish(float* out, float* page_mass, float* log_sum_exp) {
     const size_t tile = 2 * static_cast<size_t>(kTileColumns) * g_.dim_pad + kRowBlock * kTileColumns;
     const int block = decode_ ? batch_.rows : row_block();
     const int blocks = (batch_.rows + block - 1) / block;
@@ -188,7 +201,7 @@ void Attention::finish(float* out, float* page_mass) {
         merge_pending(head);
         kernels_.blocked_own(batch_, head, row0, row1, state_.at(static_cast<size_t>(head) * batch_.rows, g_.dim_pad),
                              scratch_.data() + thread * tile);
-        finish_rows(head, row0, row1, out);
+        finish_rows(head, row0, row1, out, log_sum_exp);
     };
     const int items = g_.n_kv_heads * blocks;
     if (decode_ && pending_ * state_rows() <= kInlineMerges) {

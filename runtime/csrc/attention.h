@@ -54,7 +54,8 @@ class Attention {
                int64_t window, int64_t n_pages, bool want_mass);
     // refs[start:stop) of the step's array; start is a multiple of kRunPages, stop too or the end.
     void pages(const PageRef* refs, int64_t start, int64_t stop);
-    void finish(float* out, float* page_mass);
+    // log_sum_exp [n_new, q_heads] or null: of all scores that a query saw, sinks included; -kScoreLimit for none.
+    void finish(float* out, float* page_mass, float* log_sum_exp);
 
   private:
     void copy_padded(const float* from, size_t n, Buffer& buffer) const;
@@ -62,7 +63,7 @@ class Attention {
     size_t state_rows() const { return static_cast<size_t>(g_.n_kv_heads) * batch_.rows; }
     void merge_pending(int head);
     void merge_pending_all();
-    void finish_rows(int head, int row0, int row1, float* out);
+    void finish_rows(int head, int row0, int row1, float* out, float* log_sum_exp);
     int row_block() const;
 
     ThreadPool& pool_;

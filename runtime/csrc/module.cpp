@@ -4,7 +4,9 @@
 
 #include <atomic>
 #include <chrono>
+#include <initializer_list>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,6 +34,8 @@ Geometry make_geometry(int n_kv_heads, int group, int head_dim, int page_size, f
 
 namespace {
 
+using Shape = std::initializer_list<int64_t>;
+
 class PyAttention {
   public:
     PyAttention(nb::object pool, int n_q_heads, int n_kv_heads, int head_dim, int page_size, float scale, float softcap,
@@ -56,19 +60,16 @@ class PyAttention {
     }
 
     void run(nb::handle q, nb::handle k, nb::handle v, nb::handle positions, nb::handle refs, nb::handle out,
-             int64_t window, nb::handle page_mass) {
+             int64_t window, nb::handle page_mass, nb::handle log_sum_exp) {
         Use use(*this);
         RefsView pages(refs);
         Step step(*attention_, q, k, v, positions, window);
         View<float> to(out, "out", {step.n_new, step.q_heads, attention_->geometry().dim}, true);
-        if (page_mass.is_none()) {
-            nb::gil_scoped_release released;
-            whole(step, pages, to.data(), nullptr);
-        } else {
-            View<float> mass(page_mass, "page_mass", {pages.size()}, true);
-            nb::gil_scoped_release released;
-            whole(step, pages, to.data(), mass.data());
-        }
+        std::optional<View<float>> mass, sums;
+        if (!page_mass.is_none()) mass.emplace(page_mass, "page_mass", Shape{pages.size()}, true);
+        if (!log_sum_exp.is_none()) sums.emplace(log_sum_exp, "log_sum_exp", Shape{step.n_new, step.q_heads}, true);
+        nb::gil_scoped_release released;
+        whole(step, pages, to.data(), mass ? mass->data() : nullptr, sums ? sums->data() : nullptr);
     }
 
     void begin(nb::handle q, nb::handle k, nb::handle v, nb::handle positions, int64_t window, int64_t n_pages,
@@ -95,21 +96,22 @@ class PyAttention {
         attention_->pages(view.data(), start, stop);
     }
 
-    void finish(nb::handle out, nb::handle page_mass) {
+    void finish(nb::handle out, nb::handle page_mass, nb::handle log_sum_exp) {
         Use use(*this);
         if (!attention_->begun()) throw nb::value_error("finish() before begin()");
         if (attention_->next_page() != attention_->n_pages()) throw nb::value_error("finish() before the last page");
         const Geometry& g = attention_->geometry();
         View<float> to(out, "out", {attention_->n_new(), g.n_kv_heads * g.group, g.dim}, true);
-        if (page_mass.is_none()) {
-            nb::gil_scoped_release released;
-            attention_->finish(to.data(), nullptr);
-        } else {
+        std::optional<View<float>> mass, sums;
+        if (!page_mass.is_none()) {
             if (!want_mass_) throw nb::value_error("page_mass was not asked for in begin()");
-            View<float> mass(page_mass, "page_mass", {attention_->n_pages()}, true);
-            nb::gil_scoped_release released;
-            attention_->finish(to.data(), mass.data());
+            mass.emplace(page_mass, "page_mass", Shape{attention_->n_pages()}, true);
         }
+        if (!log_sum_exp.is_none()) {
+            sums.emplace(log_sum_exp, "log_sum_exp", Shape{attention_->n_new(), g.n_kv_heads * g.group}, true);
+        }
+        nb::gil_scoped_release released;
+        attention_->finish(to.data(), mass ? mass->data() : nullptr, sums ? sums->data() : nullptr);
     }
 
     std::string isa() const { return isa_; }
@@ -169,13 +171,13 @@ class PyAttention {
         }
     }
 
-    void whole(Step& step, const RefsView& refs, float* out, float* mass) {
+    void whole(Step& step, const RefsView& refs, float* out, float* mass, float* log_sum_exp) {
         for (int64_t i = 0; i < refs.size(); ++i) {
             if (refs.data()[i].data & 1 || refs.data()[i].kind > kWarm) throw_bad_ref(i);
         }
         step.begin(refs.size(), mass != nullptr);
         if (refs.size() > 0) attention_->pages(refs.data(), 0, refs.size());
-        attention_->finish(out, mass);
+        attention_->finish(out, mass, log_sum_exp);
     }
 
     [[noreturn]] static void throw_bad_ref(int64_t i) {
@@ -247,11 +249,13 @@ NB_MODULE(_kernels, m) {
              nb::arg("scale"), nb::arg("softcap") = 0.0f, nb::arg("sinks") = nb::none(), nb::arg("max_tokens") = 512,
              nb::arg("isa") = "")
         .def("run", &PyAttention::run, nb::arg("q"), nb::arg("new_k"), nb::arg("new_v"), nb::arg("positions"),
-             nb::arg("refs"), nb::arg("out"), nb::arg("window") = 0, nb::arg("page_mass") = nb::none())
+             nb::arg("refs"), nb::arg("out"), nb::arg("window") = 0, nb::arg("page_mass") = nb::none(),
+             nb::arg("log_sum_exp") = nb::none())
         .def("begin", &PyAttention::begin, nb::arg("q"), nb::arg("new_k"), nb::arg("new_v"), nb::arg("positions"),
              nb::arg("window"), nb::arg("n_pages"), nb::arg("want_mass") = false)
         .def("pages", &PyAttention::pages, nb::arg("refs"), nb::arg("start"), nb::arg("stop"))
-        .def("finish", &PyAttention::finish, nb::arg("out"), nb::arg("page_mass") = nb::none())
+        .def("finish", &PyAttention::finish, nb::arg("out"), nb::arg("page_mass") = nb::none(),
+             nb::arg("log_sum_exp") = nb::none())
         .def_prop_ro("isa", &PyAttention::isa)
         .def_prop_ro("buffer_bytes", &PyAttention::buffer_bytes);
 
