@@ -43,17 +43,17 @@ def prepare(peers: Path) -> None:
         subprocess.run([*command, "--out", str(peers / BUNDLE), "--force"], check=True, cwd=ROOT)
 
 
-def schedule(peers: Path, rounds: int, only: str) -> Iterator[tuple[Configuration, int]]:
+def schedule(options: argparse.Namespace) -> Iterator[tuple[Configuration, int]]:
     """Yield what to run, the contestants in turn."""
     present = []
     for configuration in CONFIGURATIONS:
-        missing = configuration.missing(peers)
+        missing = configuration.missing(options.peers)
         if missing:
             say(f"{configuration.name} is missing: {missing} (benchmarks/setup_peers.sh)")
-        elif only in configuration.name:
+        elif options.only in configuration.name:
             present.append(configuration)
-    for context in CONTEXTS:
-        for index in range(rounds):
+    for context in options.contexts:
+        for index in range(options.rounds):
             for configuration in present:
                 if index < configuration.rounds.get(context, 0):
                     yield configuration, context
@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace) -> Iterator[Line]:
     """Yield the lines of the whole run."""
     if not options.only:
         yield from run([sys.executable, str(HERE / "bench_attention.py"), "--threads", str(options.threads)])
-    for configuration, context in schedule(options.peers, options.rounds, options.only):
+    for configuration, context in schedule(options):
         command = configuration.command(options.peers, context, threads=options.threads, own_python=sys.executable)
         lines = run(command)
         if lines and lines[0]["other_cpu"] > QUIET:
@@ -87,6 +87,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench-output", help="folder for results.jsonl and the plot")
     parser.add_argument("--rounds", type=int, default=3, help="at the most; slow contestants run less often")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, choices=CONTEXTS)
     parser.add_argument("--only", default="", help="only contestants whose name contains this; no kernels")
     parser.add_argument("--report", type=Path, help="measure nothing: the tables of an earlier results.jsonl")
     options = parser.parse_args()

@@ -61,7 +61,9 @@ def main() -> None:
             "first_step_s": first,
             **resident_bytes(),
         }
-        print(json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in result.items()}))
+        print(
+            json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in result.items()})
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ Float = NDArray[np.float32]
 Int8 = NDArray[np.int8]
 Half = NDArray[np.float16]
 
+#: Changes when stored pages mean something else.
+CODEC_VERSION = 1
 #: The scale of an all-zero slice: the smallest fp16 above zero.
 MIN_SCALE = np.float16(2.0**-24)
 

@@ -21,6 +21,9 @@ WEIGHTS = ("int4", "int8", "fp16", "fp32")
 #: Numbers of rows for which an ExecuTorch program has methods: its shapes are fixed, and a step is put together of them.
 EXECUTORCH_ROWS = (1, 16, 128)
 EXECUTORCH_HEAD_ROWS = (1, 16)
+#: Inline form: the most new tokens of its prefill method, and the most cached ones as pages and as recent tokens each.
+EXECUTORCH_PREFILL_ROWS = 64
+EXECUTORCH_CACHED_TOKENS = 4096
 
 Dim = int | str
 

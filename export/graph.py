@@ -233,6 +233,8 @@ def _scope(node: onnx.NodeProto) -> str:
 
 def _module_path(sources: tuple[str, ...]) -> str:
     """Turn model.layers.0.self_attn.o_proj.weight into /model/layers.0/self_attn/o_proj."""
+    if sources == (EMBEDDING,):
+        return "/lm_head"  # a product with the embedding is a tied head
     name = sources[0].rpartition(".")[0]
     if len(sources) > 1:
         name = name.replace("q_proj", "qkv_proj")

@@ -53,8 +53,6 @@ def export_model(
     for name, value, allowed in (("engine", engine, ENGINES), ("form", form, FORMS), ("weights", weights, WEIGHTS)):
         if value is not None and value not in allowed:
             raise UsageError(f"{name} {value!r} is not known; choose one of {', '.join(allowed)}")
-    if engine == "executorch":
-        raise EngineMissing("--engine executorch is not in this version; use --engine onnx")
     if page_size not in (16, 32, 64, 128):
         raise UsageError(f"page_size {page_size} is not supported; use 16, 32, 64 or 128")
     if out.exists() and not force:
@@ -98,7 +96,11 @@ class _Steps:
 
 def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
     from edgekv.export.checkpoint import open_checkpoint
-    from edgekv.export.onnx import count_steps, write_graphs
+
+    if choice.engine == "executorch":
+        from edgekv.export.executorch import count_steps, write_graphs
+    else:
+        from edgekv.export.onnx import count_steps, write_graphs
 
     checkpoint = open_checkpoint(source)
     weights = choice.weights or default_weights(checkpoint.parameters)

@@ -47,18 +47,33 @@ class Piece:
 
 def export_segments(config: DecoderConfig) -> dict[str, Piece]:
     """Export each distinct segment structure of the decoder once, by its kind."""
-    structure = _structure(config)
-    pieces: dict[str, Piece] = {}
-    for index in range(config.model.n_layers + 1):
-        kind = segment_kind(config, index)
-        if kind not in pieces:
-            pieces[kind] = export_segment(structure, index)
+    kinds = {segment_kind(config, index): index for index in reversed(range(config.model.n_layers + 1))}
+    pieces = {}
+    for kind, index in kinds.items():
+        rotated = index == config.model.n_layers or config.rotated[index]
+        place = 0 if index == 0 else 2 if index == config.model.n_layers else 1
+        pieces[kind] = _export_segment(_structure(config, rotated=rotated), place)
     return pieces
 
 
+def _structure(config: DecoderConfig, *, rotated: bool) -> DecoderConfig:
+    """Keep what a segment's structure depends on, as a decoder of two layers: equal structures share their pieces."""
+    model = dataclasses.replace(
+        config.model,
+        architecture="",
+        n_layers=2,
+        rope=RopeSpec((0.0,) * len(config.model.rope.inv_freq)),
+        windows=(),
+        max_context=0,
+        tied_embeddings=False,
+        bos_token_id=None,
+        eos_token_ids=(),
+    )
+    return dataclasses.replace(config, model=model, rotated=(rotated, rotated))
+
+
 @functools.lru_cache(maxsize=32)
-def export_segment(config: DecoderConfig, index: int) -> Piece:
-    """Export the structure of segment ``index`` of the split form."""
+def _export_segment(config: DecoderConfig, index: int) -> Piece:
     model = config.model
     half = model.rope.rotary_dim // 2
     rope = [_example(_T, half), _example(_T, half)]
@@ -102,15 +117,6 @@ def export_positions(model: ModelSpec) -> Piece:
     module = Positions(model.rope, distinct_windows(model))
     names = ["cos", "sin", *(f"causal_{window}" for window in module.windows)]
     return _export(module, [torch.zeros(_T, dtype=torch.int64)], [{0: "T"}], names)
-
-
-def _structure(config: DecoderConfig) -> DecoderConfig:
-    """Drop what no segment's structure depends on, so that decoders of one structure share their pieces."""
-    rope = RopeSpec((0.0,) * len(config.model.rope.inv_freq))
-    model = dataclasses.replace(
-        config.model, architecture="", rope=rope, windows=(), max_context=0, bos_token_id=None, eos_token_ids=()
-    )
-    return dataclasses.replace(config, model=dataclasses.replace(model, tied_embeddings=False))
 
 
 _T = 7  # any number of new tokens that no dimension of a model has

@@ -2,7 +2,10 @@
 
 All pages resident: one kernel call on the table's row. Some on flash: the pages are walked in logical order, and those on
 flash pass through a small staging ring, read one piece ahead of the kernel, across layers. The kernel merges fixed runs of
-pages in logical order, so both ways give the same bits. Residency does not change here.
+pages in logical order, so both ways give the same bits, and residency does not change.
+
+Under selective attention a step of one token attends to chosen pages only, and the resident set is a cache of them: a chosen
+page that is on flash becomes resident if a page that was not chosen of late can leave for it, and is streamed otherwise.
 """
 
 from __future__ import annotations
@@ -15,10 +18,16 @@ from edgekv.runtime.engines.base import StepBuffers
 from edgekv.runtime.kernels import KIND_WARM, Kernels
 from edgekv.runtime.pages import tag
 from edgekv.runtime.reader import PageReader
-from edgekv.spec import ModelSpec
+from edgekv.runtime.select import AttendOptions, Choice, Selector, make_selector, ring_pieces
+from edgekv.runtime.stats import SelectionLog
+from edgekv.spec import RECORD_HEADER_BYTES, ModelSpec
 from edgekv.types import Tier
 
 Float = NDArray[np.float32]
+#: Queries, keys, values and positions of the new tokens.
+Step = tuple[Float, Float, Float, NDArray[np.int64]]
+#: Pages [start, stop), and those among them that are on flash.
+Piece = tuple[int, int, list[int]]
 
 
 class Attender:
@@ -26,13 +35,29 @@ class Attender:
 
     Args:
         piece_pages: pages that are read from flash at a time, a multiple of ``kernels.RUN_PAGES``.
+        attend: which pages a step of one token attends to; None means all.
     """
 
     def __init__(
-        self, model: ModelSpec, cache: KVCache, kernels: Kernels, *, threads: int, max_tokens: int, piece_pages: int
+        self,
+        model: ModelSpec,
+        cache: KVCache,
+        kernels: Kernels,
+        *,
+        threads: int,
+        max_tokens: int,
+        piece_pages: int,
+        attend: AttendOptions | None = None,
     ) -> None:
         self._cache = cache
         self._windows = model.windows
+        self._n_q_heads = model.n_q_heads
+        #: What selective attention did; empty under exact attention.
+        self.selection = SelectionLog()
+        self._taken: dict[int, NDArray[np.bool_]] = {}
+        self._selector: Selector | None = None
+        if attend is not None and attend.selective:
+            self._selector = make_selector(model, cache, kernels, attend)
         self._run_pages = kernels.RUN_PAGES
         self._attention = kernels.Attention(
             kernels.ThreadPool(threads),
@@ -45,7 +70,8 @@ class Attender:
         )
         self._piece_pages = piece_pages
         store = cache.manager.store
-        self._reader = PageReader(store, cache.spec, piece_pages) if store is not None else None
+        ring = ring_pieces(self._selector is not None)
+        self._reader = PageReader(store, cache.spec, piece_pages, ring) if store is not None else None
 
     def close(self) -> None:
         """End the reader's thread."""
@@ -61,17 +87,22 @@ class Attender:
         Raises:
             CorruptPage, StoreError: a page on flash cannot be read; ``out`` must not be used.
         """
-        table = self._cache.table
-        n_pages = table.n_pages(layer)
-        refs = table.refs[layer, :n_pages]
-        tiers = table.tier[layer, :n_pages]
+        n_pages = self._cache.table.n_pages(layer)
         mass = np.zeros(n_pages, np.float32) if len(positions) == 1 else None
-        if tiers.max(initial=0) < Tier.COLD:
-            self._attention.run(q, k, v, positions, refs, out, window=self._windows[layer], page_mass=mass)
+        step = (q, k, v, positions)
+        if mass is not None and self.selects(n_pages):
+            self._attend_chosen(layer, step, out, mass)
         else:
-            self._stream(layer, q, k, v, positions, refs, tiers, out, mass)
+            self._cache.manager.counters.pages_missed += int(
+                np.count_nonzero(self._cache.table.tier[layer, :n_pages] == Tier.DROPPED)
+            )
+            self._attend_pages(layer, step, out, mass, np.ones(n_pages, bool), None)
         if mass is not None:
             self._cache.touch(layer, mass)
+
+    def selects(self, n_pages: int) -> bool:
+        """Return whether a step of one token over so many pages leaves any of them out."""
+        return self._selector is not None and self._selector.selects(n_pages)
 
     def attend_resident(
         self, layer: int, buffers: StepBuffers, positions: NDArray[np.int64], refs: NDArray[np.void], mass: Float
@@ -81,57 +112,108 @@ class Attender:
             buffers.q, buffers.k, buffers.v, positions, refs, buffers.attention, self._windows[layer], mass
         )
 
-    def _stream(
-        self,
-        layer: int,
-        q: Float,
-        k: Float,
-        v: Float,
-        positions: NDArray[np.int64],
-        resident: NDArray[np.void],
-        tiers: NDArray[np.uint8],
-        out: Float,
-        mass: Float | None,
-    ) -> None:
-        assert self._reader is not None
-        counters = self._cache.manager.counters
-        counters.pages_missed += int(np.count_nonzero(tiers == Tier.DROPPED))
-        refs = resident.copy()
-        self._attention.begin(q, k, v, positions, self._windows[layer], len(refs), mass is not None)
-        pieces = self._pieces(layer)
-        for index, (start, stop, cold) in enumerate(pieces):
-            if cold:
-                refs["data"][cold], _ = self._reader.take(*self._records(layer, cold))
-                refs["kind"][cold] = KIND_WARM
-                counters.pages_fetched += len(cold)
-            self._request_next(layer, pieces[index + 1 :])
-            self._attention.pages(refs, start, stop)
-        self._attention.finish(out, mass)
+    def _attend_chosen(self, layer: int, step: Step, out: Float, mass: Float) -> None:
+        """Attend one token to the pages that the selector chooses, and count what that may have missed."""
+        selector, cache = self._selector, self._cache
+        assert selector is not None
+        sums = np.empty((1, self._n_q_heads), np.float32)
+        choice = selector.choose(layer, step[0][0], int(step[3][0]), self._windows[layer])
+        before = cache.table.tier[layer, : len(mass)].copy()
+        self._attend_taken(layer, step, out, mass, choice, sums)
+        further = selector.extend(layer, choice, sums[0])
+        if further is not None:
+            choice = further
+            self._attend_taken(layer, step, out, mass, choice, sums)
+        self.selection.count(cache.manager.step, before, choice.taken, selector.missing(choice, sums[0]))
+        cache.manager.counters.pages_missed += int(np.count_nonzero(choice.taken & (before == Tier.DROPPED)))
+        self._predict((layer + 1) % cache.spec.n_layers)
 
-    def _pieces(self, layer: int) -> list[tuple[int, int, list[int]]]:
+    def _attend_taken(
+        self, layer: int, step: Step, out: Float, mass: Float, choice: Choice, sums: Float
+    ) -> None:
+        cache = self._cache
+        cache.table.last_used[layer, : len(mass)][choice.taken] = cache.manager.step
+        self._taken[layer] = choice.taken
+        self._bring(layer, choice.taken)
+        self._attend_pages(layer, step, out, mass, choice.taken, sums)
+
+    def _bring(self, layer: int, taken: NDArray[np.bool_]) -> None:
+        """Make the COLD pages among those taken resident, as far as there is room for them."""
+        table, manager = self._cache.table, self._cache.manager
+        cold = np.flatnonzero(taken & (table.tier[layer, : len(taken)] == Tier.COLD)).tolist()
+        if not cold:
+            return
+        cold = cold[: manager.room_for(len(cold), layer)]
+        for start in range(0, len(cold), self._piece_pages):
+            assert self._reader is not None
+            pages = cold[start : start + self._piece_pages]
+            _, rows = self._reader.take_partly(*self._records(layer, pages))
+            following = cold[start + self._piece_pages :][: self._piece_pages]
+            if following:
+                self._reader.request(*self._records(layer, following))
+            for page, row in zip(pages, rows, strict=True):
+                manager.admit(layer, page, row[RECORD_HEADER_BYTES:])
+            manager.counters.pages_fetched += len(pages)
+
+    def _predict(self, layer: int) -> None:
+        """Start to read what the last step took in a layer, and is not in RAM."""
+        taken = self._taken.get(layer)
+        if taken is not None and self._reader is not None:
+            cold = np.flatnonzero(taken & (self._cache.table.tier[layer, : len(taken)] == Tier.COLD)).tolist()
+            if cold:
+                self._reader.request(*self._records(layer, cold[: self._piece_pages]))
+
+    def _attend_pages(
+        self, layer: int, step: Step, out: Float, mass: Float | None, wanted: NDArray[np.bool_], sums: Float | None
+    ) -> None:
+        """Attend to the wanted pages of a layer; those on flash pass through the staging ring."""
+        window, n_pages = self._windows[layer], len(wanted)
+        refs = self._cache.table.refs[layer, :n_pages]
+        cold = wanted & (self._cache.table.tier[layer, :n_pages] == Tier.COLD)
+        streams, whole = bool(cold.any()), sums is None
+        if streams or not whole:
+            refs = refs.copy()
+            refs["data"][~wanted] = 0  # as for pages that were dropped, the kernel skips what has no address
+        if not streams:
+            self._attention.run(*step, refs, out, window, mass, sums)
+            return
+        assert self._reader is not None
+        self._attention.begin(*step, window, n_pages, mass is not None)
+        pieces = self._pieces(cold)
+        for index, (start, stop, pages) in enumerate(pieces):
+            if pages:
+                take = self._reader.take if whole else self._reader.take_partly
+                refs["data"][pages], _ = take(*self._records(layer, pages))
+                refs["kind"][pages] = KIND_WARM
+                self._cache.manager.counters.pages_fetched += len(pages)
+            self._request_next(layer, pieces[index + 1 :], whole=whole)
+            self._attention.pages(refs, start, stop)
+        self._attention.finish(out, mass, sums)
+
+    def _pieces(self, cold: NDArray[np.bool_]) -> list[Piece]:
         """Cut the pages of a layer into pieces [start, stop) of whole runs, with the COLD pages of each."""
-        tiers = self._cache.table.tier[layer, : self._cache.table.n_pages(layer)]
-        pieces: list[tuple[int, int, list[int]]] = []
+        pieces: list[Piece] = []
         start = 0
-        cold: list[int] = []
-        for run in range(0, len(tiers), self._run_pages):
-            stop = min(run + self._run_pages, len(tiers))
-            in_run = (np.flatnonzero(tiers[run:stop] == Tier.COLD) + run).tolist()
-            if len(cold) + len(in_run) > self._piece_pages:
-                pieces.append((start, run, cold))
-                start, cold = run, []
-            cold = cold + in_run
-        pieces.append((start, len(tiers), cold))
+        held: list[int] = []
+        for run in range(0, len(cold), self._run_pages):
+            stop = min(run + self._run_pages, len(cold))
+            in_run = (np.flatnonzero(cold[run:stop]) + run).tolist()
+            if len(held) + len(in_run) > self._piece_pages:
+                pieces.append((start, run, held))
+                start, held = run, []
+            held = held + in_run
+        pieces.append((start, len(cold), held))
         return pieces
 
-    def _request_next(self, layer: int, rest: list[tuple[int, int, list[int]]]) -> None:
-        """Start to read what is needed next: in this layer, or at the start of the next one."""
+    def _request_next(self, layer: int, rest: list[Piece], *, whole: bool) -> None:
+        """Start to read what is needed next: in this layer, or, if all is needed, at the start of the next one."""
         assert self._reader is not None
-        following = (layer + 1) % self._cache.spec.n_layers
-        for at, pieces in ((layer, rest), (following, self._pieces(following))):
-            for _, _, cold in pieces:
-                if cold:
-                    self._reader.request(*self._records(at, cold))
+        table, following = self._cache.table, (layer + 1) % self._cache.spec.n_layers
+        cold = table.tier[following, : table.n_pages(following)] == Tier.COLD
+        for at, pieces in ((layer, rest), (following, self._pieces(cold) if whole else [])):
+            for _, _, pages in pieces:
+                if pages:
+                    self._reader.request(*self._records(at, pages))
                     return
 
     def _records(self, layer: int, pages: list[int]) -> tuple[list[int], list[int]]:

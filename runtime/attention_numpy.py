@@ -122,6 +122,7 @@ class Attention:
         out: Float,
         window: int = 0,
         page_mass: Float | None = None,
+        log_sum_exp: Float | None = None,
     ) -> None:
         """Attend new tokens to ``refs`` and to themselves."""
         _check_refs(refs)
@@ -130,7 +131,7 @@ class Attention:
             _check("page_mass", page_mass, np.float32, (len(refs),), writable=True)
         self.begin(q, new_k, new_v, positions, window, len(refs), page_mass is not None)
         self.pages(refs, 0, len(refs))
-        self.finish(out, page_mass)
+        self.finish(out, page_mass, log_sum_exp)
 
     def begin(
         self,
@@ -183,7 +184,7 @@ class Attention:
                 self._attend_run(refs[first : min(first + RUN_PAGES, stop)])
             self._next = stop
 
-    def finish(self, out: Float, page_mass: Float | None = None) -> None:
+    def finish(self, out: Float, page_mass: Float | None = None, log_sum_exp: Float | None = None) -> None:
         """Attend to the new tokens themselves and write the result."""
         if self._n_pages < 0:
             raise ValueError("finish() before begin()")
@@ -195,6 +196,8 @@ class Attention:
             if self._mass is None:
                 raise ValueError("page_mass was not asked for in begin()")
             _check("page_mass", page_mass, np.float32, (self._n_pages,), writable=True)
+        if log_sum_exp is not None:
+            _check("log_sum_exp", log_sum_exp, np.float32, (n_new, self._n_q_heads), writable=True)
         with self._use():
             visible = np.tril(np.ones((n_new, n_new), bool))
             if self._window:
@@ -208,6 +211,10 @@ class Attention:
             state = self._state
             inverse = np.divide(1, state.total, out=np.zeros_like(state.total), where=state.total > 0)
             out[:] = (state.acc * inverse[..., None]).transpose(1, 0, 2)
+            if log_sum_exp is not None:
+                seen = state.total > 0
+                sums = np.log(state.total, out=np.zeros_like(state.total), where=seen)
+                log_sum_exp[:] = np.where(seen, state.peak + sums, -SCORE_LIMIT).T
             if page_mass is not None and self._mass is not None:
                 for run, (sums, peak) in enumerate(self._mass):
                     shares = sums * (np.exp(peak - state.peak) * inverse)[None]

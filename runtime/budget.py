@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from edgekv.errors import BudgetError, UsageError
 from edgekv.runtime.pages import PageManager
+from edgekv.runtime.select import ring_pieces
+from edgekv.runtime.summary import summary_bytes
 from edgekv.spec import PageSpec
 from edgekv.types import KVMode, format_bytes, parse_bytes
 
@@ -18,7 +20,7 @@ PIECE_BYTES = 512 * 1024
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """The parts of a budget; ``arena_bytes + staging_bytes <= budget_bytes``.
+    """The parts of a budget; ``arena_bytes + staging_bytes <= budget_bytes``. Staging includes page summaries.
 
     ``fits``: the whole context fits the arena, so that no page needs to leave RAM. ``piece_pages``: pages that are
     read from flash at a time; the staging ring holds two such pieces.
@@ -52,12 +54,14 @@ def resolve_budget(kv_budget: int | str | None, spec: PageSpec, context: int) ->
 
 
 def plan_budget(
-    spec: PageSpec, *, kv_budget: int | str | None, context: int, mode: KVMode, run_pages: int, inline: bool = False
+    spec: PageSpec, *, kv_budget: int | str | None, context: int, mode: KVMode, run_pages: int, inline: bool = False,
+    selective: bool = False,
 ) -> BudgetPlan:
     """Divide a budget for a sequence of up to ``context`` tokens.
 
     Args:
         run_pages: pages that the kernel takes at a time.
+        selective: selective attention, which keeps a summary of every page in RAM.
 
     Raises:
         BudgetError: it is below what the run needs at the least; the message says how much that is.
@@ -67,17 +71,18 @@ def plan_budget(
     # Sealed pages in pairs per frame, one open page per layer, one frame to work with.
     whole_int8 = (spec.n_layers * pages + 1) // 2 * spec.frame_bytes + (spec.n_layers + 1) * spec.frame_bytes
     budget = resolve_budget(kv_budget, spec, context)
+    summaries = summary_bytes(spec, pages) if selective else 0
     if budget is None:
         compress = mode == KVMode.INT8
         arena = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
-        return BudgetPlan(arena, arena, 0, compress, True)
+        return BudgetPlan(arena + summaries, arena, 0, compress, True)
     compress = mode == KVMode.INT8 or (mode == KVMode.AUTO and whole_fp16 > budget)
     whole = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
-    if whole <= budget:
+    if whole + summaries <= budget:
         return BudgetPlan(budget, whole, 0, compress, True)
     piece_bytes = min(PIECE_BYTES, budget // 16)
     piece_pages = max(1, piece_bytes // (spec.record_bytes * run_pages)) * run_pages
-    staging_bytes = 2 * piece_pages * spec.record_bytes
+    staging_bytes = ring_pieces(selective) * piece_pages * spec.record_bytes + summaries
     needed = PageManager.least_bytes(spec) + staging_bytes
     gathered = 2 * spec.n_layers * pages * spec.warm_bytes if inline else 0
     if inline and budget < needed + gathered:

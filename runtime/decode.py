@@ -40,6 +40,8 @@ class ResidentStep:
         self._page, self._inside = page, _ = divmod(start, cache.spec.page_size)
         table.grow(page + 1)
         n_pages = page + (self._inside > 0)
+        if self._attender.selects(n_pages):
+            return False
         if (table.n_slots != start).any() or (n_pages and table.tier[:, :n_pages].max() >= Tier.COLD):
             return False
         if not self._inside:

@@ -8,6 +8,7 @@ with Generator.open("llama.edgekv", kv_budget="64MiB") as generator:
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,16 +24,18 @@ from edgekv.runtime.attend import Attender
 from edgekv.runtime.budget import BudgetPlan, plan_budget
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.embedding import Embedding
-from edgekv.runtime.engines.base import Float, SegmentEngine
-from edgekv.runtime.engines.choose import open_segments
+from edgekv.runtime.engines.base import Float, InlineEngine, SegmentEngine
+from edgekv.runtime.engines.choose import open_inline, open_segments
 from edgekv.runtime.forward import Forward, Rows, SplitForward
 from edgekv.runtime.kernels import Kernels, load_kernels
 from edgekv.runtime.options import RunOptions as RunOptions
 from edgekv.runtime.options import cache_home as cache_home
 from edgekv.runtime.options import default_threads as default_threads
+from edgekv.runtime.options import planned_context
 from edgekv.runtime.pages import CacheOptions
 from edgekv.runtime.policy import make_policy
 from edgekv.runtime.rope import Rope
+from edgekv.runtime.select import AttendOptions, parse_attend
 from edgekv.runtime.sampling import Sampler, SamplingOptions
 from edgekv.runtime.session import Session
 from edgekv.runtime.session_keeper import SessionKeeper
@@ -59,16 +62,16 @@ class Generator:
             self.manifest,
             stamp=cache_home() / "verified" / f"{folder.resolve().as_posix().strip('/').replace('/', '-')}.json",
         )
-        template = self.manifest.chat_template
-        self.text = Text(folder / "tokenizer.json", folder / template if template else None)
         self.kernels: Kernels = load_kernels()
         self._policy = make_policy(options.policy)
+        self._attend = self._attend_options()
         self._tokens: list[int] = []
         self._forward: Forward | None = None
         self._cache: KVCache | None = None
         self._store: PageStore | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._engine: SegmentEngine | None = None
+        self._inline: InlineEngine | None = None
         self._attender: Attender | None = None
         self._planned_context = 0
         self._keeper = self._open_session()  # first: a wrong or a locked one is refused before anything is loaded
@@ -96,11 +99,28 @@ class Generator:
         other.options = options
         other.stats = RunStats()
         other._policy = make_policy(options.policy)
+        other._attend = other._attend_options()
         other._tokens = []
         other._forward = other._cache = other._store = other._scratch = other._attender = None
         other._planned_context = 0
         other._keeper = other._open_session()
         return other
+
+    @functools.cached_property
+    def text(self) -> Text:
+        """The tokenizer, loaded when it is first needed: who brings tokens does without its memory.
+
+        Raises:
+            BundleError: it cannot be read.
+        """
+        template = self.manifest.chat_template
+        return Text(self.folder / "tokenizer.json", self.folder / template if template else None)
+
+    def _attend_options(self) -> AttendOptions:
+        attend = parse_attend(self.options.attend)
+        if attend.selective and self.manifest.form == "inline":
+            raise UsageError("the inline form takes every page in one call: export with --form split for --attend selective")
+        return attend
 
     # -- the session -------------------------------------------------------------------------------------------
 
@@ -115,10 +135,7 @@ class Generator:
             self._keeper.save(self._cache, self._tokens, whole=whole)
 
     def _open_session(self) -> SessionKeeper | None:
-        if self.options.session is None:
-            return None
-        options = self.options
-        return SessionKeeper(options.session, self.manifest, kv=options.kv, allow_drop=options.allow_drop)
+        return SessionKeeper(self.options, self.manifest) if self.options.session is not None else None
 
     # -- generation --------------------------------------------------------------------------------------------
 
@@ -270,15 +287,13 @@ class Generator:
     @property
     def engine(self) -> str:
         """What computes the dense parts, for messages."""
-        return self._engine.description if self._engine is not None else self.manifest.engine
+        engine = self._engine or self._inline
+        return engine.description if engine is not None else self.manifest.engine
 
     @property
     def budget(self) -> BudgetPlan | None:
         """How the budget was divided, once a prompt gave the cache a size."""
         return self._plan if self._cache is not None else None
-
-    def _context(self, prompt_tokens: int, max_tokens: int) -> int:
-        return self.options.context or min(self.manifest.model.max_context, prompt_tokens + max_tokens)
 
     def _check_length(self, n_tokens: int) -> None:
         limit = self.options.context or self.manifest.model.max_context
@@ -289,17 +304,7 @@ class Generator:
 
     def _make_cache(self, prompt_tokens: int, max_tokens: int) -> None:
         model = self.manifest.model
-        limit = self.options.context or model.max_context
-        if self.options.context and self.options.context > model.max_context:
-            raise PromptTooLong(
-                f"--context {self.options.context} is above what the model was made for, {model.max_context}"
-            )
-        if prompt_tokens + max_tokens > limit:
-            raise PromptTooLong(
-                f"a prompt of {prompt_tokens} tokens and {max_tokens} to generate do not fit the context of {limit};"
-                " shorten the prompt, lower --max-tokens" + (" or raise --context" if limit < model.max_context else "")
-            )
-        context = self._context(prompt_tokens, max_tokens)
+        context = planned_context(self.options, model.max_context, prompt_tokens, max_tokens)
         if self._cache is not None:
             if context <= self._planned_context:
                 return
@@ -315,8 +320,11 @@ class Generator:
             mode=self.options.kv if self._keeper is None else KVMode.INT8,
             run_pages=self.kernels.RUN_PAGES,
             inline=self.manifest.form == "inline",
+            selective=self._attend.selective,
         )
-        if not self._plan.fits and (self.options.offload is not None or not self.options.allow_drop):
+        if self._keeper is not None:
+            self._store = self._keeper.session.store
+        elif not self._plan.fits and (self.options.offload is not None or not self.options.allow_drop):
             self._store = FlashStore(self._offload_folder(), spec)
         options = CacheOptions(
             budget_bytes=self._plan.arena_bytes,
@@ -329,7 +337,9 @@ class Generator:
         if self.manifest.form == "inline":
             from edgekv.runtime.inline import InlineForward
 
-            self._forward = InlineForward(self.folder, self.manifest, self._cache, self.options.threads)
+            if self._inline is None:
+                self._inline = open_inline(self.folder, self.manifest, self.options.threads, cache_home())
+            self._forward = InlineForward(self._inline, model, self._cache)
         else:
             assert self._engine is not None
             self._attender = Attender(
@@ -339,6 +349,7 @@ class Generator:
                 threads=self.options.threads,
                 max_tokens=self.options.prefill_chunk,
                 piece_pages=self._plan.piece_pages,
+                attend=self._attend,
             )
             self._forward = SplitForward(self._engine, self._embedding, Rope(model.rope), self._cache, self._attender)
 
@@ -356,6 +367,7 @@ class Generator:
         if self._cache is not None:
             self.stats.cache = replace(self._cache.use(), budget_bytes=self._plan.budget_bytes)
             self.stats.pages = self._cache.manager.counters
+            self.stats.selection = self._attender.selection.summary() if self._attender is not None else None
             if self._store is not None:
                 self.stats.bytes_written = self._store.counters.bytes_written
                 self.stats.bytes_read = self._store.counters.bytes_read
@@ -367,11 +379,13 @@ class Generator:
         Raises:
             StoreError: the session could not be saved; everything is free nevertheless.
         """
-        self.save(whole=True)
-        self._drop_cache()
-        if self._keeper is not None:
+        try:
+            self.save(whole=True)
+        finally:
+            self._drop_cache()
             keeper, self._keeper = self._keeper, None
-            keeper.close()
+            if keeper is not None:
+                keeper.close()
 
     def _drop_cache(self) -> None:
         if self._keeper is not None:

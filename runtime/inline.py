@@ -6,38 +6,38 @@ on flash are read for the step and forgotten after it.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.bundle import Manifest
 from edgekv.codec import unpack_hot, unpack_warm_codes
 from edgekv.runtime.cache import KVCache
-from edgekv.runtime.engines.base import Float
-from edgekv.runtime.engines.onnx import open_session, session_options
+from edgekv.runtime.engines.base import Float, InlineEngine
 from edgekv.runtime.forward import Rows
-from edgekv.spec import RECORD_HEADER_BYTES
+from edgekv.spec import RECORD_HEADER_BYTES, ModelSpec
 from edgekv.types import Tier
 
 
 class InlineForward:
     """A :class:`~edgekv.runtime.forward.Forward` on the inline graph."""
 
-    def __init__(self, folder: Path, manifest: Manifest, cache: KVCache, threads: int) -> None:
-        self._session = open_session(folder / manifest.graphs[0], session_options(threads))
-        self._model = manifest.model
+    def __init__(self, engine: InlineEngine, model: ModelSpec, cache: KVCache) -> None:
+        self._engine = engine
+        self._model = model
         self._cache = cache
-        self._outputs = [output.name for output in self._session.get_outputs()]
 
     def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
         """Run T tokens; see :class:`~edgekv.runtime.forward.Forward`."""
+        limit = self._engine.max_tokens
+        if limit is not None and len(tokens) > limit:
+            first = self.step(tokens[:limit], positions[:limit], "all" if rows == "all" else "none").copy()
+            rest = self.step(tokens[limit:], positions[limit:], rows)
+            return np.concatenate([first, rest])
         self._cache.manager.step += 1
         feeds: dict[str, NDArray[np.generic]] = {"input_ids": tokens, "position_ids": positions}
         sealed = []
         for layer in range(self._model.n_layers):
             sealed.append(self._gather(layer, positions, feeds))
-        results = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        results = self._engine.run(feeds)
         for layer in range(self._model.n_layers):
             if len(tokens) == 1:
                 mass = np.zeros(self._cache.table.n_pages(layer), np.float32)

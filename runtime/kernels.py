@@ -59,11 +59,13 @@ class PagedAttention(Protocol):
         out: Float,
         window: int = 0,
         page_mass: Float | None = None,
+        log_sum_exp: Float | None = None,
     ) -> None:
         """Attend new tokens to ``refs`` (in logical order) and causally to themselves.
 
         q [T, n_q_heads, head_dim], new_k and new_v [T, n_kv_heads, head_dim], positions [T] increasing; writes
-        out [T, n_q_heads, head_dim] and page_mass [len(refs)]. :func:`edgekv.seam.paged_attention` says what it means.
+        out [T, n_q_heads, head_dim], page_mass [len(refs)], and log_sum_exp [T, n_q_heads]: the logarithm of the summed
+        exponentials of all scores that a query saw, sinks included (-1e30 where it saw none). :func:`edgekv.seam.paged_attention` says what it means.
 
         Raises:
             ValueError: an array has another shape or dtype, or is not contiguous.
@@ -87,8 +89,8 @@ class PagedAttention(Protocol):
         Pieces come in order; start and stop are multiples of RUN_PAGES, except a stop at the end.
         """
 
-    def finish(self, out: Float, page_mass: Float | None = None) -> None:
-        """Attend to the new tokens themselves and write the result."""
+    def finish(self, out: Float, page_mass: Float | None = None, log_sum_exp: Float | None = None) -> None:
+        """Attend to the new tokens themselves and write the result, as :meth:`run` does."""
 
     @property
     def isa(self) -> str:

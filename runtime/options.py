@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgekv.errors import PromptTooLong
 from edgekv.runtime.session import SessionOptions
 from edgekv.types import KVMode
 
@@ -20,6 +21,7 @@ class RunOptions:
     ``offload``: folder for pages that do not fit; None uses a private file in the cache folder of the user.
     ``allow_drop``: forget pages that do not fit, instead of writing them to flash (unless ``offload`` names a
     folder); changes results, and says how much.
+    ``attend``: ``exact``, or ``selective`` and its forms: see :func:`edgekv.runtime.select.parse_attend`.
     """
 
     kv_budget: int | str | None = None
@@ -30,6 +32,7 @@ class RunOptions:
     allow_drop: bool = False
     threads: int = field(default_factory=lambda: default_threads())
     prefill_chunk: int = 256
+    attend: str = "exact"
     session: SessionOptions | None = None
 
 
@@ -43,3 +46,20 @@ def default_threads() -> int:
 def cache_home() -> Path:
     """Folder for files that may be deleted at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekv"
+
+
+def planned_context(options: RunOptions, max_context: int, prompt_tokens: int, max_tokens: int) -> int:
+    """Return the tokens that a cache must be able to hold.
+
+    Raises:
+        PromptTooLong: more than the context, or than the model was made for.
+    """
+    limit = options.context or max_context
+    if limit > max_context:
+        raise PromptTooLong(f"--context {limit} is above what the model was made for, {max_context}")
+    if prompt_tokens + max_tokens > limit:
+        raise PromptTooLong(
+            f"a prompt of {prompt_tokens} tokens and {max_tokens} to generate do not fit the context of {limit};"
+            " shorten the prompt, lower --max-tokens" + (" or raise --context" if limit < max_context else "")
+        )
+    return options.context or prompt_tokens + max_tokens

@@ -18,6 +18,7 @@ from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, Kernels
 from edgekv.runtime.policy import LRU, PageUse, Policy
 from edgekv.runtime.stats import CacheStats
 from edgekv.runtime.store import PageStore
+from edgekv.runtime.summary import Summaries
 from edgekv.runtime.table import NOTHING, PageTable
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 from edgekv.types import Tier, format_bytes
@@ -75,6 +76,8 @@ class PageManager:
         self.counters = CacheStats()
         self.step = 0
         self._withdrawn: list[int] = []
+        #: Kept for selective attention, if that was chosen.
+        self.summaries: Summaries | None = None
         self._scratch = np.empty(spec.warm_bytes, np.uint8)
 
     @staticmethod
@@ -97,6 +100,7 @@ class PageManager:
         ref["position"] = page * self.spec.page_size
         ref["kind"] = KIND_HOT
         ref["mask"] = 0
+        self._forget(layer, page)
 
     def fetch(self, layer: int, page: int) -> None:
         """Bring a COLD page back to RAM; others may have to leave."""
@@ -135,6 +139,47 @@ class PageManager:
         ref["data"] = 0
         ref["position"] = page * self.spec.page_size
         ref["kind"] = KIND_WARM
+        self._forget(layer, page)
+
+    def _forget(self, layer: int, page: int) -> None:
+        if self.summaries is not None:
+            self.summaries.forget(layer, page)
+
+    def _remember(self, pages: list[tuple[int, int]]) -> None:
+        """Summarise pages that are about to leave RAM."""
+        if self.summaries is None:
+            return
+        for layer, page in pages:
+            if not (page < self.summaries.known.shape[1] and self.summaries.known[layer, page]):
+                self.summaries.add(layer, np.array([page]), self.table.refs[layer, page : page + 1])
+
+    def room_for(self, n_pages: int, layer: int) -> int:
+        """Make room for WARM pages in the middle of a step, once ``layer`` has noted which pages it uses.
+
+        Pages leave that this step did not use, or, in layers that are yet to come, the last step did not use: what is needed
+        soon is never thrown out for what is needed now.
+
+        Returns:
+            for how many pages there is room, up to ``n_pages``; one frame stays free for a page that is opened.
+
+        Raises:
+            StoreFull, StoreError: a page that must be written first could not be.
+        """
+        missing = n_pages - self._room()
+        if missing > 0 and self.store is not None:
+            to_come = np.arange(self.spec.n_layers) > layer
+            unused = self.table.last_used < (self.step - to_come)[:, None]
+            victims = self._candidates(Tier.WARM, unpinned=True, among=unused)
+            if victims:
+                self._send(victims[:missing], victims)
+        return min(n_pages, self._room())
+
+    def _room(self) -> int:
+        return self.arena.half_free_frames + 2 * max(0, self.arena.free_frames - 1)
+
+    def admit(self, layer: int, page: int, payload: Bytes) -> None:
+        """Bring the payload of a COLD page into RAM; :meth:`room_for` made the room."""
+        self._place_warm(layer, page, payload)
 
     def warm(self, layer: int, page: int, payload: Bytes) -> bool:
         """Put the payload of a COLD page into RAM if there is room beyond what open pages need; says if it did."""
@@ -192,23 +237,28 @@ class PageManager:
         if self.store is None:
             return 0
         victims = self._candidates(Tier.WARM)
-        dirty = [victim for victim in victims if self.table.record[victim] == NOTHING]
-        batch = max(n_pages, WRITE_BATCH_BYTES // self.spec.record_bytes)
-        chosen = victims[:n_pages]
+        self._send(victims[:n_pages], victims)
+        return len(victims[:n_pages])
+
+    def _send(self, chosen: list[tuple[int, int]], following: list[tuple[int, int]]) -> None:
+        """Move WARM pages to flash; ``following`` may be written ahead with them."""
         if any(self.table.record[victim] == NOTHING for victim in chosen):
+            dirty = [victim for victim in following if self.table.record[victim] == NOTHING]
+            batch = max(len(chosen), WRITE_BATCH_BYTES // self.spec.record_bytes)
             # Neighbours are written ahead, so that writes stay large; a written page later leaves without a write.
             self._write(sorted({*dirty[:batch], *(v for v in chosen if self.table.record[v] == NOTHING)}))
+        self._remember(chosen)
         for layer, page in chosen:
             self._leave_ram(layer, page)
             self.table.tier[layer, page] = Tier.COLD
         self.counters.pages_offloaded += len(chosen)
-        return len(chosen)
 
     def drop(self, n_pages: int) -> int:
         """Forget up to ``n_pages`` unpinned sealed pages, in the policy's order; returns how many."""
         victims = [victim for tier in (Tier.HOT, Tier.WARM) for victim in self._candidates(tier, unpinned=True)][
             :n_pages
         ]
+        self._remember([victim for victim in victims if self.table.tier[victim] == Tier.WARM])
         for layer, page in victims:
             record = int(self.table.record[layer, page])
             if record != NOTHING:
@@ -298,6 +348,7 @@ class PageManager:
         )
         self.arena.give_frame(offset)
         self._place_warm(layer, page, self._scratch)
+        self._forget(layer, page)  # what was summarised were the fp16 keys
         self.counters.pages_compressed += 1
 
     def _write(self, pages: list[tuple[int, int]]) -> None:
@@ -307,10 +358,13 @@ class PageManager:
         for page, record in zip(pages, records, strict=True):
             self.table.record[page] = record
 
-    def _candidates(self, tier: Tier, *, unpinned: bool = False) -> list[tuple[int, int]]:
+    def _candidates(
+        self, tier: Tier, *, unpinned: bool = False, among: NDArray[np.bool_] | None = None
+    ) -> list[tuple[int, int]]:
         """Return sealed pages of a tier as (layer, page): unpinned ones first, each group in the policy's order."""
         table = self.table
-        layers, pages = np.nonzero((table.tier == tier) & table.sealed())
+        wanted = (table.tier == tier) & table.sealed()
+        layers, pages = np.nonzero(wanted if among is None else wanted & among)
         tail = table.n_slots[layers] // self.spec.page_size
         pinned = table.marked[layers, pages] | (pages == 0) | (pages >= tail - self.options.recent_pages)
         if unpinned:

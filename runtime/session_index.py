@@ -100,8 +100,9 @@ class SessionIndex:
         self.cipher: Cipher | None = None
         if create:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None)
+        self._db = sqlite3.connect(":memory:")
         try:
+            self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None)
             # The lock of the session keeps others out; without shared memory this works on any file system.
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -125,7 +126,7 @@ class SessionIndex:
     def load(self, state: State, spec: PageSpec) -> None:
         """Read everything else, up to the first damage."""
         value = self._plain("tail", state)
-        tail = Tail(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(value).items()}) if value else Tail()
+        tail = _read_tail(value) if value else Tail()
         notes = self._plain("notes", state)
         state.notes = json.loads(notes) if notes else {}
         for page in range(tail.n_pages if value else 1 << 31):
@@ -133,6 +134,8 @@ class SessionIndex:
             if packed is None:
                 if value:
                     state.problems.append(f"page {page} is missing in the index")
+                elif state.rows and not state.problems:
+                    state.problems.append("tail is missing in the index")
                 return
             row = _unpack(packed, spec)
             if row.chain != chain(state.rows[-1].chain if state.rows else b"", row.tokens):
@@ -201,7 +204,8 @@ class SessionIndex:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("DELETE FROM item WHERE name = ?", [(f"page {page}",) for page in range(n_pages, old)])
             self._db.executemany(
-                "INSERT OR REPLACE INTO item VALUES (?, ?, ?)", [(name, value, row_check(name, value)) for name, value in items]
+                "INSERT OR REPLACE INTO item VALUES (?, ?, ?)",
+                [(name, value, row_check(name, value)) for name, value in items],
             )
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
@@ -216,6 +220,13 @@ class SessionIndex:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def _read_tail(value: bytes) -> Tail:
+    fields: dict[str, Any] = json.loads(value)
+    for name, entry in fields.items():
+        fields[name] = tuple(entry) if isinstance(entry, list) else entry
+    return Tail(**fields)
 
 
 def _pack(row: Row) -> bytes:

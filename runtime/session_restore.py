@@ -61,9 +61,8 @@ def _fill_table(cache: KVCache, first: int, last: int) -> None:
     table, size = cache.table, cache.spec.page_size
     table.tokens[:, first * size : last * size] = np.arange(first * size, last * size)
     table.refs["n_slots"][:, first:last] = size
-    for layer in range(cache.spec.n_layers):
-        for page in range(first, last):
-            table.set_live(layer, page, 0, size, live=True)
+    full = (1 << size) - 1
+    table.refs["mask"][:, first:last] = np.array([full & 0xFFFFFFFFFFFFFFFF, full >> 64], np.uint64)
     table.n_slots[:] = last * size
 
 

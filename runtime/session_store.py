@@ -60,12 +60,12 @@ class SessionStore:
         self.folder = folder
         self.spec = spec
         self.counters = StoreCounters()
-        self._cipher = cipher
+        self.cipher = cipher
         self._spill = spill
         self._segments: dict[int, _Segment] = {}
         self._checks: dict[int, int] = {}
         self._committed: set[int] = set()
-        self._released: list[int] = []
+        self._released: set[int] = set()
         self._free: list[int] = []
         self._dirty = False
         self._failed = False
@@ -91,9 +91,7 @@ class SessionStore:
                 last = max((record & 0xFFFFFFFF for record in self._checks if record >> 32 == number), default=-1)
                 segment.n_records = last + 1
                 self._free += [
-                    record
-                    for record in range(number << 32, (number << 32) + last + 1)
-                    if record not in self._checks
+                    record for record in range(number << 32, (number << 32) + last + 1) if record not in self._checks
                 ]
 
     def check_of(self, record: int) -> int:
@@ -149,9 +147,9 @@ class SessionStore:
         stop = RECORD_HEADER_BYTES + self.spec.warm_bytes
         row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + page.size] = page
         _HEADER.pack_into(row, 0, MAGIC, 0, record, tag, self.spec.warm_bytes)
-        if self._cipher is not None:
+        if self.cipher is not None:
             place = row[16:36].tobytes()
-            sealed = np.frombuffer(self._cipher.seal(row[RECORD_HEADER_BYTES:stop].tobytes(), place), np.uint8)
+            sealed = np.frombuffer(self.cipher.seal(row[RECORD_HEADER_BYTES:stop].tobytes(), place), np.uint8)
             row[36:RECORD_HEADER_BYTES] = np.concatenate([sealed[:NONCE_BYTES], sealed[-16:]])
             row[RECORD_HEADER_BYTES:stop] = sealed[NONCE_BYTES:-16]
         struct.pack_into("<Q", row, 8, xxhash.xxh3_64_intdigest(row[16:stop].data))
@@ -166,7 +164,7 @@ class SessionStore:
             if not good:
                 raise CorruptPage(
                     f"record {records[index] & 0xFFFFFFFF} of the session {self.folder} (layer {tags[index] >> 32}, page"
-                    f" {tags[index] & 0x7FFFFFFF}) differs from its checksum; it was not used. Run again: what is before"
+                    f" {tags[index] & 0x3FFFFFFF}) differs from its checksum; it was not used. Run again: what is before"
                     " it will be reused, the rest computed. If this comes back, the medium is failing"
                 )
 
@@ -210,9 +208,11 @@ class SessionStore:
             or check != xxhash.xxh3_64_intdigest(row[16:stop].data)
         ):
             return False
-        if self._cipher is not None:
-            sealed = row[36 : 36 + NONCE_BYTES].tobytes() + row[RECORD_HEADER_BYTES:stop].tobytes() + row[48:64].tobytes()
-            plain = self._cipher.open(sealed, row[16:36].tobytes())
+        if self.cipher is not None:
+            sealed = (
+                row[36 : 36 + NONCE_BYTES].tobytes() + row[RECORD_HEADER_BYTES:stop].tobytes() + row[48:64].tobytes()
+            )
+            plain = self.cipher.open(sealed, row[16:36].tobytes())
             if plain is None:
                 return False
             row[RECORD_HEADER_BYTES:stop] = np.frombuffer(plain, np.uint8)
@@ -221,7 +221,7 @@ class SessionStore:
     def free(self, record: int) -> None:
         """Forget a record; its place is used again once no commit refers to it."""
         if record in self._committed:
-            self._released.append(record)
+            self._released.add(record)
         else:
             self._free.append(record)
 
@@ -250,8 +250,8 @@ class SessionStore:
     def committed(self, records: Iterable[int]) -> None:
         """A commit is on the medium that refers to exactly these records; what it left out may be overwritten."""
         self._committed = set(records)
-        self._free += [record for record in self._released if record not in self._committed]
-        self._released = [record for record in self._released if record in self._committed]
+        self._free += sorted(self._released - self._committed)
+        self._released &= self._committed
 
     def trim(self) -> None:
         """Give the space behind the last record back to the file system; only right after a commit."""
@@ -261,6 +261,18 @@ class SessionStore:
                 os.ftruncate(segment.file, (last + 1) * self.spec.record_bytes)
                 segment.n_records = last + 1
                 self._free = [r for r in self._free if r >> 32 != number or r & 0xFFFFFFFF <= last]
+
+    def retire(self) -> None:
+        """Write all new records to a new segment from now on."""
+        for segment in self._segments.values():
+            segment.writable = False
+
+    def forget(self, paths: dict[int, Path]) -> None:
+        """Remove segments that no commit refers to any more."""
+        for number, path in paths.items():
+            os.close(self._segments.pop(number).file)
+            path.unlink()
+        sync_folder(self.folder)
 
     def close(self) -> None:
         """Close the files."""
@@ -281,7 +293,9 @@ class SessionStore:
             gone = set(taken)
             self._free = [record for record in free if record not in gone]
             return taken
-        number = max((n for n, segment in self._segments.items() if segment.writable), default=0) or self._open_segment()
+        number = (
+            max((n for n, segment in self._segments.items() if segment.writable), default=0) or self._open_segment()
+        )
         segment = self._segments[number]
         first = (number << 32) + segment.n_records
         segment.n_records += count

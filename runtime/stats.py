@@ -6,6 +6,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.types import Tier
+
 
 @dataclass
 class CacheStats:
@@ -17,6 +22,76 @@ class CacheStats:
     pages_dropped: int = 0
     pages_missed: int = 0  #: times that a step wanted a page which had been dropped
     tokens_pruned: int = 0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The distribution of a number over the steps of a run."""
+
+    mean: float
+    p50: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Summarise one value or more."""
+        return cls(float(np.mean(values)), *(float(x) for x in np.percentile(values, [50, 99, 100])))
+
+
+@dataclass(frozen=True)
+class SelectionStats:
+    """What selective attention did, over the steps that left pages out. Pages are counted over all layers.
+
+    ``missing_mean``, ``missing_max``: certified bounds on the softmax mass that a step missed, the mean over its layers and
+    heads and the largest of them; ``fetched`` pages came from flash, ``hit`` ones were in RAM.
+    """
+
+    steps: int
+    pages_per_step: float
+    wanted_per_step: float
+    hit_per_step: float
+    fetched_per_step: float
+    hit_rate: float
+    missing_mean: Spread
+    missing_max: Spread
+
+
+class SelectionLog:
+    """Collects :class:`SelectionStats`, layer by layer."""
+
+    def __init__(self) -> None:
+        self._step = -1
+        self._pages: list[int] = [0, 0, 0, 0]
+        self._bounds: list[list[float]] = []
+
+    def count(
+        self, step: int, tiers: NDArray[np.uint8], taken: NDArray[np.bool_], missing: NDArray[np.float64]
+    ) -> None:
+        """Add one layer: the tiers of its pages before the step, those taken, and the bound per head."""
+        if step != self._step:
+            self._step = step
+            self._bounds.append([])
+        self._bounds[-1].extend(missing.tolist())
+        counted = (tiers < Tier.FREE, taken, taken & (tiers <= Tier.WARM), taken & (tiers == Tier.COLD))
+        self._pages = [total + int(np.count_nonzero(mask)) for total, mask in zip(self._pages, counted, strict=True)]
+
+    def summary(self) -> SelectionStats | None:
+        """Return the distribution so far; None if no step left a page out."""
+        steps = len(self._bounds)
+        if not steps:
+            return None
+        pages, wanted, hit, fetched = self._pages
+        return SelectionStats(
+            steps,
+            pages / steps,
+            wanted / steps,
+            hit / steps,
+            fetched / steps,
+            hit / wanted if wanted else 1.0,
+            Spread.of([float(np.mean(bounds)) for bounds in self._bounds]),
+            Spread.of([max(bounds) for bounds in self._bounds]),
+        )
 
 
 @dataclass(frozen=True)
@@ -45,6 +120,7 @@ class RunStats:
     bytes_read: int = 0
     cache: CacheUse | None = None
     pages: CacheStats | None = None
+    selection: SelectionStats | None = None
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from transformers.models.smollm3 import SmolLM3Config
@@ -60,6 +61,24 @@ def make_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, std: 
     model.save_pretrained(folder)
     make_tokenizer(settings["vocab_size"]).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}), encoding="utf-8")
+    return folder
+
+
+def make_outlier_checkpoint(folder: Path, *, factor: float = 30.0) -> Path:
+    """Write a random Qwen2-style checkpoint with a key channel per head whose bias is ``factor`` times as large.
+
+    Source: Qwen2.5 checkpoints have such key biases; INT8 with one key scale per token loses their other channels.
+    Queries are scaled up, so that attention is no mere average. Returns the folder.
+    """
+    make_checkpoint(folder, "qwen2", std=0.08)
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in weights.items():
+        if name.endswith("k_proj.bias"):
+            tensor.normal_(0, 0.5, generator=generator).view(-1, 32)[:, 14] *= factor
+        if name.endswith("q_proj.weight"):
+            tensor *= 2.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -27,11 +27,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     made: dict[tuple[object, ...], Path] = {}
 
-    def get(source: str | Path, form: str = "split", weights: str = "fp32", page_size: int = 16) -> Path:
-        key = (str(source), form, weights, page_size)
+    def get(
+        source: str | Path, form: str = "split", weights: str = "fp32", page_size: int = 16, engine: str = "onnx"
+    ) -> Path:
+        key = (str(source), form, weights, page_size, engine)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("bundle") / "model.edgekv"
-            export_model(source, made[key], form=form, weights=weights, page_size=page_size)
+            export_model(source, made[key], engine=engine, form=form, weights=weights, page_size=page_size)
         return made[key]
 
     return get

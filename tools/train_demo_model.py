@@ -69,21 +69,26 @@ class Shape:
 
 @dataclass(frozen=True)
 class Stage:
-    """Part of the run: up to share ``until`` of the budget, ``lengths`` (tokens -> share) and ``tasks`` are drawn."""
+    """Part of the run, up to share ``until`` of the budget: what ``lengths`` (tokens -> share) and ``tasks`` to draw.
+
+    ``jumps`` is the share of samples whose position numbers jump (see TaskSampler.positions).
+    """
 
     until: float
     lengths: dict[int, float]
     tasks: dict[str, float]
+    jumps: float
 
 
 STAGES = (
-    Stage(0.12, {128: 1.0}, {"text": 0.2, "copying": 0.5, "retrieval": 0.3}),
-    Stage(0.25, {256: 0.7, 128: 0.3}, {"text": 0.3, "copying": 0.3, "retrieval": 0.4}),
-    Stage(0.40, {512: 0.8, 256: 0.2}, {"text": 0.45, "copying": 0.15, "retrieval": 0.4}),
-    Stage(0.62, {512: 0.8, 256: 0.2}, {"text": 0.65, "copying": 0.05, "retrieval": 0.3}),
-    Stage(0.76, {1024: 0.7, 256: 0.3}, {"text": 0.65, "copying": 0.05, "retrieval": 0.3}),
-    Stage(0.88, {2048: 0.6, 512: 0.4}, {"text": 0.65, "copying": 0.05, "retrieval": 0.3}),
-    Stage(1.00, {4096: 0.4, 512: 0.6}, {"text": 0.65, "copying": 0.05, "retrieval": 0.3}),
+    Stage(0.12, {128: 1.0}, {"text": 0.2, "copying": 0.5, "retrieval": 0.3}, 0.5),
+    Stage(0.25, {256: 0.7, 128: 0.3}, {"text": 0.3, "copying": 0.3, "retrieval": 0.4}, 0.5),
+    Stage(0.40, {512: 0.8, 256: 0.2}, {"text": 0.45, "copying": 0.15, "retrieval": 0.4}, 0.5),
+    Stage(0.60, {512: 0.8, 256: 0.2}, {"text": 0.65, "copying": 0.05, "retrieval": 0.3}, 0.5),
+    # Retrieval is learned by now, at 4096 tokens too; what is left is mostly text, at cheap lengths.
+    Stage(0.80, {512: 0.8, 1024: 0.2}, {"text": 0.86, "copying": 0.02, "retrieval": 0.12}, 0.2),
+    Stage(0.90, {1024: 0.5, 2048: 0.3, 512: 0.2}, {"text": 0.86, "copying": 0.02, "retrieval": 0.12}, 0.2),
+    Stage(1.00, {4096: 0.3, 2048: 0.2, 512: 0.5}, {"text": 0.86, "copying": 0.02, "retrieval": 0.12}, 0.1),
 )
 WARMUP_STEPS = 100
 DECAY_FROM = 0.5  # share of the budget after which the learning rate falls linearly to zero
@@ -181,15 +186,15 @@ class DemoModel(nn.Module):
         return F.linear(self.norm(x), self.embed_tokens.weight)
 
 
-def make_batch(sampler: TaskSampler, length: int, tasks: dict[str, float]) -> tuple[Tensor, Tensor, Tensor]:
+def make_batch(sampler: TaskSampler, length: int, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
     """Draw samples of one length: ids and weights [batch, length + 1], positions [batch, length]."""
     count = SAMPLES_PER_STEP.get(length, max(1, TOKENS_PER_STEP // length))
     ids, weights, positions = [], [], []
     for _ in range(count):
-        sample_ids, sample_weights = sampler.mixed(length + 1, tasks)
+        sample_ids, sample_weights = sampler.mixed(length + 1, stage.tasks)
         ids.append(sample_ids)
         weights.append(sample_weights)
-        jump = length < 4096 and sampler.rng.random() < 0.5
+        jump = length < 4096 and sampler.rng.random() < stage.jumps
         positions.append(sampler.positions(length, POSITION_REACH) if jump else list(range(length)))
     weight = torch.tensor(weights)
     # Every sample counts the same, whatever its task.
@@ -315,7 +320,7 @@ def train(args: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
-        ids, weights, positions = make_batch(sampler, length, stage.tasks)
+        ids, weights, positions = make_batch(sampler, length, stage)
         loss = loss_of(model, ids, weights, positions)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

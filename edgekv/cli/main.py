@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 import edgekv
-from edgekv.cli import run
+from edgekv.cli import run, verify
 from edgekv.cli.export import export_command
 from edgekv.cli.inspect import inspect_command
 from edgekv.cli.profiles import app as profiles_app
+from edgekv.cli.sessions import app as sessions_app
 from edgekv.errors import EdgeKVError
 
 app = typer.Typer(
@@ -25,7 +26,9 @@ app = typer.Typer(
 app.command("export")(export_command)
 app.command("run", epilog=run.EPILOG)(run.run_command)
 app.command("inspect")(inspect_command)
+app.command("verify", epilog=verify.EPILOG)(verify.verify_command)
 app.add_typer(profiles_app, name="profiles")
+app.add_typer(sessions_app, name="sessions")
 
 
 def _print_version(value: bool) -> None:

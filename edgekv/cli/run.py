@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from edgekv.bundle import read_manifest
+from edgekv.cli.sessions import continued, end_in_order, remembered, session_facts, session_line, session_options
 from edgekv.errors import EdgeKVError, UsageError
 from edgekv.types import KVMode, format_bytes
 
@@ -35,6 +36,10 @@ Examples:
 `edgekv run llama.edgekv --kv-budget 64MiB --context 16384 --prompt-file book.txt --max-tokens 200`
 
 `edgekv run llama.edgekv --kv-budget 25% --prompt "..." --json | jq .decode_tokens_per_s`
+
+`edgekv run llama.edgekv --session chat.kv --chat` remembers the conversation; run it again to go on
+
+`edgekv run llama.edgekv --session story.kv --continue --max-tokens 500`
 """
 
 
@@ -50,8 +55,14 @@ def run_command(
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to generate at the most.")] = 256,
     kv: Annotated[KVMode, typer.Option("--kv", help="auto: fp16 while the context fits the budget, INT8 otherwise. int8: from the first full page. fp16: until memory runs out.")] = KVMode.AUTO,
     policy: Annotated[str, typer.Option("--policy", help="Which pages leave RAM first: lru, heavy, window, random.")] = "lru",
+    attend: Annotated[str, typer.Option("--attend", metavar="exact|selective[:N|:SHARE|:EPSILON]", help="selective: each new token attends to the pages that matter most, N per layer, a share (25%), as many as prove that less than EPSILON of the attention is missed, or as many as stay in RAM. Changes results, and bounds by how much.")] = "exact",
     offload: Annotated[Path | None, typer.Option("--offload", metavar="DIR", help="Folder for pages that do not fit. Default: a private file in the user's cache folder.")] = None,
     allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Forget pages that do not fit, instead of writing them to flash (unless --offload is given). Changes results.")] = False,
+    session: Annotated[Path | None, typer.Option("--session", metavar="FILE", help="Keep the sequence in FILE (a folder) across runs; what a later prompt shares with it is not computed again. Pages are INT8.")] = None,
+    resume: Annotated[bool, typer.Option("--continue", help="Go on with the session where it stopped; a prompt is added to its end.")] = False,
+    checkpoint_every: Annotated[str | None, typer.Option("--checkpoint-every", metavar="N|SECONDS", help="Save the session after so many new tokens (64) or seconds (30s), and at the end. Default: 64.")] = None,
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt the session with a key from --key-file, $EDGEKV_SESSION_KEY or the keyring.")] = False,
+    key_file: Annotated[Path | None, typer.Option("--key-file", metavar="FILE", help="Secret of 16 bytes or more; implies --encrypt.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the most likely tokens up to this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Keep this many tokens; 0 keeps all.")] = 0,
@@ -72,10 +83,11 @@ def run_command(
         for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--chat", chat or None))
         if value is not None
     ]
-    if len(given) != 1:
+    if len(given) != 1 and not (resume and not given):
         raise UsageError(
             "give one of --prompt, --prompt-file or --chat" + (f", not {' and '.join(given)}" if given else "")
         )
+    kept = session_options(session, resume, checkpoint_every, encrypt, key_file)
     if kv_budget and profile:
         raise UsageError("give --kv-budget or --profile, not both: the profile sets the budget")
     if chat and context is None:
@@ -87,21 +99,24 @@ def run_command(
         budget = _profile_budget(profile, bundle, console, quiet=quiet)
     options = RunOptions(
         kv_budget=budget, kv=kv, context=context, policy=policy, offload=offload, allow_drop=allow_drop,
-        threads=threads or default_threads(),
+        threads=threads or default_threads(), session=kept, attend=attend,
     )  # fmt: skip
     text = _read_prompt(prompt, prompt_file)
+    if kept is not None:
+        end_in_order()
     with Generator.open(bundle, options) as generator:
         if generator.kernels.isa() == "numpy":
             print("edgekv: the native kernels are not built; NumPy is used, many times slower", file=sys.stderr)
         if chat:
             _converse(generator, console, system, max_tokens, sampling, stop or [], as_json=as_json)
         else:
-            assert text is not None
+            request: str | list[int] | None = continued(generator, text) if resume else text
+            assert request is not None
             if as_json:
-                pieces = list(generator.stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop or []))
+                pieces = list(generator.stream(request, max_tokens=max_tokens, sampling=sampling, stop=stop or []))
                 print(json.dumps({"text": "".join(pieces), **_stats(generator)}))
             else:
-                _print_stream(generator, text, console, max_tokens, sampling, stop or [])
+                _print_stream(generator, request, console, max_tokens, sampling, stop or [])
         if stats is not None:
             _write_stats(stats, generator)
         if not quiet and not as_json:
@@ -168,19 +183,22 @@ def _converse(
     generator: Generator, console: Console, system: str | None, max_tokens: int, sampling: SamplingOptions,
     stop: list[str], *, as_json: bool,
 ) -> None:  # fmt: skip
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = remembered(generator, system)
     interactive = sys.stdin.isatty()
     if interactive:
         console.print("One line per turn; Ctrl-D ends.", style="dim")
+    unanswered = bool(messages) and messages[-1]["role"] == "user"  # the process ended in the middle of the answer
     while True:
-        if interactive:
-            console.print("[bold]>[/bold] ", end="")
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line.strip()})
+        if not unanswered:
+            if interactive:
+                console.print("[bold]>[/bold] ", end="")
+            line = sys.stdin.readline()
+            if not line:
+                return
+            if not line.strip():
+                continue
+            messages.append({"role": "user", "content": line.strip()})
+        unanswered = False
         tokens = generator.text.encode_chat(messages)
         try:
             if as_json:
@@ -195,6 +213,7 @@ def _converse(
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": answer})
+        generator.save()
 
 
 def _stats(generator: Generator) -> dict[str, Any]:
@@ -204,6 +223,8 @@ def _stats(generator: Generator) -> dict[str, Any]:
         "prefill_tokens_per_s": stats.prefill_tokens_per_s,
         "decode_tokens_per_s": stats.decode_tokens_per_s,
         "kernels": generator.kernels.isa(),
+        "engine": generator.engine,
+        **session_facts(generator),
     }
 
 
@@ -224,6 +245,9 @@ def _summary(generator: Generator) -> Table:
         f"{stats.prefill_tokens} tokens, {stats.prefill_tokens_per_s:.0f}/s"
         + (f", {stats.reused_tokens} reused" if stats.reused_tokens else ""),
     )
+    if generator.session is not None:
+        table.add_row("session", session_line(generator))
+    table.add_row("engine", f"{generator.engine}, {generator.manifest.weights} weights")
     table.add_row("generated", f"{stats.decode_tokens + 1} tokens, {stats.decode_tokens_per_s:.1f}/s")
     table.add_row("peak memory", f"{format_bytes(stats.peak_rss_bytes)} (whole process, as the OS counts it)")
     if stats.cache is not None and generator.budget is not None:
@@ -235,6 +259,18 @@ def _summary(generator: Generator) -> Table:
             "pages",
             f"{moved.pages_compressed} compressed, {moved.pages_offloaded} offloaded, {moved.pages_fetched} fetched, {moved.pages_dropped} dropped",
         )
+        if stats.selection is not None:
+            chosen = stats.selection
+            table.add_row(
+                "selective",
+                f"{chosen.wanted_per_step:.0f} of {chosen.pages_per_step:.0f} pages per token, {chosen.hit_rate:.0%} of them in RAM,"
+                f" {chosen.fetched_per_step:.1f} fetched",
+            )
+            table.add_row(
+                "missed at most",
+                f"of the attention mass, certified: {chosen.missing_mean.mean:.2%} on average over heads and layers"
+                f" (p99 {chosen.missing_mean.p99:.2%}); worst head {chosen.missing_max.max:.2%}",
+            )
         if moved.pages_dropped:
             table.add_row("", "[yellow]pages were dropped: the text may differ from a run with more memory[/yellow]")
     return table

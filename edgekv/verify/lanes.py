@@ -9,12 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgekv.errors import UsageError
+from edgekv.runtime.budget import BudgetPlan
 from edgekv.runtime.engines.base import Float
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.types import KVMode, Tier
+from edgekv.types import KVMode
+from edgekv.verify.controls import Control
 
 #: Tokens per step while the first part of the text is read: two to four pages, so that most attention goes to sealed ones.
 CHUNK = 64
+#: Tokens that a short lane keeps free when it is given a prompt.
+ANSWER_ROOM = 32
 
 
 @dataclass(frozen=True)
@@ -31,27 +35,57 @@ class Schedule:
 
 
 class Lane:
-    """A cache that is fed the text and gives logits. ``context``: tokens that its budget is reckoned for."""
+    """A cache that is fed a text and gives logits. ``context``: tokens that its budget is reckoned for."""
 
-    def __init__(self, parent: Generator, options: RunOptions, context: int) -> None:
+    def __init__(self, parent: Generator, options: RunOptions, context: int, *, control: Control | None = None) -> None:
         self.generator = parent.fork(dataclasses.replace(options, context=context, prefill_chunk=CHUNK))
+        self._control = control
+        if control is not None:
+            control.install(self.generator)
+
+    @property
+    def plan(self) -> BudgetPlan:
+        """How the lane's budget is divided.
+
+        Raises:
+            BudgetError: it is too small.
+        """
+        self.generator._make_cache(0, 0)
+        plan = self.generator.budget
+        assert plan is not None
+        return plan
 
     def score(self, tokens: Sequence[int], start: int, stop: int) -> Float:
         """Feed tokens[start:stop] and return the logits after each of them [T, vocab_size]."""
+        self._before_step(start)
         return self.generator.score(tokens[start:stop])
 
     def prefill(self, tokens: Sequence[int]) -> Float:
         """Bring the cache to hold the tokens and return the last logits; what it holds already is not read again."""
-        return self.generator.prefill(tokens, max_tokens=0)
+        logits = self.generator.prefill(tokens, max_tokens=0)
+        self._position = len(tokens)
+        return logits
 
     def step(self, token: int) -> Float:
         """Feed one token and return the logits after it."""
+        self._before_step(self._position)
+        self._position += 1
         return self.generator.step([token])
 
-    def pages_in(self, tier: Tier) -> int:
-        """Return how many pages of the lane are in a tier now."""
+    def _before_step(self, position: int) -> None:
+        if self._control is not None:
+            self._control.before_step(self.generator, position)
+
+    @property
+    def pages_dropped(self) -> int:
+        """Pages that the lane has lost so far."""
         cache = self.generator.cache
-        return 0 if cache is None else int(np.count_nonzero(cache.table.tier == tier))
+        return 0 if cache is None else cache.manager.counters.pages_dropped
+
+    def bytes_held(self) -> tuple[int, int]:
+        """Return the bytes of RAM for keys and values (arena and staging ring) and those on flash."""
+        cache, plan = self.generator.cache, self.plan
+        return plan.arena_bytes + plan.staging_bytes, 0 if cache is None else cache.use().bytes_by_tier["COLD"]
 
     def close(self) -> None:
         """Free the cache."""
@@ -70,14 +104,14 @@ class ShortLane(Lane):
         """Feed tokens[start:stop], starting over with the latest half window when they no longer fit."""
         if stop - self._first > self.window:
             self.generator.close()
-            self._first = max(self._first, stop - max(self.window // 2, stop - start))
+            self._first = stop - max(self.window // 2, stop - start)
             if start > self._first:
                 self.generator.score(tokens[self._first : start])
         return super().score(tokens, start, stop)
 
     def prefill(self, tokens: Sequence[int]) -> Float:
-        """Read the last tokens that fit; a few are kept free for the answer."""
-        return super().prefill(tokens[-(self.window - self.window // 8) :])
+        """Read the last tokens that fit, with room for a short answer."""
+        return super().prefill(tokens[-max(self.window - ANSWER_ROOM, 1) :])
 
 
 def reference_options(options: RunOptions) -> RunOptions:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,4 +46,16 @@ class SegmentEngine(Protocol):
 
     def head(self, residual: Float, attention: Float) -> Float:
         """Run the last segment on R rows and return logits [R, vocab_size]; valid until the next call."""
+        ...
+
+
+class InlineEngine(Protocol):
+    """Runs the graph of an inline bundle: names and shapes are those of :func:`edgekv.contract.inline_spec`."""
+
+    description: str
+    #: The most new tokens of one call; None has no limit.
+    max_tokens: int | None
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run a step and return its outputs by name; valid until the next call."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgekv.bundle import Manifest
-from edgekv.runtime.engines.base import SegmentEngine
+from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
 
 
 def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path) -> SegmentEngine:
@@ -30,3 +30,14 @@ def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path) -
     from edgekv.runtime.engines.onnx import OnnxSegments
 
     return OnnxSegments(folder, manifest, threads)
+
+
+def open_inline(folder: Path, manifest: Manifest, threads: int, cache: Path) -> InlineEngine:
+    """Open the graph of an inline bundle; see :func:`open_segments`."""
+    if manifest.engine == "executorch":
+        from edgekv.runtime.engines.executorch_inline import ExecutorchInline
+
+        return ExecutorchInline(folder, manifest, threads, cache)
+    from edgekv.runtime.engines.onnx_inline import OnnxInline
+
+    return OnnxInline(folder, manifest, threads)

@@ -19,6 +19,7 @@ from edgekv.runtime.engines.executorch_blocks import allocate, plan_blocks, rows
 from edgekv.runtime.engines.executorch_library import Call, CallList, load_library, version
 from edgekv.runtime.engines.executorch_packed import PackedCache
 
+
 @dataclass
 class _Prepared:
     """Buffers for a number of tokens, and the calls of each segment on them."""
@@ -85,14 +86,6 @@ class ExecutorchSegments:
         own_attention[:rows] = attention
         calls.run()
         return logits[:rows]
-
-    def close(self) -> None:
-        """Free the program and note the state of the packed weights."""
-        self._prepared.clear()
-        self._heads.clear()
-        self._current = None
-        self._program.close()
-        self._packed.close()
 
     def _allocate(self, n_tokens: int) -> _Prepared:
         blocks = plan_blocks(n_tokens)

@@ -208,10 +208,12 @@ class Program:
 
     def close(self) -> None:
         """Free the program and all of its methods; calls must not run any more."""
-        if self._handle:
+        if getattr(self, "_handle", 0):
             self._methods.clear()
             self._library._close(self._handle)
             self._handle = 0
+
+    __del__ = close
 
 
 class Method:

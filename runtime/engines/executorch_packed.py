@@ -6,11 +6,11 @@ beside it says how the process that wrote it left it: a file that differs from i
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import json
 import platform
+import weakref
 from pathlib import Path
 
 from edgekv.bundle import Manifest
@@ -36,44 +36,44 @@ class PackedCache:
     def __init__(self, cache: Path, manifest: Manifest, version: str) -> None:
         graph = manifest.files.get(manifest.graphs[0], {}).get("sha256", manifest.source_sha256)
         key = hashlib.sha256(f"{graph} {manifest.weights} {version} {cpu_identity()}".encode()).hexdigest()[:24]
-        self.path = cache / "packed" / f"{key}.bin"
+        self.path = (cache / "packed" / f"{key}.bin").resolve()
         self._note = self.path.with_suffix(".json")
-        self._open = False
-        #: Why the file was made again, for messages; empty if it was not.
+        #: Why the file is made again, for messages; empty if it is not.
         self.reason = ""
 
     def open(self) -> Path | None:
-        """Return the file's path, ready to be used; None if it cannot be: the weights are then packed into RAM."""
-        if len(str(self.path.resolve()).encode()) > _MAX_PATH_BYTES:
+        """Return the file's path, ready to be used; None if it cannot be: the weights are then packed into RAM.
+
+        The note is written when this object is gone, or at exit.
+        """
+        if len(str(self.path).encode()) > _MAX_PATH_BYTES:
             return None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and self._state() != self._noted():
-                self.reason = f"{self.path} was not closed properly or has changed: the weights are packed again"
+            if self.path.exists() and _state(self.path) != _read(self._note):
+                self.reason = f"{self.path} has changed since it was written; the weights are packed again"
                 self.path.unlink()
         except OSError:
             return None
-        self._open = True
-        atexit.register(self.close)
-        return self.path.resolve()
+        weakref.finalize(self, _write_note, self.path, self._note)
+        return self.path
 
-    def close(self) -> None:
-        """Note the state of the file; nothing may write to it afterwards."""
-        if not self._open:
-            return
-        self._open = False
-        atexit.unregister(self.close)
-        with contextlib.suppress(OSError):
-            if (state := self._state()) is not None and state != self._noted():
-                self._note.write_text(json.dumps(state), encoding="utf-8")
 
-    def _state(self) -> list[int] | None:
-        with contextlib.suppress(OSError):
-            status = self.path.stat()
-            return [status.st_size, status.st_mtime_ns]
-        return None
+def _write_note(path: Path, note: Path) -> None:
+    with contextlib.suppress(OSError):
+        state = _state(path)
+        if state is not None and state != _read(note):
+            note.write_text(json.dumps(state), encoding="utf-8")
 
-    def _noted(self) -> object:
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads(self._note.read_text(encoding="utf-8"))
-        return None
+
+def _state(path: Path) -> list[int] | None:
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns]
+    return None
+
+
+def _read(note: Path) -> object:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(note.read_text(encoding="utf-8"))
+    return None

@@ -10,6 +10,7 @@ import onnxruntime as ort
 from edgekv.bundle import Manifest
 from edgekv.errors import EngineError
 from edgekv.runtime.engines.base import Float, StepBuffers
+from edgekv.runtime.engines.mapped import release_mapped_pages
 
 
 def session_options(threads: int) -> ort.SessionOptions:
@@ -22,8 +23,25 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    import json
+    import os
+    x = json.loads(os.environ.get("X", "{}"))
+    options.enable_cpu_mem_arena = bool(x.get("arena"))
+    options.enable_mem_pattern = x.get("pattern", True)
+    if x.get("env") and not _DONE:
+        _DONE.append(1)
+        cfg = ort.OrtArenaCfg({"arena_extend_strategy": 1, "initial_chunk_size_bytes": 1 << 20, "max_dead_bytes_per_chunk": 1 << 20})
+        ort.create_and_register_allocator(ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT), cfg)
+    if x.get("global"):
+        if not _DONE2: ort.set_global_thread_pool_sizes(threads, 1); _DONE2.append(1)
+        options.use_per_session_threads = False
+    for k, v in x.get("e", {"session.intra_op.allow_spinning": "0"}).items():
+        options.add_session_config_entry(k, v)
     return options
+
+
+_DONE: list[int] = []
+_DONE2: list[int] = []
 
 
 def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
@@ -46,7 +64,12 @@ class OnnxSegments:
         self.description = f"onnxruntime {ort.__version__}"
         self._model = manifest.model
         options = session_options(threads)
-        self._sessions = [open_session(folder / name, options) for name in manifest.graphs]
+        weights = manifest.embedding.file if manifest.embedding else ""
+        self._sessions = []
+        for index, name in enumerate(manifest.graphs):
+            self._sessions.append(open_session(folder / name, options))
+            if (index + 1) % 6 == 0 or index + 1 == len(manifest.graphs):
+                release_mapped_pages(folder / weights)
         self._prepared: dict[int, tuple[StepBuffers, list[ort.IOBinding]]] = {}
         self._heads: dict[int, tuple[Float, Float, Float, ort.IOBinding]] = {}
         self._bindings: list[ort.IOBinding] = []

@@ -21,6 +21,7 @@ def open_session(path: Path) -> ort.InferenceSession:
     """Open one graph with two threads."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -48,6 +48,11 @@ def shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
+def lose_a_shard(folder: Path) -> None:
+    shard(folder)
+    (folder / "model-1.safetensors").unlink()
+
+
 def truncate(folder: Path) -> None:
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-1000])
@@ -85,7 +90,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_weights(f, lambda t: t.update({"model.norm.weight": torch.ones(128, dtype=torch.int32)})),
         "is I32",
     ),
-    "missing shard": (lambda f: (shard(f), (f / "model-1.safetensors").unlink()), "model-1.safetensors is missing"),
+    "missing shard": (lose_a_shard, "model-1.safetensors is missing"),
     "mixed layer types": (lambda f: change_config(f, layer_types=["linear_attention"] * 3), "layer_types"),
 }
 

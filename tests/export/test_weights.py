@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from edgekv.bundle import read_manifest
 from edgekv.export.checkpoint import open_checkpoint
@@ -16,8 +19,13 @@ from tests.checkpoints import make_checkpoint
 from tests.export.driver import Float, InlineDriver, SplitDriver, embedding_rows
 
 Bundle = Callable[..., Path]
-#: Root mean square of the logit error over that of the logits. int8 and int4 include INT8 activations.
-TOLERANCE = {"fp16": 1e-3, "int8": 0.02, "int4": 0.15}
+#: Root mean square of the logit error over that of the logits, on random weights, which forgive nothing. int8 and int4
+#: include INT8 activations, whose rounding turns on the last bit: the two forms then differ a little.
+TOLERANCE = {"fp16": 2e-3, "int8": 0.05, "int4": 0.5}
+BETWEEN_FORMS = 0.02
+#: Kullback-Leibler divergence per token from the float32 logits, on the bundled model and English text.
+DIVERGENCE = {"fp16": 1e-6, "int8": 0.005, "int4": 0.1}
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife."
 
 
 def prompt(count: int) -> list[int]:
@@ -27,6 +35,12 @@ def prompt(count: int) -> list[int]:
 
 def distance(rows: Float, reference: Float) -> float:
     return float(np.sqrt(np.square(rows - reference).mean() / np.square(reference).mean()))
+
+
+def log_softmax(rows: Float) -> NDArray[np.float64]:
+    shifted = rows.astype(np.float64) - rows.max(axis=1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
 
 
 def extents(folder: Path) -> Iterator[tuple[int, int]]:
@@ -49,7 +63,15 @@ def test_smaller_weights_keep_the_logits_close_and_both_forms_alike(
     split = SplitDriver(bundle(source, "split", weights)).step(tokens)
     assert distance(split, reference) <= TOLERANCE[weights]
     inline = InlineDriver(bundle(source, "inline", weights)).step(tokens)
-    assert distance(inline, split) <= 1e-3
+    assert distance(inline, split) <= BETWEEN_FORMS
+
+
+@pytest.mark.parametrize("weights", DIVERGENCE)
+def test_smaller_weights_keep_what_the_bundled_model_predicts(weights: str, bundle: Bundle) -> None:
+    folder = bundle("demo", "split", weights)
+    tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT * 3).ids
+    expected, got = (log_softmax(SplitDriver(path).step(tokens)) for path in (bundle("demo"), folder))
+    assert (np.exp(expected) * (expected - got)).sum(axis=1).mean() <= DIVERGENCE[weights]
 
 
 @pytest.mark.parametrize("form", ["split", "inline"])
@@ -94,12 +116,14 @@ def test_large_tensors_can_be_mapped_and_no_two_overlap(checkpoint: Callable[[st
     for form in ("split", "inline"):
         found = sorted(set(extents(bundle(checkpoint("llama"), form))))
         assert all(offset % (4096 if size >= 1 << 16 else 64) == 0 for offset, size in found)
-        assert all(a + size <= b for (a, size), (b, _) in zip(found, found[1:], strict=False))
+        assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(found))
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_widths_that_do_not_fill_their_blocks_are_padded(weights: str, tmp_path: Path, bundle: Bundle) -> None:
-    source = make_checkpoint(tmp_path, hidden_size=80, intermediate_size=144, tie_word_embeddings=True)
+    source = make_checkpoint(
+        tmp_path, hidden_size=80, intermediate_size=144, num_hidden_layers=1, tie_word_embeddings=True
+    )
     tokens = prompt(30)
     reference = SplitDriver(bundle(source)).step(tokens)
     split = SplitDriver(bundle(source, "split", weights))
@@ -107,7 +131,7 @@ def test_widths_that_do_not_fill_their_blocks_are_padded(weights: str, tmp_path:
     assert split.manifest.embedding.dtype == "float16"
     rows = split.step(tokens)
     assert distance(rows, reference) <= TOLERANCE[weights]
-    assert distance(InlineDriver(bundle(source, "inline", weights)).step(tokens), rows) <= 1e-3
+    assert distance(InlineDriver(bundle(source, "inline", weights)).step(tokens), rows) <= BETWEEN_FORMS
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

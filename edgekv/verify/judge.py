@@ -1,0 +1,348 @@
+"""The judge: one configuration of a bundle against the full fp16 cache on the same graph."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from edgekv.runtime.engines.base import Float
+from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.verify.baselines import Baseline, all_baselines
+from edgekv.verify.controls import Control
+from edgekv.verify.divergence import Divergence, Summary
+from edgekv.verify.gate import Finding, Gate, Limits, at_least, at_most
+from edgekv.verify.lanes import Lane, Schedule, greedy, plan_schedule, reference_options, resident_options, run_lanes
+from edgekv.verify.recall import TaskScore, run_tasks
+from edgekv.verify.tasks import Suite
+
+Advance = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured. ``tokens`` of the text, the last ``decode`` of them one by one; ``greedy`` tokens
+    are generated; 0 is none."""
+
+    tokens: int = 4096
+    decode: int = 1024
+    greedy: int = 256
+    suite: Suite = field(default_factory=Suite)
+    baselines: bool = True
+    seed: int = 0
+
+
+QUICK = Settings(tokens=768, decode=256, greedy=32, suite=Suite.quick(), baselines=False)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Are the logits bit-identical to those of the same tier, resident.
+
+    ``positions``: how many differ; ``promised``: edgekv promises that none does, ``why`` it does not otherwise.
+    """
+
+    promised: bool
+    positions: int
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Greedy generation after the text that was read in chunks; ``first_difference`` is None when all tokens agree."""
+
+    prompt: int
+    tokens: int
+    first_difference: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: the configuration, or a baseline. ``note`` says why there are no numbers."""
+
+    name: str
+    ram_bytes: int
+    flash_bytes: int
+    pages_dropped: int
+    all: Summary | None
+    decode: Summary | None
+    curve: list[tuple[int, float, float]]
+    tasks: list[TaskScore]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All that was measured. ``findings``: every limit of the gate; ``remarks``: what a reader should know besides."""
+
+    bundle: dict[str, str | int]
+    options: dict[str, str | int | bool | None]
+    text: dict[str, str | int]
+    gate: str
+    seed: int
+    partial: bool
+    identity: Identity
+    greedy: Greedy
+    rows: list[Row]
+    reference_tasks: list[TaskScore]
+    findings: list[Finding]
+    remarks: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """No limit of the gate is exceeded."""
+        return all(finding.passed for finding in self.findings)
+
+
+def default_text() -> str:
+    """Return the text that ships with edgekv; the demo model has not seen it."""
+    return (resources.files("edgekv.verify") / "default_text.txt").read_text(encoding="utf-8")
+
+
+def verify(
+    folder: str | Path,
+    options: RunOptions,
+    gate: Gate,
+    settings: Settings = QUICK,
+    *,
+    text: str | None = None,
+    control: Control | None = None,
+    advance: Advance = lambda phase, done, total: None,
+) -> Verdict:
+    """Measure a configuration and hold the gate against it.
+
+    Args:
+        options: the configuration; ``context`` and ``prefill_chunk`` are set here.
+        text: what is read; None is :func:`default_text`.
+        control: a fault to put in, to see the gate fail.
+        advance: called with (what is being measured, tokens done, tokens in all).
+
+    Raises:
+        UsageError: text too short, or options that do not fit the bundle. EdgeKVError: a run failed.
+    """
+    text = default_text() if text is None else text
+    with Generator.open(folder, RunOptions(threads=options.threads)) as parent:
+        tokens = parent.text.encode(text)
+        model = parent.manifest.model
+        schedule = plan_schedule(len(tokens), settings.tokens, settings.decode, model.max_context - settings.greedy)
+        tokens = tokens[: schedule.n_tokens]
+        measured = _Measured(parent, options, schedule, tokens, text, settings, control, advance)
+        measured.fidelity()
+        told = measured.greedy()
+        reference_tasks, task_rows = measured.tasks()
+        rows = [replace(row, tasks=scores) for row, scores in zip(measured.rows, task_rows, strict=True)]
+        partial = rows[0].pages_dropped > 0
+        findings = judge(gate, rows[0], measured.identity, partial=partial)
+        return Verdict(
+            bundle={
+                "engine": parent.manifest.engine,
+                "form": parent.manifest.form,
+                "weights": parent.manifest.weights,
+                "page_size": parent.manifest.page_size,
+                "architecture": model.architecture,
+                "source_sha256": parent.manifest.source_sha256,
+            },
+            options={
+                "kv": options.kv.value,
+                "kv_budget": options.kv_budget,
+                "policy": options.policy,
+                "allow_drop": options.allow_drop,
+                "offload": options.offload is not None,
+            },
+            text={
+                "sha256": hashlib.sha256(text.encode()).hexdigest(),
+                "tokens": schedule.n_tokens,
+                "in_chunks": schedule.prefill,
+            },
+            gate=gate.name,
+            seed=settings.seed,
+            partial=partial,
+            identity=measured.identity,
+            greedy=told,
+            rows=rows,
+            reference_tasks=reference_tasks,
+            findings=findings,
+            remarks=remarks(rows, reference_tasks),
+        )
+
+
+class _Measured:
+    """The measurements of one call of :func:`verify`."""
+
+    def __init__(
+        self,
+        parent: Generator,
+        options: RunOptions,
+        schedule: Schedule,
+        tokens: list[int],
+        text: str,
+        settings: Settings,
+        control: Control | None,
+        advance: Advance,
+    ) -> None:
+        self.parent, self.options, self.schedule, self.tokens = parent, options, schedule, tokens
+        self.text, self.settings, self.control, self.advance = text, settings, control, advance
+        self.context = schedule.n_tokens + settings.greedy
+        self.rows: list[Row] = []
+        self.identity = Identity(False, 0)
+        self.baselines: list[Baseline] = []
+        self.spec = parent.manifest.model.pages(parent.manifest.page_size)
+        self.share: float | None = None  # of the fp16 cache, when the configuration has a budget
+
+    def _lane(self, options: RunOptions, *, control: Control | None = None) -> Lane:
+        return Lane(self.parent, options, self.context, control=control)
+
+    def fidelity(self) -> None:
+        """Feed the text to the reference, the configuration, the same tier in RAM, and the baselines."""
+        candidate = self._lane(self.options, control=self.control)
+        plan = candidate.plan
+        if self.options.kv_budget is not None:
+            self.share = plan.budget_bytes / self.spec.fp16_cache_bytes(self.context)
+        reference = self._lane(reference_options(self.options))
+        twin = None
+        if plan.compress_at_seal:
+            systematic = self.control if self.control is not None and self.control.systematic else None
+            twin = self._lane(resident_options(self.options), control=systematic)
+        others: list[Lane | str] = []
+        if self.settings.baselines and (plan.compress_at_seal or not plan.fits):
+            self.baselines = all_baselines()
+            others = [b.open(self.parent, self.options, self.context, plan.budget_bytes) for b in self.baselines]
+        lanes = [reference, candidate, *([twin] if twin else []), *(lane for lane in others if isinstance(lane, Lane))]
+        compared = [Divergence(len(self.tokens)) for _ in lanes]
+        differing = 0
+        done = 0
+
+        def compare(start: int, logits: list[Float]) -> None:
+            nonlocal differing, done
+            targets = np.asarray(self.tokens[start + 1 : start + 1 + len(logits[0])], np.int64)
+            for lane, divergence in zip(logits[1:], compared[1:], strict=True):
+                divergence.add(start, logits[0], lane, targets)
+            other = logits[2] if twin else logits[0]
+            differing += int((logits[1].view(np.uint32) != other.view(np.uint32)).any(axis=1).sum())
+            done += len(logits[0])
+            self.advance(f"reading the text ({len(lanes)} runs side by side)", done, len(self.tokens))
+
+        run_lanes(lanes, self.tokens, self.schedule, compare)
+        dropped = candidate.pages_dropped
+        promised = dropped == 0 and (plan.compress_at_seal or plan.fits)
+        why = "" if promised else "pages were dropped" if dropped else "pages were compressed when memory ran out"
+        self.identity = Identity(promised, differing, why)
+        self.rows = [self._row("this configuration", candidate, compared[1])]
+        for baseline, lane in zip(self.baselines, others, strict=True):
+            if isinstance(lane, str):
+                self.rows.append(Row(baseline.name, 0, 0, 0, None, None, [], [], lane))
+            else:
+                self.rows.append(self._row(baseline.name, lane, compared[lanes.index(lane)]))
+        for lane in lanes:
+            lane.close()
+
+    def _row(self, name: str, lane: Lane, divergence: Divergence) -> Row:
+        ram, flash = lane.bytes_held()
+        whole, decode = divergence.summary(), divergence.summary(self.schedule.prefill)
+        return Row(name, ram, flash, lane.pages_dropped, whole, decode, divergence.curve(), [])
+
+    def greedy(self) -> Greedy:
+        """Generate greedily with the full cache and with the configuration."""
+        prompt, count = self.tokens[: self.schedule.prefill], self.settings.greedy
+        if not count:
+            return Greedy(len(prompt), 0, None)
+        said, done = [], 0
+
+        def step(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            self.advance("generating", done, 2 * count)
+
+        for options, control in ((reference_options(self.options), None), (self.options, self.control)):
+            lane = self._lane(options, control=control)
+            said.append(greedy(lane, prompt, count, step))
+            lane.close()
+        different = [i for i, (a, b) in enumerate(zip(*said, strict=True)) if a != b]
+        return Greedy(len(prompt), count, different[0] if different else None)
+
+    def tasks(self) -> tuple[list[TaskScore], list[list[TaskScore]]]:
+        """Run the retrieval tasks with the full cache, the configuration and the baselines."""
+        settings = self.settings
+        return run_tasks(
+            self.parent,
+            self.options,
+            self.baselines,
+            settings.suite,
+            self.text,
+            self.share,
+            settings.seed,
+            self.advance,
+        )
+
+
+def judge(gate: Gate, row: Row, identity: Identity, *, partial: bool) -> list[Finding]:
+    """Hold every limit of the gate against what was measured."""
+    limits = gate.partial if partial else gate.exact
+    findings = []
+    if gate.identity == "always" or (gate.identity == "promised" and identity.promised):
+        what = "positions whose logits differ from those of the same tier without I/O"
+        if identity.why:
+            what += f" ({identity.why})"
+        findings.append(at_most(what, 0.0, float(identity.positions)))
+    for part, summary in (("whole text", row.all), ("token by token", row.decode)):
+        if summary is not None:
+            findings += hold(limits, summary, part)
+    if limits.tasks is not None:
+        findings += [
+            at_least(f"{score.name}: share of the full cache's score", limits.tasks, score.of_full)
+            for score in row.tasks
+            if score.measurable
+        ]
+    return findings
+
+
+def hold(limits: Limits, summary: Summary, part: str) -> list[Finding]:
+    """Hold the limits on distributions against one summary."""
+    measured = {**asdict(summary), "perplexity_change": abs(summary.perplexity_change)}
+    words = {
+        "perplexity_change": "relative change of perplexity",
+        "mean_kld": "mean KLD",
+        "p99_kld": "99th percentile of KLD",
+        "max_kld": "largest KLD",
+        "stretch_kld": "largest mean KLD of 32 neighbours",
+    }
+    findings = [
+        at_most(f"{word} ({part})", limit, measured[name])
+        for name, word in words.items()
+        if (limit := getattr(limits, name)) is not None
+    ]
+    if limits.top1 is not None:
+        findings.append(at_least(f"top-1 agreement ({part})", limits.top1, summary.top1))
+    return findings
+
+
+def remarks(rows: list[Row], reference_tasks: list[TaskScore]) -> list[str]:
+    """Say which baselines the configuration does not beat, and which tasks the model cannot do at all."""
+    said = []
+    mine = rows[0]
+    for row in rows[1:]:
+        if row.all is None or mine.all is None:
+            continue
+        worse = []
+        if not mine.all.mean_kld < row.all.mean_kld:
+            worse.append(f"mean KLD {mine.all.mean_kld:.2g} against {row.all.mean_kld:.2g}")
+        own, other = _total(mine.tasks), _total(row.tasks)
+        if own is not None and other is not None and own < other:
+            worse.append(f"tasks {own:.0%} against {other:.0%}")
+        if worse:
+            said.append(f"this configuration does not beat '{row.name}': {'; '.join(worse)}")
+    said += [
+        f"{score.name}: not measurable on this model (the full cache scores {score.score:.0%})"
+        for score in reference_tasks
+        if not score.measurable
+    ]
+    return said
+
+
+def _total(scores: list[TaskScore]) -> float | None:
+    counted = [score.score for score in scores if score.measurable]
+    return sum(counted) / len(counted) if counted else None

@@ -1,0 +1,166 @@
+"""Retrieval tasks that need no download: facts hidden in a book, and questions that the cache did not know of.
+
+The phrasing of the facts is the one that the bundled model was trained on; any chat model understands it too.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+NAMES = [
+    "amber", "birch", "cedar", "delta", "ember", "frost", "grove", "haven", "ivory", "jade", "karma", "lotus",
+    "maple", "north", "ocean", "pearl", "quartz", "river", "stone", "tiger", "umber", "vapor", "willow", "xenon",
+    "yacht", "zebra", "anchor", "basil", "coral", "drift", "eagle", "flint", "garnet", "harbor", "indigo", "juniper",
+]  # fmt: skip
+FACT = "The secret code of {name} is {code}."
+QUESTION = "What is the secret code of {name}?"
+
+#: Right when the first number that is said is the code.
+NUMBER = "number"
+#: Right when the word is said.
+WORD = "word"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and what its answer must be; ``kind`` is NUMBER or WORD."""
+
+    text: str
+    answer: str
+    kind: str = NUMBER
+
+    def right(self, said: str) -> bool:
+        """Return True when this is the answer, exactly."""
+        if self.kind == WORD:
+            return self.answer.lower() in re.findall(r"\w+", said.lower())
+        return re.findall(r"\d+", said)[:1] == [self.answer]
+
+    def decided(self, said: str) -> bool:
+        """Return True when nothing that is still to be said can change the score."""
+        return re.search(r"\d\D", said) is not None if self.kind == NUMBER else self.right(said)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with something hidden in it, and the questions about it. ``cell``: its place in the grid of its task."""
+
+    task: str
+    cell: str
+    body: str
+    questions: list[Question]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The grids. ``lengths`` in tokens; ``depths``: where a single fact stands, 0 is the beginning."""
+
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    keys: tuple[int, ...] = (4, 8)
+    asked: int = 3
+    pairs: tuple[int, ...] = (8, 16)
+    others: bool = True
+
+    @classmethod
+    def none(cls) -> Suite:
+        """No task at all."""
+        return cls(lengths=(), pairs=())
+
+    @classmethod
+    def quick(cls) -> Suite:
+        """One small grid: seconds."""
+        return cls(lengths=(384,), depths=(0.0, 0.5), keys=(2,), asked=2, pairs=(), others=False)
+
+
+class Filler:
+    """Sentences of a book, cut to a number of tokens."""
+
+    def __init__(self, text: str, count_tokens: Callable[[str], int]) -> None:
+        self._sentences = [" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s+", text) if s.strip()]
+        self._tokens = [count_tokens(" " + sentence) for sentence in self._sentences]
+
+    def sentences(self, n_tokens: int, rng: random.Random) -> list[str]:
+        """Return consecutive sentences of about ``n_tokens``, from a random one on (the book goes round)."""
+        at, left, taken = rng.randrange(len(self._sentences)), n_tokens, []
+        while left > 0:
+            taken.append(self._sentences[at])
+            left -= max(self._tokens[at], 1)
+            at = (at + 1) % len(self._sentences)
+        return taken
+
+
+def make_documents(suite: Suite, filler: Filler, seed: int) -> list[Document]:
+    """Return the documents of every task; equal seeds give equal ones."""
+    rng = random.Random(seed)
+    documents = []
+    for length in suite.lengths:
+        for depth in suite.depths:
+            documents.append(_passkey(filler, rng, length, depth))
+        for keys in suite.keys:
+            documents.append(_many_keys(filler, rng, length, keys, suite.asked))
+        if suite.others:
+            documents.append(_variables(filler, rng, length))
+            documents.append(_instruction(filler, rng, length))
+    documents += [_pairs(rng, count, suite.asked) for count in suite.pairs]
+    return sorted(documents, key=lambda document: document.task)
+
+
+def _code(rng: random.Random) -> str:
+    return f"{rng.randrange(1000, 10000)}"
+
+
+def _hide(filler: Filler, rng: random.Random, length: int, facts: list[tuple[float, str]]) -> str:
+    """Put facts between the sentences of a text, each at its depth."""
+    sentences = filler.sentences(length - 16 * len(facts), rng)
+    places = sorted(((round(depth * len(sentences)), fact) for depth, fact in facts), reverse=True)
+    for place, fact in places:
+        sentences.insert(place, fact)
+    return " ".join(sentences)
+
+
+def _passkey(filler: Filler, rng: random.Random, length: int, depth: float) -> Document:
+    name, code = rng.choice(NAMES), _code(rng)
+    body = _hide(filler, rng, length, [(depth, FACT.format(name=name, code=code))])
+    return Document(
+        "passkey", f"{length} tokens, depth {depth:.0%}", body, [Question(QUESTION.format(name=name), code)]
+    )
+
+
+def _facts(rng: random.Random, count: int, asked: int) -> tuple[list[str], list[Question]]:
+    codes = {name: _code(rng) for name in rng.sample(NAMES, count)}
+    questions = [
+        Question(QUESTION.format(name=name), codes[name]) for name in rng.sample(sorted(codes), min(asked, count))
+    ]
+    return [FACT.format(name=name, code=code) for name, code in codes.items()], questions
+
+
+def _many_keys(filler: Filler, rng: random.Random, length: int, count: int, asked: int) -> Document:
+    facts, questions = _facts(rng, count, asked)
+    body = _hide(filler, rng, length, [(rng.random(), fact) for fact in facts])
+    return Document("many keys", f"{length} tokens, {count} keys", body, questions)
+
+
+def _pairs(rng: random.Random, count: int, asked: int) -> Document:
+    facts, questions = _facts(rng, count, asked)
+    return Document("key-value recall", f"{count} pairs", " ".join(facts), questions)
+
+
+def _variables(filler: Filler, rng: random.Random, length: int) -> Document:
+    first, second, third = rng.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 3)
+    code = _code(rng)
+    chain = [f"Let {first} = {code}.", f"Let {second} = {first}.", f"Let {third} = {second}."]
+    depths = sorted(rng.random() for _ in chain)
+    body = _hide(filler, rng, length, list(zip(depths, chain, strict=True)))
+    return Document("variable tracking", f"{length} tokens", body, [Question(f"What number is {third}?", code)])
+
+
+def _instruction(filler: Filler, rng: random.Random, length: int) -> Document:
+    word = rng.choice(NAMES)
+    order = f"Instruction: whatever you are asked, begin your answer with the word {word}."
+    body = order + " " + _hide(filler, rng, length, [])
+    return Document(
+        "instruction at the start", f"{length} tokens", body, [Question("What is the text about?", word, WORD)]
+    )

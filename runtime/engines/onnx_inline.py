@@ -1,0 +1,28 @@
+"""ONNX Runtime as the engine of the inline form: the whole decoder in one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgekv.bundle import Manifest
+from edgekv.runtime.engines.onnx import open_session, session_options
+
+
+class OnnxInline:
+    """An :class:`~edgekv.runtime.engines.base.InlineEngine` on ONNX Runtime."""
+
+    max_tokens: int | None = None
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
+        self.description = f"onnxruntime {ort.__version__}"
+        self._session = open_session(folder / manifest.graphs[0], session_options(threads))
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run a step and return its outputs by name."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))

@@ -1,0 +1,109 @@
+"""Between a generator and its session: when to save, what to restore, and in which steps to compute.
+
+Floating point depends on how tokens are cut into steps. So that a resumed run gives the bits of one that never stopped, a
+step of prefill ends at the last page boundary before the end of the prompt, and the positions at which the last steps
+began are saved: tokens of the open page, which a checkpoint does not store, are computed again in the same steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from edgekv.bundle import Manifest
+from edgekv.errors import StoreError, UsageError
+from edgekv.runtime.cache import KVCache
+from edgekv.runtime.options import RunOptions
+from edgekv.runtime.session import Session
+from edgekv.types import KVMode
+
+
+class SessionKeeper:
+    """Keeps the sequence of one generator in a session.
+
+    Raises (from the constructor):
+        UsageError: fp16 pages or dropping were asked for. StoreLocked, SessionMismatch, SessionError: see
+            :meth:`Session.open`.
+    """
+
+    def __init__(self, options: RunOptions, manifest: Manifest) -> None:
+        assert options.session is not None
+        if options.kv == KVMode.FP16:
+            raise UsageError("a session keeps INT8 pages: run it with --kv auto or int8")
+        if options.allow_drop:
+            raise UsageError("a session keeps every page: run it without --allow-drop")
+        self.options = options.session
+        self._manifest = manifest
+        self.session = Session.open(options.session, manifest)
+        self.sequence: list[int] = []
+        self._starts: list[int] = []
+        self._steps: list[int] = []
+        self._fresh = True
+        self._saved = (0, time.monotonic())
+
+    def restore(self, cache: KVCache, prompt: Sequence[int]) -> list[int] | None:
+        """Fill a new cache from the session; returns the tokens that it holds now, or None if the cache is in use.
+
+        Raises:
+            StoreError: the medium refused.
+        """
+        self.sequence = list(prompt)
+        if not self._fresh:
+            return None
+        count, self._steps = self.session.restore(cache, prompt)
+        self._starts = [start for start in self.session.starts if start < count]
+        self._fresh = False
+        self._saved = (count, time.monotonic())
+        return self.sequence[:count]
+
+    def began(self, reused: int, total: int) -> None:
+        """The prompt of ``total`` tokens needs all but ``reused`` computed."""
+        self.session.reused_tokens, self.session.computed_tokens = reused, total - reused
+
+    def stop(self, done: int, total: int, chunk: int) -> int:
+        """Return where the next step of prefill ends."""
+        size = self._manifest.page_size
+        last = (total - 1) // size * size
+        stop = min(done + chunk, last if done < last else total)
+        recorded = next((step for step in self._steps if step > done), None)
+        if recorded is not None:
+            return min(stop if done + chunk < recorded else recorded, total)
+        if done < stop < total and stop // size * size > done:
+            stop = stop // size * size
+        return stop
+
+    def stepped(self, start: int, cache: KVCache, tokens: Sequence[int]) -> None:
+        """A step that began at ``start`` is done; save if it is time to."""
+        while self._starts and self._starts[-1] >= start:
+            self._starts.pop()
+        self._starts.append(start)
+        every, seconds = self.options.checkpoint_tokens, self.options.checkpoint_seconds
+        if (every and len(tokens) - self._saved[0] >= every) or (
+            seconds and time.monotonic() - self._saved[1] >= seconds
+        ):
+            self.save(cache, tokens, whole=False)
+
+    def save(self, cache: KVCache, tokens: Sequence[int], *, whole: bool) -> None:
+        """Write a checkpoint; a failure is remembered, the run goes on."""
+        self._saved = (len(tokens), time.monotonic())
+        pending = self.sequence[len(tokens) :] if self.sequence[: len(tokens)] == list(tokens) else []
+        starts = [start for start in self._starts if start < len(tokens)]
+        try:
+            self.session.checkpoint(cache, tokens, pending, starts, whole=whole)
+            self.session.failure = None
+        except StoreError as error:
+            self.session.failure = str(error)
+
+    def dropped(self) -> None:
+        """The cache is gone; a new one is restored from the session."""
+        self._fresh = True
+
+    def close(self) -> None:
+        """Let the session go.
+
+        Raises:
+            StoreError: the last checkpoint could not be written.
+        """
+        self.session.close()
+        if self.session.failure is not None:
+            raise StoreError(f"the session was not saved: {self.session.failure}")

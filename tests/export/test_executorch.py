@@ -1,0 +1,112 @@
+"""What is stored is what was lowered: each weight kind against its own eager reference, and the program's contents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("executorch.exir", reason="the extra `executorch` is not installed")
+pytest.importorskip("torchao", reason="the extra `executorch` is not installed")
+
+from edgekv.bundle import EmbeddingSpec
+from edgekv.contract import segment_spec
+from edgekv.errors import EngineError, UsageError
+from edgekv.export import executorch
+from edgekv.export.checkpoint import Checkpoint, open_checkpoint
+from edgekv.export.decoder import build_segment, load_parameter
+from edgekv.export.executorch_graphs import quantise_linears
+from edgekv.export.executorch_weights import matrix_constants, quantise
+from edgekv.runtime.engines.executorch_blocks import plan_blocks
+from edgekv.runtime.engines.executorch_library import CallList, load_library
+from edgekv.runtime.generate import cache_home
+
+#: Largest difference from the eager reference, relative to the largest value. int8 and int4 quantise activations as
+#: they go, and an input that differs in the last bit can fall to the other side of a rounding.
+TOLERANCE = {"fp32": 1e-5, "int8": 2e-2, "int4": 2e-2}
+
+
+def eager(checkpoint: Checkpoint, index: int, weights: str) -> torch.nn.Module:
+    module = build_segment(checkpoint.config, index).to_empty(device="cpu").requires_grad_(False).eval()
+    for name, parameter in module.named_parameters():
+        parameter.data.copy_(load_parameter(checkpoint, index, name))
+    quantise_linears(module, "segment", weights)
+    return module
+
+
+@pytest.mark.parametrize("weights", ["int4", pytest.param("int8", marks=pytest.mark.slow), pytest.param("fp32", marks=pytest.mark.slow)])
+def test_every_segment_computes_what_its_eager_reference_does(
+    weights: str, checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(checkpoint("qwen3-qk-norm"))
+    monkeypatch.setattr(executorch, "EXECUTORCH_ROWS", (1,))
+    monkeypatch.setattr(executorch, "EXECUTORCH_HEAD_ROWS", (1,))
+    steps: list[str] = []
+    graphs, embedding = executorch.write_graphs(
+        source, tmp_path, form="split", weights=weights, page_size=16, step=steps.append
+    )
+    assert graphs == ("model.pte",)
+    assert isinstance(embedding, EmbeddingSpec)
+    assert len(steps) == executorch.count_steps(source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["embedding.bin", "model.pte"]
+    library = load_library(cache_home())
+    program = library.open(tmp_path / "model.pte", None)
+    generator = torch.Generator().manual_seed(1)
+    for index in range(source.config.model.n_layers + 1):
+        spec = segment_spec(source.config.model, index)
+        shapes = [[1 if dim == "T" else int(dim) for dim in tensor.shape] for tensor in spec.inputs]
+        inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+        with torch.no_grad():
+            result = eager(source, index, weights)(*inputs)
+        expected = [result] if isinstance(result, torch.Tensor) else list(result)
+        outputs = [np.zeros(tuple(tensor.shape), np.float32) for tensor in expected]
+        call = program.method(f"segment_{index}_t1").bind([tensor.numpy() for tensor in inputs], outputs)
+        CallList(library, [call]).run()
+        for tensor, output in zip(expected, outputs, strict=True):
+            scale = float(tensor.abs().max())
+            assert np.abs(output - tensor.numpy()).max() <= TOLERANCE[weights] * scale, (index, weights)
+
+
+def test_int4_scales_are_what_the_delegate_stores_and_clipping_is_a_gain() -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    quantised = quantise(weight, "int4")
+    assert quantised.scales.dtype == torch.bfloat16
+    assert int(quantised.codes.min()) >= -8
+    assert int(quantised.codes.max()) <= 7
+    plain = (weight.reshape(64, 3, 32).abs().amax(2, keepdim=True) / 7).to(torch.bfloat16).float()
+    rounded = (weight.reshape(64, 3, 32) / plain).round().clamp(-8, 7) * plain
+    error = float((quantised.dequantise() - weight).square().mean())
+    assert error < float((rounded.reshape(64, 96) - weight).square().mean())
+    codes, scales = matrix_constants(weight, "int4")
+    assert (len(codes.data), len(scales.data)) == (64 * 48, 64 * 3 * 2)
+    assert scales.key.startswith("scale_")
+
+
+def test_int4_needs_columns_in_groups_and_says_what_to_do() -> None:
+    from edgekv.export.executorch_weights import check_columns
+
+    with pytest.raises(UsageError, match="40 columns.*multiple of 32; use --weights int8"):
+        check_columns("int4", 40, "segment_1.exit.down_proj")
+
+
+def test_a_weight_that_the_lowering_changed_is_never_left_random() -> None:
+    from types import SimpleNamespace
+
+    from edgekv.export.executorch_program import ProgramBuilder
+
+    named = SimpleNamespace(pte_data={}, buffers=[])
+    program = SimpleNamespace(execution_plan=[], backend_delegate_data=[], constant_buffer=[])
+    template = SimpleNamespace(executorch_program=program, _named_data=named)
+    with pytest.raises(EngineError, match="changed weights on the way: middle/norm.weight"):
+        ProgramBuilder(template, {"middle/norm.weight": matrix_constants(torch.ones(1, 4), "fp32")}, Path("."))
+
+
+def test_blocks_cover_every_number_of_tokens_in_order() -> None:
+    for count in (*range(1, 300), 1000):
+        blocks = plan_blocks(count)
+        ends = [start + size for start, size in blocks]
+        assert [start for start, _ in blocks] == [0, *ends[:-1]]
+        assert ends[-1] >= count > ends[-1] - blocks[-1][1]

@@ -1,0 +1,80 @@
+"""Faults put in on purpose. A gate that lets one of them through is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgekv.runtime.generate import RunOptions
+from edgekv.types import KVMode
+from edgekv.verify.controls import Control, DroppedPage, FlippedBit, ShiftedRope, SwappedScales
+from edgekv.verify.gate import load_gate
+from edgekv.verify.judge import Settings, Verdict, verify
+from edgekv.verify.tasks import Suite
+
+Bundle = Callable[..., Path]
+
+#: No questions, no baselines: what a control must fail is the comparison.
+SHORT = Settings(tokens=384, decode=128, greedy=0, suite=Suite.none(), baselines=False)
+PREFILL = 256
+
+
+def judged(folder: Path, control: Control | None, gate: str = "standard", **options: object) -> Verdict:
+    run = RunOptions(**{"threads": 2, "kv": KVMode.INT8, **options})  # type: ignore[arg-type]
+    return verify(folder, run, load_gate(gate), SHORT, control=control)
+
+
+def failed(verdict: Verdict) -> list[str]:
+    return [finding.what for finding in verdict.findings if not finding.passed]
+
+
+CONTROLS: dict[str, Callable[[], Control]] = {
+    "lowest bit of a value": FlippedBit,
+    "lowest bit of a key, last layer": lambda: FlippedBit(layer=3, page=4, byte=0),
+    "sign bit of a value": lambda: FlippedBit(layer=2, bit=7),
+    "page dropped": DroppedPage,
+    "first page dropped, last layer": lambda: DroppedPage(layer=3, page=0),
+    "scales swapped": SwappedScales,
+    "RoPE one ahead": lambda: ShiftedRope(start=PREFILL),
+    "RoPE one behind": lambda: ShiftedRope(start=PREFILL, by=-1),
+}
+SLOW = pytest.mark.slow
+FORMS = [
+    *(pytest.param("split", name, id=f"split, {name}") for name in CONTROLS),
+    *(
+        pytest.param("inline", name, id=f"inline, {name}", marks=[] if name == "scales swapped" else SLOW)
+        for name in CONTROLS
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "name"), FORMS)
+def test_the_standard_gate_fails_every_control(form: str, name: str, bundle: Bundle) -> None:
+    assert failed(judged(bundle("demo", form), CONTROLS[name]()))
+
+
+@pytest.mark.parametrize("gate", ["strict", "standard"])
+def test_the_same_run_without_a_fault_passes_both_named_gates(gate: str, bundle: Bundle) -> None:
+    assert failed(judged(bundle("demo"), None, gate)) == []
+
+
+def test_a_flipped_bit_on_flash_fails_although_it_hides_below_the_noise_of_int8(bundle: Bundle) -> None:
+    verdict = judged(bundle("demo"), FlippedBit(layer=1), kv_budget="60%")
+    assert verdict.rows[0].flash_bytes > 0
+    [only] = failed(verdict)
+    assert "differ from those of the same tier" in only
+
+
+@pytest.mark.parametrize("control", [SwappedScales(), ShiftedRope(start=PREFILL)], ids=lambda control: control.name)
+def test_a_fault_of_the_code_is_found_by_the_comparison_with_fp16_alone(control: Control, bundle: Bundle) -> None:
+    """The resident run of the same tier has the fault as well: identity holds, and must not be enough."""
+    verdict = judged(bundle("demo"), control)
+    assert verdict.identity.positions == 0
+    assert failed(verdict)
+
+
+def test_an_fp16_run_is_held_against_the_reference_to_the_bit(bundle: Bundle) -> None:
+    assert failed(judged(bundle("demo"), None, "strict", kv=KVMode.FP16)) == []
+    assert failed(judged(bundle("demo"), FlippedBit(), "strict", kv=KVMode.FP16))
