@@ -24,8 +24,9 @@ from edgekv.runtime.generate import RunOptions
 from edgekv.types import KVMode
 from edgekv.verify.emulated import EmulatedCodec
 from edgekv.verify.gate import load_gate
-from edgekv.verify.judge import Settings, hold, verify
+from edgekv.verify.judge import Settings, verify
 from edgekv.verify.tasks import Suite
+from edgekv.verify.verdict import hold
 from tests.checkpoints import make_outlier_checkpoint
 
 CODECS: dict[str, tuple[KVMode, EmulatedCodec | None]] = {

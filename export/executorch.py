@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from edgekv.bundle import EmbeddingSpec
-from edgekv.contract import EXECUTORCH_ROWS, EXECUTORCH_HEAD_ROWS, executorch_method, segment_spec
+from edgekv.contract import EXECUTORCH_HEAD_ROWS, EXECUTORCH_ROWS, executorch_method, segment_spec
 from edgekv.errors import UsageError
 from edgekv.export.checkpoint import EMBEDDING, Checkpoint
 from edgekv.export.config import DecoderConfig

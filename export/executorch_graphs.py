@@ -32,6 +32,7 @@ from edgekv.export.executorch_weights import (
 )
 
 Tensor = torch.Tensor
+_INT4: Any = vars(torch)["int4"]  # not in the stubs
 
 
 def require_executorch() -> str:
@@ -90,17 +91,18 @@ def quantise_linears(module: nn.Module, name: str, kind: str) -> dict[str, Quant
 
 def dynamic_linear(quantised: QuantisedLinear, bias: Tensor | None, kind: str) -> nn.Module:
     """Return a linear layer on quantised weights whose input is quantised per token: torchao's, with our codes."""
+    rows, columns = quantised.codes.shape
     with _quiet():
         from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
         from torchao.quantization.granularity import PerAxis, PerGroup
 
-    linear = nn.Linear(*reversed(quantised.codes.shape), bias=bias is not None).requires_grad_(False)
+    linear = nn.Linear(columns, rows, bias=bias is not None).requires_grad_(False)
     linear.weight.data = quantised.dequantise()
     if bias is not None:
         linear.bias.data = bias.data
     options: dict[str, Any] = {"weight_dtype": torch.int8, "weight_granularity": PerAxis(0)}
     if kind == "int4":
-        options = {"weight_dtype": torch.int4, "weight_granularity": PerGroup(32)}
+        options = {"weight_dtype": _INT4, "weight_granularity": PerGroup(32)}
         options["weight_scale_dtype"] = torch.bfloat16  # XNNPACK stores group scales as bfloat16
     wrapped = nn.Sequential(linear)
     with _quiet():
@@ -186,9 +188,7 @@ def _whole_delegates() -> Iterator[None]:
 def _split(x: Tensor, sizes: list[int], dim: int = 0) -> list[Tensor]:
     """Split by slices, which XNNPACK takes."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [
-        torch.ops.aten.slice.Tensor(x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)
-    ]
+    return [torch.ops.aten.slice.Tensor(x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 @contextlib.contextmanager

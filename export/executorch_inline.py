@@ -46,7 +46,9 @@ def write_inline(checkpoint: Checkpoint, path: Path, weights: str, page_size: in
         if rows > 1:
             dims["T"] = torch.export.Dim("T", min=2, max=EXECUTORCH_PREFILL_ROWS)
         example = tuple(
-            torch.zeros([sizes.get(str(dim), dim) for dim in tensor.shape], dtype=_TORCH[tensor.dtype])  # type: ignore[misc]
+            torch.zeros(
+                [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape], dtype=_TORCH[tensor.dtype]
+            )
             for tensor in spec.inputs
         )
         dynamic = tuple(
@@ -82,6 +84,7 @@ class InlineDecoder(nn.Module):
         self.segments = nn.ModuleList(segments)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run a step."""
         input_ids, position_ids = inputs[:2]
         cos, sin, *masks = self.positions(position_ids)
         residual = self.embedding(input_ids)
@@ -123,7 +126,7 @@ class _Seam(InlineAttention):
 
 
 def _dequantise(codes: Tensor) -> Tensor:
-    import torch.ao.quantization.fx._decomposed  # noqa: F401  (defines the operator)
+    import torch.ao.quantization.fx._decomposed  # defines the operator
 
     result: Tensor = torch.ops.quantized_decomposed.dequantize_per_tensor.default(codes, 1.0, 0, -128, 127, torch.int8)
     return result

@@ -38,7 +38,9 @@ class ProgramBuilder:
         self._plans = {plan.name: plan for plan in self._program.execution_plan}
         self._payloads = [bytes(entry.data) for entry in self._program.backend_delegate_data]
         self._owner: dict[str, tuple[str, int]] = {
-            constant.key: (name, part) for name, constants in parameters.items() for part, constant in enumerate(constants)
+            constant.key: (name, part)
+            for name, constants in parameters.items()
+            for part, constant in enumerate(constants)
         }
         self._named = template._named_data
         self._check(parameters)
@@ -103,7 +105,9 @@ class ProgramBuilder:
         for key in self._named.pte_data:
             size = len(self._named.buffers[self._named.pte_data[key].buffer_index])
             if key not in self._owner and not self._structural(key, size):
-                raise EngineError(f"executorch stores weights in a way that edgekv does not know ({size} bytes as {key[:20]})")
+                raise EngineError(
+                    f"executorch stores weights in a way that edgekv does not know ({size} bytes as {key[:20]})"
+                )
         for buffer in self._program.constant_buffer[1:]:
             key = hashlib.sha256(buffer.storage).hexdigest()
             if key in self._owner:

@@ -22,6 +22,7 @@ from edgekv.export.checkpoint import EMBEDDING, Checkpoint
 from edgekv.export.decoder import parameter_sources
 from edgekv.export.pieces import OPSET, Piece
 from edgekv.export.quantise import BITS, BLOCK, quantise
+from edgekv.export.stack import stack_gate_and_up
 from edgekv.export.weights import Extent, WeightFile
 
 CONTRIB = "com.microsoft"
@@ -104,11 +105,11 @@ class GraphBuilder:
             bindings: names in the graph of the piece's inputs and outputs; an unnamed one keeps its name.
             sources: the checkpoint tensors of each of the piece's parameters.
         """
-        sources = sources or {}
+        nodes, sources = stack_gate_and_up(piece.nodes, sources or {})
         names = {name: bindings.get(name, name) for name in (*piece.inputs, *piece.outputs)}
         for constant in piece.constants:
             names[constant.name] = self._constant(constant)
-        for number, template in enumerate(piece.nodes):
+        for number, template in enumerate(nodes):
             node = onnx.NodeProto()
             node.CopyFrom(template)
             del node.metadata_props[:]
@@ -237,7 +238,7 @@ def _module_path(sources: tuple[str, ...]) -> str:
         return "/lm_head"  # a product with the embedding is a tied head
     name = sources[0].rpartition(".")[0]
     if len(sources) > 1:
-        name = name.replace("q_proj", "qkv_proj")
+        name = name.replace("q_proj", "qkv_proj").replace("gate_proj", "gate_up_proj")
     return "/" + re.sub(r"\.(?!\d)", "/", name)
 
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from edgekv.errors import OutOfPages
 from edgekv.spec import PageSpec
 
-
 #: Below this an arena gains nothing from huge pages, and would round its RAM up.
 HUGE_PAGE_BYTES = 8 * 1024 * 1024
 

@@ -128,9 +128,7 @@ class Attender:
         cache.manager.counters.pages_missed += int(np.count_nonzero(choice.taken & (before == Tier.DROPPED)))
         self._predict((layer + 1) % cache.spec.n_layers)
 
-    def _attend_taken(
-        self, layer: int, step: Step, out: Float, mass: Float, choice: Choice, sums: Float
-    ) -> None:
+    def _attend_taken(self, layer: int, step: Step, out: Float, mass: Float, choice: Choice, sums: Float) -> None:
         cache = self._cache
         cache.table.last_used[layer, : len(mass)][choice.taken] = cache.manager.step
         self._taken[layer] = choice.taken

@@ -54,7 +54,13 @@ def resolve_budget(kv_budget: int | str | None, spec: PageSpec, context: int) ->
 
 
 def plan_budget(
-    spec: PageSpec, *, kv_budget: int | str | None, context: int, mode: KVMode, run_pages: int, inline: bool = False,
+    spec: PageSpec,
+    *,
+    kv_budget: int | str | None,
+    context: int,
+    mode: KVMode,
+    run_pages: int,
+    inline: bool = False,
     selective: bool = False,
 ) -> BudgetPlan:
     """Divide a budget for a sequence of up to ``context`` tokens.

@@ -19,7 +19,7 @@ from types import TracebackType
 import numpy as np
 
 from edgekv.bundle import Manifest, check_files, read_manifest
-from edgekv.errors import PromptTooLong, UsageError
+from edgekv.errors import UsageError
 from edgekv.runtime.attend import Attender
 from edgekv.runtime.budget import BudgetPlan, plan_budget
 from edgekv.runtime.cache import KVCache
@@ -30,17 +30,17 @@ from edgekv.runtime.forward import Forward, Rows, SplitForward
 from edgekv.runtime.kernels import Kernels, load_kernels
 from edgekv.runtime.options import RunOptions as RunOptions
 from edgekv.runtime.options import cache_home as cache_home
+from edgekv.runtime.options import check_length, open_offload, planned_context
 from edgekv.runtime.options import default_threads as default_threads
-from edgekv.runtime.options import planned_context
 from edgekv.runtime.pages import CacheOptions
 from edgekv.runtime.policy import make_policy
 from edgekv.runtime.rope import Rope
-from edgekv.runtime.select import AttendOptions, parse_attend
 from edgekv.runtime.sampling import Sampler, SamplingOptions
+from edgekv.runtime.select import AttendOptions, parse_attend
 from edgekv.runtime.session import Session
-from edgekv.runtime.session_keeper import SessionKeeper
+from edgekv.runtime.session_keeper import SessionKeeper, with_prefix
 from edgekv.runtime.stats import RunStats, peak_rss_bytes
-from edgekv.runtime.store import FlashStore, PageStore
+from edgekv.runtime.store import PageStore
 from edgekv.runtime.text import Text, TextStream
 from edgekv.types import KVMode
 
@@ -119,14 +119,16 @@ class Generator:
     def _attend_options(self) -> AttendOptions:
         attend = parse_attend(self.options.attend)
         if attend.selective and self.manifest.form == "inline":
-            raise UsageError("the inline form takes every page in one call: export with --form split for --attend selective")
+            raise UsageError(
+                "the inline form takes every page in one call: export with --form split for --attend selective"
+            )
         return attend
 
     # -- the session -------------------------------------------------------------------------------------------
 
     @property
     def session(self) -> Session | None:
-        """The session that keeps the sequence, if one was asked for."""
+        """The session that keeps the sequence, if one was asked for, or the prefix that it begins with."""
         return self._keeper.session if self._keeper is not None else None
 
     def save(self, *, whole: bool = False) -> None:
@@ -203,6 +205,7 @@ class Generator:
         """Bring the cache to hold the prompt and return the logits after its last token [vocab_size] float32."""
         if not prompt:
             prompt = [self.manifest.model.bos_token_id or 0]
+        self._keeper = with_prefix(self._keeper, self.options, self.manifest, prompt, fresh=self._cache is None)
         self._make_cache(len(prompt), max_tokens)
         reused = self._reuse(prompt)
         started = time.perf_counter()
@@ -243,7 +246,7 @@ class Generator:
         assert self._forward is not None
         assert self._cache is not None
         start = len(self._tokens)
-        self._check_length(start + len(tokens))
+        check_length(self.options, self.manifest.model.max_context, start + len(tokens))
         try:
             logits = self._forward.step(
                 np.asarray(tokens, np.int64),
@@ -295,13 +298,6 @@ class Generator:
         """How the budget was divided, once a prompt gave the cache a size."""
         return self._plan if self._cache is not None else None
 
-    def _check_length(self, n_tokens: int) -> None:
-        limit = self.options.context or self.manifest.model.max_context
-        if n_tokens > limit:
-            raise PromptTooLong(
-                f"{n_tokens} tokens do not fit the context of {limit}; shorten the prompt or raise --context"
-            )
-
     def _make_cache(self, prompt_tokens: int, max_tokens: int) -> None:
         model = self.manifest.model
         context = planned_context(self.options, model.max_context, prompt_tokens, max_tokens)
@@ -325,7 +321,7 @@ class Generator:
         if self._keeper is not None:
             self._store = self._keeper.session.store
         elif not self._plan.fits and (self.options.offload is not None or not self.options.allow_drop):
-            self._store = FlashStore(self._offload_folder(), spec)
+            self._store, self._scratch = open_offload(self.options, spec)
         options = CacheOptions(
             budget_bytes=self._plan.arena_bytes,
             compress_at_seal=self._plan.compress_at_seal,
@@ -348,18 +344,11 @@ class Generator:
                 self.kernels,
                 threads=self.options.threads,
                 max_tokens=self.options.prefill_chunk,
-                piece_pages=self._plan.piece_pages,
+                # Past the planned context a session's pages may go to its files.
+                piece_pages=max(self._plan.piece_pages, self.kernels.RUN_PAGES if self._keeper is not None else 0),
                 attend=self._attend,
             )
             self._forward = SplitForward(self._engine, self._embedding, Rope(model.rope), self._cache, self._attender)
-
-    def _offload_folder(self) -> Path:
-        if self.options.offload is not None:
-            return self.options.offload
-        base = cache_home() / "offload"
-        base.mkdir(parents=True, exist_ok=True)
-        self._scratch = tempfile.TemporaryDirectory(dir=base, prefix="run-")
-        return Path(self._scratch.name)
 
     def report(self) -> RunStats:
         """Return the counters of the run, with what the cache holds now and the peak RSS of the process."""
@@ -388,8 +377,6 @@ class Generator:
                 keeper.close()
 
     def _drop_cache(self) -> None:
-        if self._keeper is not None:
-            self._keeper.dropped()
         if self._attender is not None:
             self._attender.close()
             self._attender = None

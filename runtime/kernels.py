@@ -65,7 +65,8 @@ class PagedAttention(Protocol):
 
         q [T, n_q_heads, head_dim], new_k and new_v [T, n_kv_heads, head_dim], positions [T] increasing; writes
         out [T, n_q_heads, head_dim], page_mass [len(refs)], and log_sum_exp [T, n_q_heads]: the logarithm of the summed
-        exponentials of all scores that a query saw, sinks included (-1e30 where it saw none). :func:`edgekv.seam.paged_attention` says what it means.
+        exponentials of all scores that a query saw, sinks included (-1e30 where it saw none).
+        :func:`edgekv.seam.paged_attention` says what it means.
 
         Raises:
             ValueError: an array has another shape or dtype, or is not contiguous.

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgekv.errors import PromptTooLong
+from edgekv.errors import PromptTooLong, StoreError
 from edgekv.runtime.session import SessionOptions
+from edgekv.runtime.session_cipher import Cipher
+from edgekv.runtime.session_store import SessionStore
+from edgekv.runtime.store import FlashStore, PageStore
+from edgekv.spec import PageSpec
 from edgekv.types import KVMode
 
 
@@ -34,6 +39,8 @@ class RunOptions:
     prefill_chunk: int = 256
     attend: str = "exact"
     session: SessionOptions | None = None
+    prefixes: bool = True
+    encrypt_offload: bool = False
 
 
 def default_threads() -> int:
@@ -63,3 +70,38 @@ def planned_context(options: RunOptions, max_context: int, prompt_tokens: int, m
             " shorten the prompt, lower --max-tokens" + (" or raise --context" if limit < max_context else "")
         )
     return options.context or prompt_tokens + max_tokens
+
+
+def check_length(options: RunOptions, max_context: int, n_tokens: int) -> None:
+    """Refuse a sequence that has grown beyond its context.
+
+    Raises:
+        PromptTooLong: the message says by how much.
+    """
+    limit = options.context or max_context
+    if n_tokens > limit:
+        raise PromptTooLong(
+            f"{n_tokens} tokens do not fit the context of {limit}; shorten the prompt or raise --context"
+        )
+
+
+def open_offload(options: RunOptions, spec: PageSpec) -> tuple[PageStore, tempfile.TemporaryDirectory[str] | None]:
+    """Open the flash tier of one run, and return it with the folder to clean up afterwards, if there is one.
+
+    Raises:
+        StoreLocked, StoreError: the folder cannot be used. EngineMissing: no package for the encryption.
+    """
+    folder, scratch = options.offload or cache_home() / "offload", None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if options.offload is None or options.encrypt_offload:
+            scratch = tempfile.TemporaryDirectory(dir=folder, prefix="run-")
+            folder = Path(scratch.name)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write the offload folder {folder}: {error.strerror}; choose another with --offload DIR"
+        ) from error
+    if options.encrypt_offload:
+        # The records of a session that is never kept: same files, and the key is in no file.
+        return SessionStore(folder, spec, Cipher.ephemeral(), spill=folder), scratch
+    return FlashStore(folder, spec), scratch

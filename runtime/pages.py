@@ -145,22 +145,11 @@ class PageManager:
         if self.summaries is not None:
             self.summaries.forget(layer, page)
 
-    def _remember(self, pages: list[tuple[int, int]]) -> None:
-        """Summarise pages that are about to leave RAM."""
-        if self.summaries is None:
-            return
-        for layer, page in pages:
-            if not (page < self.summaries.known.shape[1] and self.summaries.known[layer, page]):
-                self.summaries.add(layer, np.array([page]), self.table.refs[layer, page : page + 1])
-
     def room_for(self, n_pages: int, layer: int) -> int:
         """Make room for WARM pages in the middle of a step, once ``layer`` has noted which pages it uses.
 
-        Pages leave that this step did not use, or, in layers that are yet to come, the last step did not use: what is needed
-        soon is never thrown out for what is needed now.
-
-        Returns:
-            for how many pages there is room, up to ``n_pages``; one frame stays free for a page that is opened.
+        Pages leave that this step did not use, or, in layers that are yet to come, the last step did not use. Returns for how
+        many there is room, up to ``n_pages``; one frame stays free for a page that is opened.
 
         Raises:
             StoreFull, StoreError: a page that must be written first could not be.
@@ -180,6 +169,13 @@ class PageManager:
     def admit(self, layer: int, page: int, payload: Bytes) -> None:
         """Bring the payload of a COLD page into RAM; :meth:`room_for` made the room."""
         self._place_warm(layer, page, payload)
+
+    def summarise(self, layer: int, page: int, payload: Bytes) -> None:
+        """Note the key bounds of a COLD page whose payload is at hand, for selective attention."""
+        if self.summaries is not None:
+            ref = self.table.refs[layer, page : page + 1].copy()
+            ref["data"] = payload.ctypes.data
+            self.summaries.add(layer, np.array([page]), ref)
 
     def warm(self, layer: int, page: int, payload: Bytes) -> bool:
         """Put the payload of a COLD page into RAM if there is room beyond what open pages need; says if it did."""
@@ -247,7 +243,6 @@ class PageManager:
             batch = max(len(chosen), WRITE_BATCH_BYTES // self.spec.record_bytes)
             # Neighbours are written ahead, so that writes stay large; a written page later leaves without a write.
             self._write(sorted({*dirty[:batch], *(v for v in chosen if self.table.record[v] == NOTHING)}))
-        self._remember(chosen)
         for layer, page in chosen:
             self._leave_ram(layer, page)
             self.table.tier[layer, page] = Tier.COLD
@@ -258,7 +253,6 @@ class PageManager:
         victims = [victim for tier in (Tier.HOT, Tier.WARM) for victim in self._candidates(tier, unpinned=True)][
             :n_pages
         ]
-        self._remember([victim for victim in victims if self.table.tier[victim] == Tier.WARM])
         for layer, page in victims:
             record = int(self.table.record[layer, page])
             if record != NOTHING:
@@ -348,7 +342,8 @@ class PageManager:
         )
         self.arena.give_frame(offset)
         self._place_warm(layer, page, self._scratch)
-        self._forget(layer, page)  # what was summarised were the fp16 keys
+        if self.summaries is not None:
+            self.summaries.add(layer, np.array([page]), table.refs[layer, page : page + 1])
         self.counters.pages_compressed += 1
 
     def _write(self, pages: list[tuple[int, int]]) -> None:

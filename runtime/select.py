@@ -1,8 +1,8 @@
 """Selective attention: which pages a step attends to, and a certified bound on what it may have missed.
 
 For each query head ``h`` and page ``p``, ``n(p) * exp(bound_hp)`` is an upper bound on the page's share of the softmax sum
-(:mod:`edgekv.runtime.summary`). After the kernel ran, the sum over the attended tokens is known exactly, so what was left out holds
-at most ``U / (U + attended)`` of the mass, with ``U`` the sum of the bounds left out.
+(:mod:`edgekv.runtime.summary`). After the kernel ran, the sum over the attended tokens is known, so what was left out
+holds at most ``U / (U + attended)`` of the mass, with ``U`` the sum of the bounds left out.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Mask = NDArray[np.bool_]
 class AttendOptions:
     """Which pages a step of one token attends to; several tokens at once (prefill) attend to all.
 
-    ``pages``: at most so many per layer. ``share``: at most this share of the pages of a layer. ``epsilon``: as many as it takes to
-    prove that less than this part of every head's mass is missing. None of them, when ``selective``: as many as stay in RAM.
+    ``pages``: at most so many per layer. ``share``: at most this share of the pages of a layer. ``epsilon``: as many as it takes
+    to prove that less than this part of every head's mass is missing. None of them, when ``selective``: as many as stay in RAM.
     """
 
     selective: bool = False
@@ -50,7 +50,7 @@ def parse_attend(text: str) -> AttendOptions:
         return AttendOptions(selective=mode == "selective")
     if mode == "selective":
         try:
-            if argument.endswith("%") and 0 < float(argument[:-1]):
+            if argument.endswith("%") and float(argument[:-1]) > 0:
                 return AttendOptions(True, share=float(argument[:-1]) / 100)
             if argument.isdecimal() and int(argument) > 0:
                 return AttendOptions(True, pages=int(argument))
@@ -81,7 +81,9 @@ class Choice:
 
 
 class Selector:
-    """Chooses pages by upper bound. One per cache.
+    """Chooses pages: the pinned ones, then those with the largest likely share of softmax mass over all heads.
+
+    What is certified rests on upper bounds alone. One per cache.
 
     Args:
         capacity: pages per layer that stay in RAM, the limit when the options name none.
@@ -89,7 +91,14 @@ class Selector:
     """
 
     def __init__(
-        self, table: PageTable, summaries: Summaries, options: AttendOptions, *, scale: float, capacity: int, recent: int
+        self,
+        table: PageTable,
+        summaries: Summaries,
+        options: AttendOptions,
+        *,
+        scale: float,
+        capacity: int,
+        recent: int,
     ) -> None:
         self.options = options
         self.summaries = summaries
@@ -110,7 +119,11 @@ class Selector:
 
     def selects(self, n_pages: int) -> bool:
         """Return whether a step of one token over so many pages leaves any out."""
-        return self.options.selective and n_pages > 1 and (self.options.epsilon is not None or n_pages > self.limit(n_pages))
+        return (
+            self.options.selective
+            and n_pages > 1
+            and (self.options.epsilon is not None or n_pages > self.limit(n_pages))
+        )
 
     def choose(self, layer: int, q: Float, position: int, window: int) -> Choice:
         """Choose pages for one query per head, q [n_q_heads, head_dim] at ``position``."""
@@ -118,7 +131,7 @@ class Selector:
         n_pages, page_size = table.n_pages(layer), table.spec.page_size
         refs, tiers = table.refs[layer, :n_pages], table.tier[layer, :n_pages]
         self._summarise(layer, n_pages)
-        bounds, slack = self.summaries.scores(layer, q, n_pages, self._scale)
+        bounds, likely, slack = self.summaries.scores(layer, q, n_pages, self._scale)
         live = np.bitwise_count(refs["mask"]).sum(axis=1, dtype=np.int64)
         if window:
             live[refs["position"] + page_size <= position - window + 1] = 0
@@ -129,7 +142,7 @@ class Selector:
         always[0] = True
         always[int(table.n_slots[layer]) // page_size - self._recent :] = True
         always &= live > 0
-        rank = np.where(always, np.inf, _shares(weights).sum(axis=0))
+        rank = np.where(always, np.inf, _shares(likely, live > 0).sum(axis=0))
         order = np.argsort(-rank, kind="stable")
         order = order[live[order] > 0]
         count = self.limit(n_pages)
@@ -151,7 +164,9 @@ class Selector:
         if self.missing(choice, log_sum_exp).max() <= epsilon:
             return None
         tiers = self._table.tier[layer, : len(choice.taken)]
-        return self._take(choice.order, max(count, np.count_nonzero(choice.taken)), tiers, choice.weights, choice.slack)
+        return self._take(
+            choice.order, max(count, int(np.count_nonzero(choice.taken))), tiers, choice.weights, choice.slack
+        )
 
     def missing(self, choice: Choice, log_sum_exp: Float) -> Double:
         """Return the certified bound [n_q_heads]: no head missed a larger part of its softmax mass."""
@@ -183,14 +198,13 @@ class Selector:
             self.summaries.add(layer, missing, table.refs[layer, missing])
 
 
-def _shares(weights: Double) -> Double:
-    """Return each head's share per page, as if every bound were reached; unknown pages do not count."""
-    finite = np.where(np.isposinf(weights), -np.inf, weights)
-    peak = finite.max(axis=1, initial=-np.inf, keepdims=True)
-    shares = np.exp(finite - np.where(np.isneginf(peak), 0, peak))
-    total: Double = np.maximum(shares.sum(axis=1, keepdims=True), 1e-300)
-    result: Double = shares / total
-    return result
+def _shares(scores: Float, live: Mask) -> Float:
+    """Return each head's softmax [n_q_heads, n_pages] over the pages with a live slot."""
+    known = np.where(live, scores, np.float32(-np.inf))
+    peak = known.max(axis=1, initial=-1e30, keepdims=True)
+    shares: Float = np.exp(known - peak)
+    shares /= np.maximum(shares.sum(axis=1, keepdims=True), np.float32(1e-30))
+    return shares
 
 
 def make_selector(model: ModelSpec, cache: KVCache, kernels: Kernels, options: AttendOptions) -> Selector:

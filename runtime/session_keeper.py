@@ -14,7 +14,7 @@ from edgekv.bundle import Manifest
 from edgekv.errors import StoreError, UsageError
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.options import RunOptions
-from edgekv.runtime.session import Session
+from edgekv.runtime.session import Session, SessionOptions
 from edgekv.types import KVMode
 
 
@@ -26,19 +26,21 @@ class SessionKeeper:
             :meth:`Session.open`.
     """
 
-    def __init__(self, options: RunOptions, manifest: Manifest) -> None:
-        assert options.session is not None
+    def __init__(self, options: RunOptions, manifest: Manifest, prefix: Session | None = None) -> None:
         if options.kv == KVMode.FP16:
             raise UsageError("a session keeps INT8 pages: run it with --kv auto or int8")
         if options.allow_drop:
             raise UsageError("a session keeps every page: run it without --allow-drop")
-        self.options = options.session
         self._manifest = manifest
-        self.session = Session.open(options.session, manifest)
+        if prefix is None:
+            assert options.session is not None
+            prefix = Session.open(options.session, manifest)
+        self.session = prefix
+        self.options = options.session or SessionOptions(prefix.path, 0)
         self.sequence: list[int] = []
         self._starts: list[int] = []
         self._steps: list[int] = []
-        self._fresh = True
+        self._cache: KVCache | None = None
         self._saved = (0, time.monotonic())
 
     def restore(self, cache: KVCache, prompt: Sequence[int]) -> list[int] | None:
@@ -48,11 +50,11 @@ class SessionKeeper:
             StoreError: the medium refused.
         """
         self.sequence = list(prompt)
-        if not self._fresh:
+        if cache is self._cache:
             return None
         count, self._steps = self.session.restore(cache, prompt)
         self._starts = [start for start in self.session.starts if start < count]
-        self._fresh = False
+        self._cache = cache
         self._saved = (count, time.monotonic())
         return self.sequence[:count]
 
@@ -94,10 +96,6 @@ class SessionKeeper:
         except StoreError as error:
             self.session.failure = str(error)
 
-    def dropped(self) -> None:
-        """The cache is gone; a new one is restored from the session."""
-        self._fresh = True
-
     def close(self) -> None:
         """Let the session go.
 
@@ -107,3 +105,26 @@ class SessionKeeper:
         self.session.close()
         if self.session.failure is not None:
             raise StoreError(f"the session was not saved: {self.session.failure}")
+
+
+def with_prefix(
+    keeper: SessionKeeper | None, options: RunOptions, manifest: Manifest, prompt: Sequence[int], *, fresh: bool
+) -> SessionKeeper | None:
+    """Let a sequence that begins now begin with a cached prefix, if one fits its prompt.
+
+    Args:
+        fresh: nothing is in the cache yet.
+    """
+    from edgekv.runtime.prefix import find_prefix  # it stores prefixes as sessions, so it stands above this module
+
+    empty = keeper is None or (keeper.session.read_only is None and not keeper.session.tokens)
+    if not (fresh and empty and options.prefixes) or options.kv == KVMode.FP16 or options.allow_drop:
+        return keeper
+    found = find_prefix(manifest, prompt)
+    if found is None or keeper is None:
+        return keeper if found is None else SessionKeeper(options, manifest, found)
+    try:
+        keeper.session.graft(found)
+    finally:
+        found.close()
+    return keeper

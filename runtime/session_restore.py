@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,29 +32,38 @@ def restore_pages(cache: KVCache, rows: list[Row], store: SessionStore) -> int:
     Raises:
         StoreError: the medium refused.
     """
-    table, manager, spec = cache.table, cache.manager, cache.spec
-    table.grow(len(rows) + 1)
+    manager, spec = cache.manager, cache.spec
+    cache.table.grow(len(rows) + 1)
     batch = max(1, _BATCH_BYTES // (spec.record_bytes * spec.n_layers))
-    buffer = aligned_rows(batch * spec.n_layers, spec.record_bytes)
-    for first in range(0, len(rows), batch):
+    buffers = [aligned_rows(batch * spec.n_layers, spec.record_bytes) for _ in range(2)]
+
+    def read(first: int) -> tuple[list[tuple[int, int, int]], Bytes, list[bool]]:
         places = [
             (row.records[layer], layer, page)
             for page, row in enumerate(rows[first : first + batch], first)
             for layer in range(spec.n_layers)
         ]
         places.sort()
-        out = buffer[: len(places)]
-        good = store.try_read([place[0] for place in places], [tag(*place[1:]) for place in places], out)
-        bad = min((page for (_, _, page), whole in zip(places, good, strict=True) if not whole), default=len(rows))
-        room = True
-        for (record, layer, page), payload in zip(places, out, strict=True):
-            if page < bad:
-                manager.adopt(layer, page, record)
-                room = room and manager.warm(layer, page, payload[RECORD_HEADER_BYTES:])
-        last = min(bad, first + batch, len(rows))
-        _fill_table(cache, first, last)
-        if bad < len(rows):
-            return bad
+        out = buffers[first // batch % 2][: len(places)]
+        return places, out, store.try_read([p[0] for p in places], [tag(*p[1:]) for p in places], out)
+
+    starts = range(0, len(rows), batch)
+    with ThreadPoolExecutor(1, thread_name_prefix="edgekv-restore") as reader:
+        ahead = reader.submit(read, 0)
+        for first in starts:
+            places, out, good = ahead.result()
+            if first != starts[-1]:
+                ahead = reader.submit(read, first + batch)
+            bad = min((p[2] for p, whole in zip(places, good, strict=True) if not whole), default=len(rows))
+            _fill_table(cache, first, min(bad, first + batch, len(rows)))
+            room = True
+            for (record, layer, page), row in zip(places, out, strict=True):
+                if page < bad:
+                    manager.adopt(layer, page, record)
+                    manager.summarise(layer, page, row[RECORD_HEADER_BYTES:])
+                    room = room and manager.warm(layer, page, row[RECORD_HEADER_BYTES:])
+            if bad < len(rows):
+                return bad
     return len(rows)
 
 

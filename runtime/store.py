@@ -227,7 +227,13 @@ class FlashStore:
     def _pwrite(self, data: Bytes, offset: int) -> None:
         view = data.data
         while view:
-            written = os.pwrite(self._file if self._direct is None else self._direct, view, offset)
+            try:
+                written = os.pwrite(self._file if self._direct is None else self._direct, view, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL or self._direct is None:
+                    raise
+                # Not aligned any more (the last write was cut short) or refused: through the page cache, which says why.
+                written = os.pwrite(self._file, view, offset)
             offset += written
             view = view[written:]
 

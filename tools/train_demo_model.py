@@ -1,6 +1,6 @@
 """Train the bundled demo model (a small Llama) from scratch on a CPU, or evaluate an exported one.
 
-    python tools/train_demo_model.py --books BOOKS --out export/demo_model --work WORK --minutes 80
+    python tools/train_demo_model.py --books BOOKS --out export/demo_model --work WORK --minutes 75
     python tools/train_demo_model.py --books BOOKS --evaluate export/demo_model
 
 Training takes a wall-clock budget: sequence lengths and learning rate follow the share of it that has passed.  WORK
@@ -368,7 +368,7 @@ def main() -> None:
     parser.add_argument("--books", type=Path, required=True, help="folder of .txt books")
     parser.add_argument("--out", type=Path, help="folder to export the trained model to")
     parser.add_argument("--work", type=Path, default=Path("demo_training"), help="folder for checkpoints")
-    parser.add_argument("--minutes", type=float, default=80.0, help="wall-clock budget of the training")
+    parser.add_argument("--minutes", type=float, default=75.0, help="wall-clock budget of the training")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")

@@ -58,6 +58,8 @@ def graph_specs(manifest: Manifest) -> list[tuple[str, GraphSpec]]:
     model, graphs = manifest.model, manifest.graphs
     if manifest.form == "inline":
         return [(graphs[0], inline_spec(model, manifest.page_size))]
+    if len(graphs) == 1:  # one program with a method per segment
+        graphs = tuple(f"segment_{index}" for index in range(model.n_layers + 1))
     rows = [(graphs[0], segment_spec(model, 0))]
     if model.n_layers > 1:
         span = graphs[1] if model.n_layers == 2 else f"{graphs[1]} .. {graphs[-2]}"

@@ -61,7 +61,7 @@ def run_command(
     session: Annotated[Path | None, typer.Option("--session", metavar="FILE", help="Keep the sequence in FILE (a folder) across runs; what a later prompt shares with it is not computed again. Pages are INT8.")] = None,
     resume: Annotated[bool, typer.Option("--continue", help="Go on with the session where it stopped; a prompt is added to its end.")] = False,
     checkpoint_every: Annotated[str | None, typer.Option("--checkpoint-every", metavar="N|SECONDS", help="Save the session after so many new tokens (64) or seconds (30s), and at the end. Default: 64.")] = None,
-    encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt the session with a key from --key-file, $EDGEKV_SESSION_KEY or the keyring.")] = False,
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt the session with a key from --key-file, $EDGEKV_SESSION_KEY or the keyring. Without --session: encrypt offloaded pages with a key that ends with the process.")] = False,
     key_file: Annotated[Path | None, typer.Option("--key-file", metavar="FILE", help="Secret of 16 bytes or more; implies --encrypt.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the most likely tokens up to this mass.")] = 1.0,

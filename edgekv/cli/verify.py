@@ -36,7 +36,7 @@ def verify_command(
     offload: Annotated[Path | None, typer.Option("--offload", metavar="DIR", help="As in `edgekv run`.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: the cores of this process, 4 at the most.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the retrieval tasks. Equal seeds give equal reports.")] = 0,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=128, help="Tokens of the text that are read. Default: 4096; 768 with --quick.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=128, help="Tokens of the text that are read. Default: 4096; 640 with --quick.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short text, few questions, no baselines.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with curves and tables, complete in one file.")] = None,

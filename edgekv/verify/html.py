@@ -7,9 +7,9 @@ from html import escape
 
 from edgekv.types import format_bytes
 from edgekv.verify.chart import Line, line_chart
-from edgekv.verify.judge import Verdict
 from edgekv.verify.recall import TaskScore
 from edgekv.verify.report import HEADINGS, failures, sentences, table_rows
+from edgekv.verify.verdict import Verdict
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f24; --soft: #5d6673; --line: #d9dee5; --paper: #ffffff; --good: #19703a;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
@@ -14,11 +14,21 @@ from edgekv.runtime.engines.base import Float
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.verify.baselines import Baseline, all_baselines
 from edgekv.verify.controls import Control
-from edgekv.verify.divergence import Divergence, Summary
-from edgekv.verify.gate import Finding, Gate, Limits, at_least, at_most
-from edgekv.verify.lanes import Lane, Schedule, greedy, plan_schedule, reference_options, resident_options, run_lanes
+from edgekv.verify.divergence import Divergence
+from edgekv.verify.gate import Gate
+from edgekv.verify.lanes import (
+    Lane,
+    Schedule,
+    ShortLane,
+    greedy,
+    plan_schedule,
+    reference_options,
+    resident_options,
+    run_lanes,
+)
 from edgekv.verify.recall import TaskScore, run_tasks
 from edgekv.verify.tasks import Suite
+from edgekv.verify.verdict import MINE, Greedy, Identity, Row, Verdict, judge, remarks
 
 Advance = Callable[[str, int, int], None]
 
@@ -26,76 +36,18 @@ Advance = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Settings:
     """How much is measured. ``tokens`` of the text, the last ``decode`` of them one by one; ``greedy`` tokens
-    are generated; 0 is none."""
+    are generated; 0 is none.
+    """
 
     tokens: int = 4096
-    decode: int = 1024
+    decode: int = 512
     greedy: int = 256
     suite: Suite = field(default_factory=Suite)
     baselines: bool = True
     seed: int = 0
 
 
-QUICK = Settings(tokens=768, decode=256, greedy=32, suite=Suite.quick(), baselines=False)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Are the logits bit-identical to those of the same tier, resident.
-
-    ``positions``: how many differ; ``promised``: edgekv promises that none does, ``why`` it does not otherwise.
-    """
-
-    promised: bool
-    positions: int
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Greedy:
-    """Greedy generation after the text that was read in chunks; ``first_difference`` is None when all tokens agree."""
-
-    prompt: int
-    tokens: int
-    first_difference: int | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: the configuration, or a baseline. ``note`` says why there are no numbers."""
-
-    name: str
-    ram_bytes: int
-    flash_bytes: int
-    pages_dropped: int
-    all: Summary | None
-    decode: Summary | None
-    curve: list[tuple[int, float, float]]
-    tasks: list[TaskScore]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """All that was measured. ``findings``: every limit of the gate; ``remarks``: what a reader should know besides."""
-
-    bundle: dict[str, str | int]
-    options: dict[str, str | int | bool | None]
-    text: dict[str, str | int]
-    gate: str
-    seed: int
-    partial: bool
-    identity: Identity
-    greedy: Greedy
-    rows: list[Row]
-    reference_tasks: list[TaskScore]
-    findings: list[Finding]
-    remarks: list[str]
-
-    @property
-    def passed(self) -> bool:
-        """No limit of the gate is exceeded."""
-        return all(finding.passed for finding in self.findings)
+QUICK = Settings(tokens=640, decode=128, greedy=24, suite=Suite.quick(), baselines=False)
 
 
 def default_text() -> str:
@@ -133,8 +85,8 @@ def verify(
         measured = _Measured(parent, options, schedule, tokens, text, settings, control, advance)
         measured.fidelity()
         told = measured.greedy()
-        reference_tasks, task_rows = measured.tasks()
-        rows = [replace(row, tasks=scores) for row, scores in zip(measured.rows, task_rows, strict=True)]
+        reference_tasks, scores = measured.tasks()
+        rows = [replace(row, tasks=scores.get(row.name, [])) for row in measured.rows]
         partial = rows[0].pages_dropped > 0
         findings = judge(gate, rows[0], measured.identity, partial=partial)
         return Verdict(
@@ -211,6 +163,10 @@ class _Measured:
         if self.settings.baselines and (plan.compress_at_seal or not plan.fits):
             self.baselines = all_baselines()
             others = [b.open(self.parent, self.options, self.context, plan.budget_bytes) for b in self.baselines]
+            if plan.fits:
+                others = [
+                    lane if isinstance(lane, (ShortLane, str)) else "this is the configuration" for lane in others
+                ]
         lanes = [reference, candidate, *([twin] if twin else []), *(lane for lane in others if isinstance(lane, Lane))]
         compared = [Divergence(len(self.tokens)) for _ in lanes]
         differing = 0
@@ -231,7 +187,7 @@ class _Measured:
         promised = dropped == 0 and (plan.compress_at_seal or plan.fits)
         why = "" if promised else "pages were dropped" if dropped else "pages were compressed when memory ran out"
         self.identity = Identity(promised, differing, why)
-        self.rows = [self._row("this configuration", candidate, compared[1])]
+        self.rows = [self._row(MINE, candidate, compared[1])]
         for baseline, lane in zip(self.baselines, others, strict=True):
             if isinstance(lane, str):
                 self.rows.append(Row(baseline.name, 0, 0, 0, None, None, [], [], lane))
@@ -264,85 +220,11 @@ class _Measured:
         different = [i for i, (a, b) in enumerate(zip(*said, strict=True)) if a != b]
         return Greedy(len(prompt), count, different[0] if different else None)
 
-    def tasks(self) -> tuple[list[TaskScore], list[list[TaskScore]]]:
-        """Run the retrieval tasks with the full cache, the configuration and the baselines."""
-        settings = self.settings
-        return run_tasks(
-            self.parent,
-            self.options,
-            self.baselines,
-            settings.suite,
-            self.text,
-            self.share,
-            settings.seed,
-            self.advance,
+    def tasks(self) -> tuple[list[TaskScore], dict[str, list[TaskScore]]]:
+        """Run the retrieval tasks with the full cache, the configuration and the baselines that have numbers."""
+        settings, ran = self.settings, {row.name for row in self.rows if row.all is not None}
+        baselines = [baseline for baseline in self.baselines if baseline.name in ran]
+        full, scores = run_tasks(
+            self.parent, self.options, baselines, settings.suite, self.text, self.share, settings.seed, self.advance
         )
-
-
-def judge(gate: Gate, row: Row, identity: Identity, *, partial: bool) -> list[Finding]:
-    """Hold every limit of the gate against what was measured."""
-    limits = gate.partial if partial else gate.exact
-    findings = []
-    if gate.identity == "always" or (gate.identity == "promised" and identity.promised):
-        what = "positions whose logits differ from those of the same tier without I/O"
-        if identity.why:
-            what += f" ({identity.why})"
-        findings.append(at_most(what, 0.0, float(identity.positions)))
-    for part, summary in (("whole text", row.all), ("token by token", row.decode)):
-        if summary is not None:
-            findings += hold(limits, summary, part)
-    if limits.tasks is not None:
-        findings += [
-            at_least(f"{score.name}: share of the full cache's score", limits.tasks, score.of_full)
-            for score in row.tasks
-            if score.measurable
-        ]
-    return findings
-
-
-def hold(limits: Limits, summary: Summary, part: str) -> list[Finding]:
-    """Hold the limits on distributions against one summary."""
-    measured = {**asdict(summary), "perplexity_change": abs(summary.perplexity_change)}
-    words = {
-        "perplexity_change": "relative change of perplexity",
-        "mean_kld": "mean KLD",
-        "p99_kld": "99th percentile of KLD",
-        "max_kld": "largest KLD",
-        "stretch_kld": "largest mean KLD of 32 neighbours",
-    }
-    findings = [
-        at_most(f"{word} ({part})", limit, measured[name])
-        for name, word in words.items()
-        if (limit := getattr(limits, name)) is not None
-    ]
-    if limits.top1 is not None:
-        findings.append(at_least(f"top-1 agreement ({part})", limits.top1, summary.top1))
-    return findings
-
-
-def remarks(rows: list[Row], reference_tasks: list[TaskScore]) -> list[str]:
-    """Say which baselines the configuration does not beat, and which tasks the model cannot do at all."""
-    said = []
-    mine = rows[0]
-    for row in rows[1:]:
-        if row.all is None or mine.all is None:
-            continue
-        worse = []
-        if not mine.all.mean_kld < row.all.mean_kld:
-            worse.append(f"mean KLD {mine.all.mean_kld:.2g} against {row.all.mean_kld:.2g}")
-        own, other = _total(mine.tasks), _total(row.tasks)
-        if own is not None and other is not None and own < other:
-            worse.append(f"tasks {own:.0%} against {other:.0%}")
-        if worse:
-            said.append(f"this configuration does not beat '{row.name}': {'; '.join(worse)}")
-    said += [
-        f"{score.name}: not measurable on this model (the full cache scores {score.score:.0%})"
-        for score in reference_tasks
-        if not score.measurable
-    ]
-    return said
-
-
-def _total(scores: list[TaskScore]) -> float | None:
-    counted = [score.score for score in scores if score.measurable]
-    return sum(counted) / len(counted) if counted else None
+        return full, dict(zip([MINE, *(baseline.name for baseline in baselines)], scores, strict=True))

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from edgekv.types import format_bytes
 from edgekv.verify.divergence import Summary
-from edgekv.verify.judge import Row, Verdict
 from edgekv.verify.recall import TaskScore
+from edgekv.verify.verdict import Row, Verdict
 
 #: Version of the JSON.
 FORMAT = 1

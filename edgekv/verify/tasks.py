@@ -86,8 +86,12 @@ class Filler:
         """Return consecutive sentences of about ``n_tokens``, from a random one on (the book goes round)."""
         at, left, taken = rng.randrange(len(self._sentences)), n_tokens, []
         while left > 0:
-            taken.append(self._sentences[at])
-            left -= max(self._tokens[at], 1)
+            sentence, tokens = self._sentences[at], max(self._tokens[at], 1)
+            if tokens > left:  # a long one is cut
+                words = sentence.split()
+                sentence = " ".join(words[: max(1, len(words) * left // tokens)])
+            taken.append(sentence)
+            left -= tokens
             at = (at + 1) % len(self._sentences)
         return taken
 

@@ -233,6 +233,10 @@ NB_MODULE(_kernels, m) {
     m.def("available_isas", &available_isas);
     m.def("read_bandwidth", &read_bandwidth, nb::arg("pool"), nb::arg("array"));
 
+    m.def("borrow_threads", [](uintptr_t executor) {
+        ThreadPool::borrow(reinterpret_cast<ThreadPool::Executor>(executor));
+    }, nb::arg("executor"));
+
     nb::class_<ThreadPool>(m, "ThreadPool")
         .def(
             "__init__",

@@ -35,6 +35,8 @@ bool spin(Ready&& ready) {
 
 }  // namespace
 
+std::atomic<ThreadPool::Executor> ThreadPool::borrowed_{nullptr};
+
 ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads < 1 ? 1 : n_threads), shares_(new Share[n_threads_]) {
     for (int thread = 1; thread < n_threads_; ++thread) helpers_.emplace_back([this, thread] { helper(thread); });
 }

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -20,6 +21,14 @@ class ThreadPool {
     ThreadPool& operator=(const ThreadPool&) = delete;
 
     int size() const { return n_threads_; }
+
+    // Calls task(context, i) for each i in [0, count), in parallel; returns when all are done.
+    using Task = void (*)(void* context, size_t i);
+    using Executor = void (*)(Task task, void* context, size_t count);
+
+    // From now on every pool of this process works on the threads of another one, and its own stay asleep: an engine
+    // whose threads spin between its calls would keep them off the cores. Null takes the own threads again.
+    static void borrow(Executor executor) { borrowed_.store(executor); }
 
     // Calls fn(item, thread) for every item in [0, n_items). A thread starts on its own contiguous share, in order,
     // and then takes items from the end of the others' shares. Returns when all are done.
@@ -44,6 +53,8 @@ class ThreadPool {
     struct alignas(64) Share {
         std::atomic<uint64_t> range{0};  // first item in the low half, end in the high half
     };
+
+    static std::atomic<Executor> borrowed_;
 
     void dispatch(int n_items, void* context, Invoke invoke);
     void work(int thread);

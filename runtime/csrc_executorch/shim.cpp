@@ -23,7 +23,10 @@ class ThreadPool {
     bool _unsafe_reset_threadpool(uint32_t n_threads);
 };
 ThreadPool* get_threadpool();
+struct pthreadpool* get_pthreadpool();
 }  // namespace executorch::extension::threadpool
+extern "C" void pthreadpool_parallelize_1d(
+    struct executorch::extension::threadpool::pthreadpool*, void (*)(void*, size_t), void*, size_t, uint32_t);
 
 namespace {
 
@@ -113,6 +116,11 @@ int edgekv_et_set_threads(int n_threads) {
     if (pool == nullptr) return fail("ExecuTorch was built without a thread pool");
     if (static_cast<int>(pool->get_thread_count()) == n_threads) return 0;
     return pool->_unsafe_reset_threadpool(static_cast<uint32_t>(n_threads)) ? 0 : fail("the thread pool was not resized");
+}
+
+// Calls task(context, i) for each i in [0, count) on the runtime's threads; for others who need threads between calls.
+void edgekv_et_parallel(void (*task)(void*, size_t), void* context, size_t count) {
+    pthreadpool_parallelize_1d(executorch::extension::threadpool::get_pthreadpool(), task, context, count, 0);
 }
 
 // Opens a program, mapped into memory. packed_cache: file for packed weights, or empty for none.

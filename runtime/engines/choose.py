@@ -19,11 +19,11 @@ def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path) -
     """
     if manifest.engine == "executorch":
         from edgekv.runtime.engines.executorch import ExecutorchSegments
-        from edgekv.runtime.engines.executorch_library import NoCompiler
+        from edgekv.runtime.engines.executorch_build import NoShim
 
         try:
             return ExecutorchSegments(folder, manifest, threads, cache)
-        except NoCompiler as error:
+        except NoShim as error:
             from edgekv.runtime.engines.executorch_fallback import PybindSegments
 
             return PybindSegments(folder, manifest, threads, str(error))

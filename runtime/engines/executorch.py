@@ -16,7 +16,8 @@ from edgekv.contract import EXECUTORCH_HEAD_ROWS, EXECUTORCH_ROWS, executorch_me
 from edgekv.errors import EngineError
 from edgekv.runtime.engines.base import Float, StepBuffers
 from edgekv.runtime.engines.executorch_blocks import allocate, plan_blocks, rows_of
-from edgekv.runtime.engines.executorch_library import Call, CallList, load_library, version
+from edgekv.runtime.engines.executorch_build import version
+from edgekv.runtime.engines.executorch_library import Call, CallList, load_library
 from edgekv.runtime.engines.executorch_packed import PackedCache
 
 

@@ -12,7 +12,7 @@ from edgekv.contract import EXECUTORCH_HEAD_ROWS, executorch_method
 from edgekv.errors import EngineError, EngineMissing
 from edgekv.runtime.engines.base import Float, StepBuffers
 from edgekv.runtime.engines.executorch_blocks import allocate, plan_blocks, rows_of
-from edgekv.runtime.engines.executorch_library import version
+from edgekv.runtime.engines.executorch_build import version
 
 
 class PybindSegments:

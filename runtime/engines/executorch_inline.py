@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from edgekv.bundle import Manifest
 from edgekv.contract import EXECUTORCH_CACHED_TOKENS, EXECUTORCH_PREFILL_ROWS, GraphSpec, inline_spec
 from edgekv.errors import EngineError
-from edgekv.runtime.engines.executorch_library import CallList, load_library, version
+from edgekv.runtime.engines.executorch_build import version
+from edgekv.runtime.engines.executorch_library import CallList, load_library
 from edgekv.runtime.engines.executorch_packed import PackedCache
 
 Array = NDArray[Any]

@@ -1,36 +1,41 @@
-"""The C interface to the ExecuTorch runtime: found, compiled once, and loaded, without torch.
-
-The `executorch` wheel holds the runtime as libraries that do not need torch, and their headers. `shim.cpp` is compiled
-against them on first use, in about two seconds, into the user's cache folder. The file's name holds everything that it
-depends on, so that another version, compiler or source makes another file.
-"""
+"""The C interface to the ExecuTorch runtime, loaded with ctypes: programs, methods, and calls bound to arrays."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-import hashlib
-import importlib.util
 import os
-import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from importlib import metadata, resources
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.errors import EngineError, EngineMissing
+from edgekv.errors import EngineError
+from edgekv.runtime.engines.executorch_build import build_shim, package_folder, version
 
 MAX_DIMS = 8
 DELEGATE = "XnnpackBackend"
 _LIBRARIES = ("executorch", "executorch_threadpool", "executorch_kernels_optimized", "executorch_backend_xnnpack")
-_DTYPES = {"uint8": 0, "int8": 1, "int16": 2, "int32": 3, "int64": 4, "float16": 5, "float32": 6, "float64": 7, "bool": 11}
+_DTYPES = {
+    "uint8": 0, "int8": 1, "int16": 2, "int32": 3, "int64": 4, "float16": 5, "float32": 6, "float64": 7, "bool": 11,
+}  # fmt: skip
 _NAMES = {code: name for name, code in _DTYPES.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def load_library(cache: Path) -> Library:
+    """Return the library, compiled into ``cache`` if it is not there yet.
+
+    Raises:
+        EngineMissing: executorch is not installed. NoShim: it cannot be compiled. EngineError: it cannot be loaded.
+    """
+    package = package_folder()
+    return Library(package, build_shim(package, cache))
 
 
 class TensorStruct(ctypes.Structure):
@@ -43,86 +48,6 @@ class TensorStruct(ctypes.Structure):
         ("n_dims", ctypes.c_int32),
         ("sizes", ctypes.c_int32 * MAX_DIMS),
     )
-
-
-class NoCompiler(EngineMissing):
-    """The shim is not compiled yet and cannot be."""
-
-
-def package_folder() -> Path:
-    """Return the folder of the executorch package, without importing it.
-
-    Raises:
-        EngineMissing: it is not installed.
-    """
-    spec = importlib.util.find_spec("executorch")
-    if spec is None or not spec.submodule_search_locations:
-        raise EngineMissing(
-            "this bundle needs the ExecuTorch runtime; install it: pip install --no-deps executorch (torch is not needed)"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-@functools.lru_cache(maxsize=1)
-def version() -> str:
-    """Return the version of the executorch package."""
-    try:
-        return metadata.version("executorch")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
-@functools.lru_cache(maxsize=1)
-def load_library(cache: Path) -> Library:
-    """Return the library, compiled into ``cache`` if it is not there yet.
-
-    Raises:
-        EngineMissing: executorch is not installed, or no compiler is there. EngineError: compiling or loading failed.
-    """
-    package = package_folder()
-    return Library(package, build(package, cache))
-
-
-def build(package: Path, cache: Path) -> Path:
-    """Compile the shim unless it is in ``cache``; returns its path."""
-    source = resources.files("edgekv.runtime") / "csrc_executorch" / "shim.cpp"
-    text = source.read_bytes()
-    compiler = _compiler()
-    key = hashlib.sha256(text + f"{version()} {package} {compiler} {platform.machine()}".encode()).hexdigest()[:16]
-    path = cache / "executorch" / f"shim-{version()}-{key}.so"
-    if path.is_file():
-        return path
-    if compiler is None:
-        raise NoCompiler(
-            "the ExecuTorch engine is compiled on first use and no C++ compiler was found; install g++ or clang,"
-            " or name one in CXX"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        source_file, built = Path(folder) / "shim.cpp", Path(folder) / "shim.so"
-        source_file.write_bytes(text)
-        include = package / "include"
-        command = [
-            compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-DC10_USING_CUSTOM_GENERATED_MACROS",
-            f"-I{include}", f"-I{include}/executorch/runtime/core/portable_type/c10",
-            str(source_file), "-o", str(built),
-            f"-L{package}/lib", "-lexecutorch", "-lexecutorch_threadpool",
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            errors = [line for line in result.stderr.splitlines() if "error" in line] or ["no message"]
-            raise EngineError(
-                f"compiling the ExecuTorch engine against executorch {version()} failed: {errors[0].strip()}"
-            )
-        os.replace(built, path)
-    return path
-
-
-def _compiler() -> str | None:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (found := shutil.which(name)):
-            return found
-    return None
 
 
 class Library:
@@ -140,6 +65,7 @@ class Library:
                 if name in _LIBRARIES[:2] or path.is_file():
                     raise EngineError(f"executorch {version()} cannot be loaded: {error}") from error
                 # A delegate or kernel library that is not there: the program says whether it needs it.
+        self.functions: Any = SimpleNamespace()
         pointer, text, integer = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
         for name, result, arguments in (
             ("error", text, []),
@@ -157,12 +83,20 @@ class Library:
         ):
             function = getattr(self._c, f"edgekv_et_{name}")
             function.restype, function.argtypes = result, arguments
-            setattr(self, f"_{name}", function)
+            setattr(self.functions, name, function)
 
     def set_threads(self, threads: int) -> None:
-        """Set the number of threads of every program of this process."""
-        if self._set_threads(threads):
+        """Set the number of threads of every program of this process; the native kernels work on them too.
+
+        ExecuTorch's threads spin for about half a millisecond after each call, longer than a kernel takes: threads of
+        its own would find no free core.
+        """
+        if self.functions.set_threads(threads):
             raise EngineError(f"executorch: {self._reason()}")
+        with contextlib.suppress(ImportError, AttributeError):
+            from edgekv.runtime import _kernels
+
+            _kernels.borrow_threads(ctypes.cast(self._c.edgekv_et_parallel, ctypes.c_void_p).value or 0)
 
     def open(self, path: Path, packed_cache: Path | None) -> Program:
         """Open a program, mapped into memory.
@@ -170,17 +104,17 @@ class Library:
         Args:
             packed_cache: file that keeps the weights as the CPU reads them; None packs them into RAM at each start.
         """
-        if not self._has_backend(DELEGATE.encode()):
+        if not self.functions.has_backend(DELEGATE.encode()):
             raise EngineError(
                 f"executorch {version()} has no {DELEGATE} on this machine; install a build of it that does"
             )
-        handle = self._open(os.fsencode(path), os.fsencode(packed_cache) if packed_cache else b"")
+        handle = self.functions.open(os.fsencode(path), os.fsencode(packed_cache) if packed_cache else b"")
         if not handle:
             raise EngineError(f"executorch {version()} cannot load {path}: {self._reason()}; export the bundle again")
         return Program(self, path, handle)
 
     def _reason(self) -> str:
-        return str(self._error().decode(errors="replace").splitlines()[0])
+        return str(self.functions.error().decode(errors="replace").splitlines()[0])
 
 
 class Program:
@@ -192,12 +126,12 @@ class Program:
 
     def has_method(self, name: str) -> bool:
         """Whether the program has a method of this name."""
-        return bool(self._library._has_method(self._handle, name.encode()))
+        return bool(self._library.functions.has_method(self._handle, name.encode()))
 
     def method(self, name: str) -> Method:
         """Load a method, once."""
         if name not in self._methods:
-            handle = self._library._method(self._handle, name.encode())
+            handle = self._library.functions.method(self._handle, name.encode())
             if not handle:
                 raise EngineError(
                     f"executorch {version()} cannot load {self.path}: {self._library._reason()};"
@@ -210,7 +144,7 @@ class Program:
         """Free the program and all of its methods; calls must not run any more."""
         if getattr(self, "_handle", 0):
             self._methods.clear()
-            self._library._close(self._handle)
+            self._library.functions.close(self._handle)
             self._handle = 0
 
     __del__ = close
@@ -224,8 +158,9 @@ class Method:
 
     def describe(self, direction: str) -> list[tuple[str, tuple[int, ...]]]:
         """Return dtype and largest shape of each input (``in``) or output (``out``)."""
-        found, struct = [], TensorStruct()
-        while not self._library._describe(self._handle, direction == "out", len(found), ctypes.byref(struct)):
+        found: list[tuple[str, tuple[int, ...]]] = []
+        struct = TensorStruct()
+        while not self._library.functions.describe(self._handle, direction == "out", len(found), ctypes.byref(struct)):
             found.append((_NAMES.get(struct.dtype, str(struct.dtype)), tuple(struct.sizes[: struct.n_dims])))
         return found
 
@@ -248,7 +183,7 @@ class Method:
     def output_shape(self, index: int) -> tuple[int, ...]:
         """Return the shape of an output of the last run."""
         sizes = (ctypes.c_int32 * MAX_DIMS)()
-        n_dims = self._library._output_sizes(self._handle, index, sizes)
+        n_dims = self._library.functions.output_sizes(self._handle, index, sizes)
         return tuple(sizes[:n_dims])
 
 
@@ -256,17 +191,21 @@ class Call:
     """A method and the arrays that it was bound to, which it keeps alive."""
 
     def __init__(
-        self, library: Library, method: int, inputs: Sequence[NDArray[np.generic]], outputs: Sequence[NDArray[np.generic]]
+        self,
+        library: Library,
+        method: int,
+        inputs: Sequence[NDArray[np.generic]],
+        outputs: Sequence[NDArray[np.generic]],
     ) -> None:
         self._library, self._arrays = library, (*inputs, *outputs)
         given, wanted = _structs(inputs), _structs(outputs)
-        self.handle: int = library._bind(method, given, len(inputs), wanted, len(outputs)) or 0
+        self.handle: int = library.functions.bind(method, given, len(inputs), wanted, len(outputs)) or 0
         if not self.handle:
             raise EngineError(f"executorch: {library._reason()}; export the bundle again")
 
     def __del__(self) -> None:
         if getattr(self, "handle", 0):
-            self._library._unbind(self.handle)
+            self._library.functions.unbind(self.handle)
 
 
 class CallList:
@@ -282,7 +221,7 @@ class CallList:
         Raises:
             EngineError: the runtime refused a call.
         """
-        if self._library._run(self._handles, len(self._calls)):
+        if self._library.functions.run(self._handles, len(self._calls)):
             raise EngineError(f"executorch: {self._library._reason()}")
 
 

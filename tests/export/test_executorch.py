@@ -37,7 +37,9 @@ def eager(checkpoint: Checkpoint, index: int, weights: str) -> torch.nn.Module:
     return module
 
 
-@pytest.mark.parametrize("weights", ["int4", pytest.param("int8", marks=pytest.mark.slow), pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "weights", ["int4", pytest.param("int8", marks=pytest.mark.slow), pytest.param("fp32", marks=pytest.mark.slow)]
+)
 def test_every_segment_computes_what_its_eager_reference_does(
     weights: str, checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +90,7 @@ def test_int4_scales_are_what_the_delegate_stores_and_clipping_is_a_gain() -> No
 def test_int4_needs_columns_in_groups_and_says_what_to_do() -> None:
     from edgekv.export.executorch_weights import check_columns
 
-    with pytest.raises(UsageError, match="40 columns.*multiple of 32; use --weights int8"):
+    with pytest.raises(UsageError, match=r"40 columns.*multiple of 32; use --weights int8"):
         check_columns("int4", 40, "segment_1.exit.down_proj")
 
 
@@ -100,7 +102,7 @@ def test_a_weight_that_the_lowering_changed_is_never_left_random() -> None:
     named = SimpleNamespace(pte_data={}, buffers=[])
     program = SimpleNamespace(execution_plan=[], backend_delegate_data=[], constant_buffer=[])
     template = SimpleNamespace(executorch_program=program, _named_data=named)
-    with pytest.raises(EngineError, match="changed weights on the way: middle/norm.weight"):
+    with pytest.raises(EngineError, match=r"changed weights on the way: middle/norm\.weight"):
         ProgramBuilder(template, {"middle/norm.weight": matrix_constants(torch.ones(1, 4), "fp32")}, Path("."))
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from edgekv.bundle import check_files, read_manifest
 from edgekv.cli.main import app
-from edgekv.errors import BundleError, EngineMissing, UsageError
+from edgekv.errors import BundleError, UsageError
 from edgekv.export import export_model
 from edgekv.export.model import default_weights
 
@@ -72,11 +72,6 @@ def test_weights_are_chosen_by_size_when_not_given(checkpoint: Checkpoint, tmp_p
 def test_an_unknown_option_is_refused(options: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         export_model("demo", tmp_path / "out", **options)  # type: ignore[arg-type]
-
-
-def test_the_executorch_engine_says_that_it_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(EngineMissing, match="not in this version"):
-        export_model("demo", tmp_path / "out", engine="executorch")
 
 
 def test_an_existing_bundle_is_replaced_only_by_force(checkpoint: Checkpoint, copy: Path) -> None:

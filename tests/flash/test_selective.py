@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from edgekv import seam
 from edgekv.errors import UsageError
+from edgekv.runtime.cache import KVCache
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.kernels import Kernels, load_kernels
 from edgekv.runtime.pages import CacheOptions
-from edgekv.runtime.cache import KVCache
 from edgekv.runtime.select import AttendOptions, Selector, parse_attend
 from edgekv.runtime.stats import RunStats
 from edgekv.runtime.summary import Summaries
@@ -50,6 +50,7 @@ class Layer:
         shape = (n_tokens, spec.n_kv_heads, spec.head_dim)
         drift = np.cumsum(rng.normal(size=shape).astype(np.float32), axis=0) * np.float32(0.1)
         keys = (rng.normal(size=shape).astype(np.float32) + drift) * np.float32(spread)
+        keys[:, :, 0] *= np.linspace(0.1, 4.0, n_tokens, dtype=np.float32)[:, None]  # scales must grow
         self.cache.append(0, keys, rng.normal(size=shape).astype(np.float32), np.arange(n_tokens))
         heads = spec.n_kv_heads * group
         self.q = (rng.normal(size=(1, heads, spec.head_dim)) * spread).astype(np.float32)
@@ -72,7 +73,8 @@ class Layer:
         )
         out, sums = np.empty_like(self.q), np.empty((1, heads), np.float32)
         attention.run(self.q, self.new[0], self.new[1], self.positions, refs, out, window, None, sums)
-        return sums[0]
+        result: np.ndarray[Any, Any] = sums[0]
+        return result
 
     def true_missing(self, taken: Any, window: int) -> np.ndarray[Any, Any]:
         """Return the mass per head that full attention gives to the pages not taken."""
@@ -90,7 +92,10 @@ class Layer:
                 inside = page_of == page
                 pages.append(
                     seam.PageView(
-                        keys[inside, kv][None], values[inside, kv][None], np.ones(inside.sum(), bool), held[live][inside]
+                        keys[inside, kv][None],
+                        values[inside, kv][None],
+                        np.ones(inside.sum(), bool),
+                        held[live][inside],
                     )
                 )
             mass = seam.paged_attention(
@@ -184,7 +189,7 @@ def test_summaries_are_part_of_the_budget(bundle: Bundle) -> None:
         assert plan is not None
         assert cache is not None
         assert cache.manager.summaries is not None
-        kept = cache.manager.summaries._rows.nbytes
+        kept = cache.manager.summaries.nbytes
         assert plan.arena_bytes + plan.staging_bytes <= plan.budget_bytes
         assert kept <= plan.staging_bytes
 
@@ -197,7 +202,9 @@ def test_a_dropped_page_counts_as_missing(bundle: Bundle) -> None:
     assert stats.selection.missing_max.max > 0.5
 
 
-@pytest.mark.parametrize("text", ["selectively", "exact:3", "selective:", "selective:-1", "selective:1.5", "selective:x%"])
+@pytest.mark.parametrize(
+    "text", ["selectively", "exact:3", "selective:", "selective:-1", "selective:1.5", "selective:x%"]
+)
 def test_what_attend_does_not_understand_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not understood; write exact"):
         parse_attend(text)

@@ -23,7 +23,7 @@ pytest.importorskip("executorch", reason="the extra `executorch` is not installe
 Bundle = Callable[..., Path]
 #: The start of a script for a process of its own.
 OPEN = """from edgekv.runtime.generate import Generator
-with Generator.open({0!s!r}) as generator:
+with Generator.open({0!r}) as generator:
 """
 
 
@@ -68,6 +68,34 @@ def test_every_kind_of_decoder_gives_the_tokens_of_onnx(
         assert generate(executorch, tokens, 40, **options) == expected
 
 
+@pytest.mark.slow
+def test_the_inline_form_gives_the_same_tokens_and_names_its_limit(bundle: Bundle) -> None:
+    split, inline = bundle("demo", engine="executorch"), bundle("demo", "inline", engine="executorch")
+    for count, options in ((700, {}), (1, {}), (700, {"kv": KVMode.INT8})):
+        tokens = prompt(count, 1000)
+        assert generate(inline, tokens, 24, **options) == generate(split, tokens, 24, **options)
+    with pytest.raises(EngineError, match=r"holds 4096 tokens .* export with --form split"):
+        generate(inline, prompt(4200, 1000), 4, kv=KVMode.FP16)
+
+
+@pytest.mark.slow
+def test_the_example_in_cpp_gives_the_same_tokens(bundle: Bundle, tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    from edgekv.runtime.engines.executorch_build import package_folder
+
+    source = Path(__file__).resolve().parents[2] / "examples" / "inline_executorch"
+    options = [f"-DEXECUTORCH={package_folder()}", "-DCMAKE_BUILD_TYPE=Release"]
+    subprocess.run(["cmake", "-S", str(source), "-B", str(tmp_path), *options], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(tmp_path)], check=True, capture_output=True)
+    folder, tokens = bundle("demo", "inline", engine="executorch"), [104, 670, 47, 714]
+    model = read_manifest(folder).model
+    numbers = [model.n_layers, model.n_kv_heads, model.head_dim, 16, 12, *tokens]
+    command = [str(tmp_path / "generate"), str(folder / "model.pte"), *map(str, numbers)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [int(token) for token in result.stdout.split()] == generate(folder, tokens, 12)
+
+
 def test_the_command_runs_without_torch(bundle: Bundle) -> None:
     code = (
         "import sys; from edgekv.cli.main import app\n"
@@ -83,12 +111,12 @@ def test_the_command_runs_without_torch(bundle: Bundle) -> None:
 
 
 def test_a_second_start_maps_the_packed_weights_and_a_changed_file_is_made_again(bundle: Bundle) -> None:
-    from edgekv.runtime.engines.executorch_library import version
+    from edgekv.runtime.engines.executorch_build import version
     from edgekv.runtime.engines.executorch_packed import PackedCache
 
     folder = bundle("demo", engine="executorch")
     expected = generate(folder, prompt(20), 8)
-    run = [sys.executable, "-c", f"{OPEN.format(folder)}    print(list(generator.tokens({prompt(20)}, max_tokens=8)))"]
+    run = [sys.executable, "-c", f"{OPEN.format(str(folder))}    print(list(generator.tokens({prompt(20)}, max_tokens=8)))"]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == str(expected)
     packed = PackedCache(cache_home(), read_manifest(folder), version())
     assert packed.path.stat().st_size > 1_000_000
@@ -148,11 +176,13 @@ def test_another_geometry_than_the_program_has_is_refused_with_both(bundle: Bund
 def test_a_missing_package_says_how_to_install_it(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import importlib.util
+
     from edgekv.runtime.engines import executorch_library as library
 
     folder = bundle("demo", engine="executorch")
     library.load_library.cache_clear()
-    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineMissing, match="pip install --no-deps executorch"):
         Generator.open(folder)
     library.load_library.cache_clear()
@@ -171,9 +201,9 @@ def test_without_a_compiler_the_python_bindings_run_it_and_say_so(bundle: Bundle
     folder = bundle("demo", engine="executorch")
     expected = generate(folder, prompt(30), 6)
     code = (
-        "from edgekv.runtime.engines import executorch_library as library\n"
-        "library._compiler = lambda: None\n"
-        f"{OPEN.format(folder)}    print(generator.engine); print(list(generator.tokens({prompt(30)}, max_tokens=6)))"
+        "from edgekv.runtime.engines import executorch_build as build\n"
+        "build._compiler = lambda: None\n"
+        f"{OPEN.format(str(folder))}    print(generator.engine); print(list(generator.tokens({prompt(30)}, max_tokens=6)))"
     )
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

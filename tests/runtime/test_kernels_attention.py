@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -406,23 +402,3 @@ def test_several_threads_may_share_a_pool() -> None:
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(repeat, range(4)))
-
-
-@needs_native
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
-    code = "from edgekv.runtime.kernels import load_kernels; print(load_kernels('native').isa())"
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "EDGEKV_ISA": isa, "PYTHONPATH": root}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == isa
-    environment["EDGEKV_ISA"] = "nonsense"
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "EDGEKV_ISA names no instruction set" in run.stderr
-
-
-def test_without_the_extension_the_numpy_kernels_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "edgekv.runtime._kernels", None)
-    assert load_kernels().isa() == "numpy"
-    with pytest.raises(ImportError):
-        load_kernels("native")

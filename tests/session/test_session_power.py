@@ -105,7 +105,9 @@ def write(file: bytearray, offset: int, data: bytes) -> None:
 
 def crash_and_resume(root: Path, ops: list[Op], crash: int, seed: int, folder: Path) -> int:
     promises = [
-        (index, json.loads(op.data)) for index, op in enumerate(ops) if op.kind == "w" and op.path == str(root / "promised")
+        (index, json.loads(op.data))
+        for index, op in enumerate(ops)
+        if op.kind == "w" and op.path == str(root / "promised")
     ]
     kept = [tokens for index, tokens in promises if index < crash]
     pending = next((tokens for index, tokens in promises if index >= crash), None)
@@ -141,7 +143,7 @@ def test_what_was_committed_survives_a_power_loss_after_any_operation(
 ) -> None:
     root, ops = recorded
     assert sum(op.kind == "s" for op in ops) > 40
-    crashes = range(0, len(ops) + 1, 2)
+    crashes = range(0, len(ops) + 1, 3)
     restored = [crash_and_resume(root, ops, crash, crash, tmp_path / "disk") for crash in crashes]
     assert max(restored) > 40
 

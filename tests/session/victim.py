@@ -21,7 +21,8 @@ from pathlib import Path
 import edgekv.runtime.engines.onnx  # noqa: F401  (before the first fork)
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.session import SessionOptions
-from edgekv.runtime.session_tools import contents, is_session, verify
+from edgekv.runtime.session_files import is_session
+from edgekv.runtime.session_tools import contents, verify
 from edgekv.types import KVMode
 
 PROMPT_TOKENS = 120
@@ -95,7 +96,8 @@ def main(bundle: Path, folder: Path, kills: int, seed: int) -> None:
             assert tokens == expected[: len(tokens)], "the session holds something else than the uninterrupted run"
             assert len(tokens) >= promised, f"{promised} tokens were committed, {len(tokens)} are there"
             problems, usable = verify(path)
-            assert not problems and usable == len(tokens), problems
+            assert not problems, problems
+            assert usable == len(tokens)
             done["resumed_tokens"] += len(tokens)
         else:
             assert not promised

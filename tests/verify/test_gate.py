@@ -10,8 +10,8 @@ import pytest
 from edgekv.errors import UsageError
 from edgekv.verify.divergence import Divergence
 from edgekv.verify.gate import at_least, at_most, load_gate, parse_gate
-from edgekv.verify.judge import hold
 from edgekv.verify.lanes import plan_schedule
+from edgekv.verify.verdict import hold
 
 
 def compared(reference: np.ndarray, logits: np.ndarray) -> Divergence:

@@ -13,9 +13,10 @@ from edgekv.runtime.generate import RunOptions
 from edgekv.types import KVMode
 from edgekv.verify.emulated import EmulatedCodec
 from edgekv.verify.gate import load_gate
-from edgekv.verify.judge import QUICK, Settings, Verdict, hold, verify
+from edgekv.verify.judge import QUICK, Settings, verify
 from edgekv.verify.report import to_json
 from edgekv.verify.tasks import Suite
+from edgekv.verify.verdict import Verdict, hold
 from tests.checkpoints import make_outlier_checkpoint
 
 Bundle = Callable[..., Path]
@@ -26,8 +27,19 @@ STANDARD = load_gate("standard")
 TINY = Settings(tokens=320, decode=96, greedy=8, suite=Suite.none(), baselines=False)
 
 
-@pytest.mark.parametrize(("engine", "form"), [("onnx", "split"), ("onnx", "inline")])
+#: The exports of ExecuTorch take a minute each.
+FORMS = [
+    ("onnx", "split"),
+    ("onnx", "inline"),
+    pytest.param("executorch", "split", marks=pytest.mark.slow),
+    pytest.param("executorch", "inline", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("engine", "form"), FORMS)
 def test_the_bundled_model_passes_the_quick_gate(engine: str, form: str, bundle: Bundle) -> None:
+    if engine == "executorch":
+        pytest.importorskip("executorch")
     verdict = verify(bundle("demo", form, engine=engine), INT8, STANDARD, QUICK)
     assert [str(finding) for finding in verdict.findings if not finding.passed] == []
     assert verdict.rows[0].tasks, "the full cache answers the questions, so the configuration was asked too"

@@ -1,0 +1,202 @@
+"""What selective attention costs in quality, against the obvious ways to save the same RAM: one command, one table.
+
+    python benchmarks/selective.py [--json FILE] [--samples 20] [--page-size 32]
+
+On the bundled model at 4096 tokens of text that it was not trained on: `passkey`, the answers that are exactly right about
+one of four facts hidden in the text; `perplexity` of the last tokens of each window, decoded one by one; and `KL`, how far the
+predictions of these tokens are from those of `full`, in nats (a small model attends badly over long distances, so
+forgetting can lower its perplexity: only `KL` says who computes what full attention computes).
+
+`selective` keeps what does not fit on flash and attends to its share of the pages; `window` and `random` drop pages to stay
+within the same bytes of RAM (summaries and staging of `selective` included). Exits with 1 if a bar is missed: at 25 % passkey
+>= 95 % of full and perplexity within 2 % of full; at every share, better than `window` and `random` in passkey, KL and
+perplexity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.export import export_model
+from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.types import KVMode, format_bytes
+
+Double = NDArray[np.float64]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+from demo_tasks import RetrievalPrompt, TaskSampler  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+
+TEXT = ROOT / "edgekv" / "verify" / "default_text.txt"
+SHARES = ("50%", "25%", "12.5%")
+FACTS = 4
+SEED = 4000
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    how: str
+    share: str
+    budget_bytes: int
+    passkey: int
+    samples: int
+    perplexity: float
+    kl: float
+    hit_rate: float | None = None
+    fetched_bytes_per_token: float | None = None
+    certified_missing: float | None = None
+
+
+def whole_bytes(generator: Generator, context: int) -> int:
+    """Return the RAM in which every page of the context stays, in INT8: what a share is a share of."""
+    spec = generator.manifest.model.pages(generator.manifest.page_size)
+    pages = -(-context // spec.page_size)
+    return (spec.n_layers * pages + 1) // 2 * spec.frame_bytes + (spec.n_layers + 1) * spec.frame_bytes
+
+
+def answers(generator: Generator, prompts: Sequence[RetrievalPrompt], tokenizer: Tokenizer) -> int:
+    """Return how many prompts are answered exactly."""
+    right = 0
+    for prompt in prompts:
+        said = list(generator.tokens(prompt.prompt_ids, max_tokens=len(prompt.answer_ids)))
+        right += tokenizer.decode(said).startswith(tokenizer.decode(prompt.answer_ids))
+    return right
+
+
+def predictions(generator: Generator, windows: Sequence[Sequence[int]], decoded: int) -> Double:
+    """Return the log-probabilities [tokens, vocabulary] of the last ``decoded`` tokens of each window, step by step."""
+    rows = []
+    for window in windows:
+        logits = generator.prefill(window[:-decoded], max_tokens=decoded)
+        for token in window[-decoded:]:
+            x = logits.astype(np.float64)
+            rows.append(x - x.max() - np.log(np.exp(x - x.max()).sum()))
+            logits = generator.step([token])
+    return np.stack(rows)
+
+
+def measure(
+    base: Generator, options: RunOptions, how: str, share: str, prompts: Sequence[RetrievalPrompt],
+    windows: Sequence[Sequence[int]], decoded: int, tokenizer: Tokenizer, reference: list[Double],
+) -> Row:  # fmt: skip
+    """Measure one way at one share; ``reference`` takes the first one's predictions, which others are compared with."""
+    row = Row(how, share, int(options.kv_budget or 0), 0, len(prompts), 0.0, 0.0)
+    with base.fork(options) as generator:
+        row.passkey = answers(generator, prompts, tokenizer)
+        said = predictions(generator, windows, decoded)
+        if not reference:
+            reference.append(said)
+        targets = [token for window in windows for token in window[-decoded:]]
+        row.perplexity = math.exp(-float(said[np.arange(len(targets)), targets].mean()))
+        row.kl = float((np.exp(reference[0]) * (reference[0] - said)).sum(axis=1).mean())
+        stats = generator.report()
+        if stats.selection is not None:
+            record = generator.manifest.model.pages(generator.manifest.page_size).record_bytes
+            row.hit_rate = stats.selection.hit_rate
+            row.fetched_bytes_per_token = stats.selection.fetched_per_step * record
+            row.certified_missing = stats.selection.missing_mean.mean
+    print(
+        f"  {how} {share}: passkey {row.passkey}/{row.samples}, perplexity {row.perplexity:.3f}, KL {row.kl:.4f}",
+        file=sys.stderr,
+    )
+    return row
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Print rows as Markdown."""
+    full = rows[0]
+    lines = [
+        "| pages | RAM | how | passkey | KL | perplexity | vs full | hit rate | fetched per token | may miss (certified) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row.share, format_bytes(row.budget_bytes), row.how, f"{row.passkey}/{row.samples}", f"{row.kl:.4f}"]
+        cells += [f"{row.perplexity:.3f}", f"{row.perplexity / full.perplexity - 1:+.2%}"]
+        cells.append("" if row.hit_rate is None else f"{row.hit_rate:.1%}")
+        cells.append("" if row.fetched_bytes_per_token is None else format_bytes(row.fetched_bytes_per_token))
+        cells.append("" if row.certified_missing is None else f"{row.certified_missing:.1%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def missed(rows: Sequence[Row]) -> list[str]:
+    """Return the bars that are missed."""
+    full, found = rows[0], []
+    by = {(row.how, row.share): row for row in rows}
+    quarter = by["selective", "25%"]
+    if quarter.passkey < 0.95 * full.passkey:
+        found.append(f"passkey at 25%: {quarter.passkey}, the bar is 95 % of {full.passkey}")
+    if quarter.perplexity > 1.02 * full.perplexity:
+        found.append(f"perplexity at 25%: {quarter.perplexity:.3f}, the bar is {1.02 * full.perplexity:.3f}")
+    for share in SHARES:
+        for other in ("window", "random"):
+            ours, theirs = by["selective", share], by[other, share]
+            if ours.passkey < theirs.passkey:
+                found.append(f"passkey at {share}: {ours.passkey}, {other} has {theirs.passkey}")
+            if ours.kl > theirs.kl:
+                found.append(f"KL at {share}: {ours.kl:.4f}, {other} has {theirs.kl:.4f}")
+            if ours.perplexity > theirs.perplexity:
+                found.append(f"perplexity at {share}: {ours.perplexity:.3f}, {other} has {theirs.perplexity:.3f}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=20, help="passkey prompts")
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--decoded", type=int, default=256, help="tokens per window whose perplexity counts")
+    parser.add_argument("--page-size", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = Path(scratch) / "demo.edgekv"
+        export_model("demo", bundle, page_size=options.page_size)
+        rows = run(bundle, options)
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    for bar in missed(rows):
+        print(f"missed: {bar}")
+    sys.exit(bool(missed(rows)))
+
+
+def run(bundle: Path, options: argparse.Namespace) -> list[Row]:
+    """Measure every way at every share."""
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    text = list(tokenizer.encode(TEXT.read_text(encoding="utf-8")).ids)
+    size, answer = options.context, 32
+    prompts = [
+        TaskSampler(tokenizer, [text], [], SEED + i).retrieval_prompt(size - answer, FACTS)
+        for i in range(options.samples)
+    ]
+    windows = [text[start : start + size] for start in range(0, len(text) - size + 1, size)]
+    plain = RunOptions(kv=KVMode.INT8, context=size, threads=options.threads)
+    with Generator.open(bundle, plain) as base:
+        whole = whole_bytes(base, size)
+        todo = [("full", "100%", replace(plain, kv_budget=whole))]
+        for share in SHARES:
+            tight = replace(plain, kv_budget=int(whole * float(share[:-1]) / 100))
+            todo.append(("selective", share, replace(tight, attend=f"selective:{share}")))
+            todo += [(policy, share, replace(tight, policy=policy, allow_drop=True)) for policy in ("window", "random")]
+        reference: list[Double] = []
+        return [
+            measure(base, chosen, how, share, prompts, windows, options.decoded, tokenizer, reference)
+            for how, share, chosen in todo
+        ]
+
+
+if __name__ == "__main__":
+    main()
