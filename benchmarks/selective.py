@@ -1,6 +1,6 @@
 """What selective attention costs in quality, against the obvious ways to save the same RAM: one command, one table.
 
-    python benchmarks/selective.py [--json FILE] [--samples 20] [--page-size 32]
+    python benchmarks/selective.py [--json FILE] [--samples 20] [--page-size 16]
 
 On the bundled model at 4096 tokens of text that it was not trained on: `passkey`, the answers that are exactly right about
 one of four facts hidden in the text; `perplexity` of the last tokens of each window, decoded one by one; and `KL`, how far the
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20, help="passkey prompts")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--decoded", type=int, default=256, help="tokens per window whose perplexity counts")
-    parser.add_argument("--page-size", type=int, default=32)
+    parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()

@@ -187,7 +187,8 @@ def test_a_damaged_bundle_is_refused_by_name(
 def test_a_profile_with_a_bad_number_names_file_and_field(bundle: Bundle, tmp_path: Path) -> None:
     profile = tmp_path / "mine.toml"
     profile.write_text(
-        'name = "mine"\ntitle = "Mine"\nextends = "laptop-16gb"\n[memory]\napp_limit_bytes = {value = -1, source = "x", confidence = "low"}\n'
+        'name = "mine"\ntitle = "Mine"\nextends = "laptop-16gb"\n'
+        '[memory]\napp_limit_bytes = {value = -1, source = "x", confidence = "low"}\n'
     )
     refused(cli("run", bundle("demo"), "--prompt", "a", "--profile", profile), 2, "mine.toml", "app_limit_bytes")
 

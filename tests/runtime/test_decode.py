@@ -35,7 +35,12 @@ def test_the_short_way_equals_the_general_way(mode: KVMode, bundle: Bundle, monk
     folder = bundle("demo")
     taken: list[bool] = []
     begin = ResidentStep.begin
-    monkeypatch.setattr(ResidentStep, "begin", lambda self: taken.append(begin(self)) or taken[-1])
+
+    def watched(self: ResidentStep) -> bool:
+        taken.append(begin(self))
+        return taken[-1]
+
+    monkeypatch.setattr(ResidentStep, "begin", watched)
     short = run(folder, mode)
     assert all(taken)
     assert len(taken) == 70

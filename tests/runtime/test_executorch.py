@@ -116,7 +116,11 @@ def test_a_second_start_maps_the_packed_weights_and_a_changed_file_is_made_again
 
     folder = bundle("demo", engine="executorch")
     expected = generate(folder, prompt(20), 8)
-    run = [sys.executable, "-c", f"{OPEN.format(str(folder))}    print(list(generator.tokens({prompt(20)}, max_tokens=8)))"]
+    run = [
+        sys.executable,
+        "-c",
+        f"{OPEN.format(str(folder))}    print(list(generator.tokens({prompt(20)}, max_tokens=8)))",
+    ]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == str(expected)
     packed = PackedCache(cache_home(), read_manifest(folder), version())
     assert packed.path.stat().st_size > 1_000_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -382,23 +381,3 @@ def test_pieces_out_of_order_are_refused(isa: str) -> None:
         attention.finish(out, np.empty(20, np.float32))
     attention.finish(out)
     np.testing.assert_array_equal(out, case.result(isa)[0])
-
-
-@needs_native
-def test_several_threads_may_share_a_pool() -> None:
-    assert NATIVE is not None
-    case = Case(n_kv_heads=8, n_pages=64, seed=13)
-    want, _ = case.result(ISAS[0])
-    pool = NATIVE.ThreadPool(2)
-
-    def repeat(_: int) -> bool:
-        attention = NATIVE.Attention(pool, 16, 8, 64, 32, case.scale)
-        out = np.empty_like(case.q)
-        for _ in range(50):
-            attention.run(case.q, case.k, case.v, case.positions, case.refs, out)
-            if not np.array_equal(out, want):
-                return False
-        return True
-
-    with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(repeat, range(4)))
