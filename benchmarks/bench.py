@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bars import QUIET, Line, Results
+from common import wait_for_quiet
 from configurations import BUNDLE, CHECKPOINT, CONFIGURATIONS, CONTEXTS, HERE, Configuration
 from plot import plot
 from tables import bar_table, figure_table
@@ -74,9 +75,11 @@ def measure(options: argparse.Namespace) -> Iterator[Line]:
         yield from run([sys.executable, str(HERE / "bench_attention.py"), "--threads", str(options.threads)])
     for configuration, context in schedule(options):
         command = configuration.command(options.peers, context, threads=options.threads, own_python=sys.executable)
+        wait_for_quiet(QUIET, options.wait)
         lines = run(command)
         if lines and lines[0]["other_cpu"] > QUIET:
             say(f"others used {lines[0]['other_cpu']} cores, again: {configuration.name}, {context}")
+            wait_for_quiet(QUIET, options.wait)
             lines += run(command)
         yield from lines
 
@@ -88,6 +91,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="at the most; slow contestants run less often")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, choices=CONTEXTS)
+    parser.add_argument("--wait", type=float, default=30, help="seconds to wait for a quiet machine before each")
     parser.add_argument("--only", default="", help="only contestants whose name contains this; no kernels")
     parser.add_argument("--report", type=Path, help="measure nothing: the tables of an earlier results.jsonl")
     options = parser.parse_args()

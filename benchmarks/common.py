@@ -70,6 +70,16 @@ class Meter:
         return round(max(0.0, busy - own) / seconds, 2)
 
 
+def wait_for_quiet(cores: float, seconds: float) -> None:
+    """Wait until others use at most this many cores, but no longer than ``seconds``. The caller must be idle."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        meter = Meter()
+        time.sleep(1.0)
+        if meter.other_cpu() <= cores:
+            return
+
+
 class Timing:
     """Times prefill and decoding of one contestant, and prints the line."""
 

@@ -21,6 +21,8 @@ Examples:
 
 `edgekv verify llama.edgekv --kv-budget 25% --text my_documents.txt --html report.html`
 
+`edgekv verify llama.edgekv --kv-budget 25% --attend selective:25%`
+
 `edgekv verify llama.edgekv --kv-budget 25% --allow-drop --policy window --gate my_gate.toml --json > report.json`
 """
 
@@ -33,6 +35,7 @@ def verify_command(
     kv_budget: Annotated[str | None, typer.Option("--kv-budget", metavar="SIZE|SHARE", help="As in `edgekv run`: 64MiB, or 25% of the fp16 cache of the text.")] = None,
     policy: Annotated[str, typer.Option("--policy", help="As in `edgekv run`.")] = "lru",
     allow_drop: Annotated[bool, typer.Option("--allow-drop", help="As in `edgekv run`: forget pages that do not fit.")] = False,
+    attend: Annotated[str, typer.Option("--attend", metavar="exact|selective[:LIMIT]", help="As in `edgekv run`.")] = "exact",
     offload: Annotated[Path | None, typer.Option("--offload", metavar="DIR", help="As in `edgekv run`.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: the cores of this process, 4 at the most.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the retrieval tasks. Equal seeds give equal reports.")] = 0,
@@ -50,7 +53,7 @@ def verify_command(
 
     limits = load_gate(gate)
     options = RunOptions(
-        kv=kv, kv_budget=kv_budget, policy=policy, allow_drop=allow_drop, offload=offload,
+        kv=kv, kv_budget=kv_budget, policy=policy, allow_drop=allow_drop, attend=attend, offload=offload,
         threads=threads or default_threads(),
     )  # fmt: skip
     settings = replace(QUICK if quick else Settings(), seed=seed)

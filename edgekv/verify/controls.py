@@ -90,6 +90,24 @@ class DroppedPage:
 
 
 @dataclass
+class ShuffledSummaries:
+    """Each page is chosen by the summary of its neighbour. Only selective attention reads summaries."""
+
+    name: str = "summaries shuffled"
+    systematic: bool = False
+
+    def install(self, generator: Generator) -> None:
+        """Nothing to do."""
+
+    def before_step(self, generator: Generator, position: int) -> None:
+        """Move every summary on by one page."""
+        summaries = generator.cache.manager.summaries if generator.cache is not None else None
+        if summaries is not None:
+            codes = summaries._codes
+            codes[:, :, 1:] = np.roll(codes[:, :, 1:], 1, axis=2)
+
+
+@dataclass
 class SwappedScales:
     """The codec writes the values' scales where the keys' belong, and the other way round."""
 

@@ -80,6 +80,8 @@ def _configuration(verdict: Verdict) -> str:
     if budget is not None:
         words.append(f"budget {format_bytes(budget) if isinstance(budget, int) else budget}")
         words.append(f"policy {options['policy']}")
+    if options["attend"] != "exact":
+        words.append(f"attend {options['attend']}")
     if options["allow_drop"]:
         words.append("pages may be dropped")
     return ", ".join(words)

@@ -12,6 +12,7 @@ import numpy as np
 
 from edgekv.runtime.engines.base import Float
 from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.runtime.select import parse_attend
 from edgekv.verify.baselines import Baseline, all_baselines
 from edgekv.verify.controls import Control
 from edgekv.verify.divergence import Divergence
@@ -87,7 +88,7 @@ def verify(
         told = measured.greedy()
         reference_tasks, scores = measured.tasks()
         rows = [replace(row, tasks=scores.get(row.name, [])) for row in measured.rows]
-        partial = rows[0].pages_dropped > 0
+        partial = rows[0].pages_dropped > 0 or parse_attend(options.attend).selective
         findings = judge(gate, rows[0], measured.identity, partial=partial)
         return Verdict(
             bundle={
@@ -103,6 +104,7 @@ def verify(
                 "kv_budget": options.kv_budget,
                 "policy": options.policy,
                 "allow_drop": options.allow_drop,
+                "attend": options.attend,
                 "offload": options.offload is not None,
             },
             text={

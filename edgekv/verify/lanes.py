@@ -115,13 +115,15 @@ class ShortLane(Lane):
 
 
 def reference_options(options: RunOptions) -> RunOptions:
-    """Return the options of the full fp16 cache: nothing compressed, offloaded or dropped."""
-    return dataclasses.replace(options, kv=KVMode.FP16, kv_budget=None, allow_drop=False, policy="lru", offload=None)
+    """Return the options of the full fp16 cache: nothing compressed, offloaded, dropped or left out."""
+    return dataclasses.replace(
+        options, kv=KVMode.FP16, kv_budget=None, allow_drop=False, policy="lru", offload=None, attend="exact"
+    )
 
 
 def resident_options(options: RunOptions) -> RunOptions:
     """Return the options of the same tier in RAM: INT8 from the seal, no budget, no flash."""
-    return dataclasses.replace(reference_options(options), kv=KVMode.INT8)
+    return dataclasses.replace(reference_options(options), kv=KVMode.INT8, attend=options.attend)
 
 
 def run_lanes(

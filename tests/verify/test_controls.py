@@ -9,7 +9,7 @@ import pytest
 
 from edgekv.runtime.generate import RunOptions
 from edgekv.types import KVMode
-from edgekv.verify.controls import Control, DroppedPage, FlippedBit, ShiftedRope, SwappedScales
+from edgekv.verify.controls import Control, DroppedPage, FlippedBit, ShiftedRope, ShuffledSummaries, SwappedScales
 from edgekv.verify.gate import load_gate
 from edgekv.verify.judge import Settings, verify
 from edgekv.verify.tasks import Suite
@@ -54,6 +54,12 @@ FORMS = [
 @pytest.mark.parametrize(("form", "name"), FORMS)
 def test_the_standard_gate_fails_every_control(form: str, name: str, bundle: Bundle) -> None:
     assert failed(judged(bundle("demo", form), CONTROLS[name]()))
+
+
+def test_shuffled_summaries_fail_where_attention_is_selective(bundle: Bundle) -> None:
+    selective = {"attend": "selective:25%"}
+    assert any("differ from those" in what for what in failed(judged(bundle("demo"), ShuffledSummaries(), **selective)))
+    assert not any("differ from those" in what for what in failed(judged(bundle("demo"), None, **selective)))
 
 
 @pytest.mark.parametrize("gate", ["strict", "standard"])
