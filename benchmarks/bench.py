@@ -72,6 +72,7 @@ def run(command: list[str]) -> list[Line]:
 def measure(options: argparse.Namespace) -> Iterator[Line]:
     """Yield the lines of the whole run."""
     if not options.only:
+        wait_for_quiet(QUIET, options.wait)
         yield from run([sys.executable, str(HERE / "bench_attention.py"), "--threads", str(options.threads)])
     for configuration, context in schedule(options):
         command = configuration.command(options.peers, context, threads=options.threads, own_python=sys.executable)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from edgekv.errors import BundleError, UsageError
 
 #: What a decoder prints for bytes that are not (yet) a character.
@@ -22,6 +20,8 @@ class Text:
     """
 
     def __init__(self, tokenizer: Path, chat_template: Path | None = None) -> None:
+        from tokenizers import Tokenizer  # who brings tokens does without it in memory
+
         try:
             self._tokenizer = Tokenizer.from_file(str(tokenizer))
         except Exception as error:  # tokenizers raises bare Exception

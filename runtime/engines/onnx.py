@@ -16,7 +16,7 @@ from edgekv.runtime.engines.mapped import release_mapped_pages
 
 #: A worker that waits for work spins this long, then sleeps: long enough for the gaps between the products of a segment,
 #: short enough that the pools of all segments do not spin against each other and against the attention kernels.
-#: Without spinning a token takes 10 to 20 % longer; with the default, ten times as long on a busy machine.
+#: Without spinning a token takes 10 to 20 % longer; spinning for the whole run took up to ten times as long on a busy machine.
 SPIN_US = 50
 
 
