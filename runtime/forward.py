@@ -11,7 +11,7 @@ from edgekv.runtime.attend import Attender
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.decode import ResidentStep
 from edgekv.runtime.embedding import Embedding
-from edgekv.runtime.engines.base import Float, SegmentEngine
+from edgekv.runtime.engines.base import Float, SegmentEngine, StepBuffers
 from edgekv.runtime.rope import Rope
 
 #: Which rows of logits a step must return.
@@ -48,7 +48,7 @@ class SplitForward:
         self._embedding.look_up(tokens, buffers.residual[0])
         self._rope.fill(positions, buffers.cos, buffers.sin)
         if len(tokens) == 1 and rows != "none" and self._resident.begin():
-            self._run_resident(tokens, positions)
+            self._run_resident(buffers, positions)
             return engine.head(buffers.residual[(n_layers - 1) % 2], buffers.attention)
         for layer in range(n_layers):
             engine.run(layer, buffers)
@@ -61,9 +61,8 @@ class SplitForward:
         first = 0 if rows == "all" else len(tokens) - 1
         return engine.head(buffers.residual[(n_layers - 1) % 2][first:], buffers.attention[first:])
 
-    def _run_resident(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+    def _run_resident(self, buffers: StepBuffers, positions: NDArray[np.int64]) -> None:
         engine, resident = self._engine, self._resident
-        buffers = engine.prepare(1)
         try:
             for layer in range(self._cache.spec.n_layers):
                 engine.run(layer, buffers)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from edgekv.errors import CorruptPage, StoreError, StoreFull
 from edgekv.runtime.session_cipher import NONCE_BYTES, Cipher
-from edgekv.runtime.store import MAGIC, StoreCounters
+from edgekv.runtime.store import MAGIC, StoreCounters, neighbours
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 
 Bytes = NDArray[np.uint8]
@@ -120,14 +120,9 @@ class SessionStore:
         block = np.zeros((len(pages), size), np.uint8)
         for row, record, tag, page in zip(block, records, tags, pages, strict=True):
             self._pack(row, record, tag, page)
-        start = 0
         try:
-            while start < len(records):
-                stop = start + 1
-                while stop < len(records) and records[stop] == records[stop - 1] + 1:
-                    stop += 1
+            for start, stop in neighbours(records):
                 self._pwrite(block[start:stop].reshape(-1).data, records[start])
-                start = stop
         except OSError as error:
             self._free += records
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -174,12 +169,9 @@ class SessionStore:
         Raises:
             StoreError: the medium refused (an input/output error counts as a bad record instead).
         """
-        size, start = self.spec.record_bytes, 0
+        size = self.spec.record_bytes
         good = [True] * len(records)
-        while start < len(records):
-            stop = start + 1
-            while stop < len(records) and records[stop] == records[stop - 1] + 1:
-                stop += 1
+        for start, stop in neighbours(records):
             got = 0
             segment = self._segments.get(records[start] >> 32)
             if segment is not None:
@@ -192,7 +184,6 @@ class SessionStore:
             for index in range(start, stop):
                 whole = got >= (index - start + 1) * size
                 good[index] = whole and self._open(out[index], records[index], tags[index])
-            start = stop
         self.counters.records_read += len(records)
         self.counters.bytes_read += len(records) * size
         return good

@@ -24,6 +24,7 @@ import mmap
 import os
 import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -82,6 +83,15 @@ def aligned_rows(count: int, row_bytes: int) -> Bytes:
     return np.frombuffer(mmap.mmap(-1, max(count * row_bytes, 1)), np.uint8, count * row_bytes).reshape(
         count, row_bytes
     )
+
+
+def neighbours(records: list[int]) -> Iterator[tuple[int, int]]:
+    """Cut records into runs [start, stop) that lie side by side on flash: one system call each."""
+    start = 0
+    for stop in range(1, len(records) + 1):
+        if stop == len(records) or records[stop] != records[stop - 1] + 1:
+            yield start, stop
+            start = stop
 
 
 def _open_direct(path: Path) -> int | None:
@@ -152,14 +162,9 @@ class FlashStore:
             row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + page.size] = page
             _HEADER.pack_into(row, 0, MAGIC, 0, record, tag, page.size)
             struct.pack_into("<Q", row, 8, self._checksum(row, page.size))
-        start = 0
         try:
-            while start < len(records):
-                stop = start + 1
-                while stop < len(records) and records[stop] == records[stop - 1] + 1:
-                    stop += 1
+            for start, stop in neighbours(records):
                 self._pwrite(block[start:stop].reshape(-1), records[start] * size)
-                start = stop
         except OSError as error:
             self._free.extend(reversed(records))
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -185,18 +190,13 @@ class FlashStore:
         size = self.spec.record_bytes
         direct = self._direct is not None and out.ctypes.data % RECORD_ALIGN_BYTES == 0
         file = self._direct if direct and self._direct is not None else self._file
-        start = 0
-        while start < len(records):
-            stop = start + 1
-            while stop < len(records) and records[stop] == records[stop - 1] + 1:
-                stop += 1
+        for start, stop in neighbours(records):
             try:
                 got = os.preadv(file, [out[start:stop].reshape(-1).data], records[start] * size)
             except OSError as error:
                 raise StoreError(f"cannot read from the offload folder {self.folder}: {error.strerror}") from error
             if got != (stop - start) * size:
                 raise CorruptPage(f"the page file in {self.folder} is shorter than what was written to it")
-            start = stop
         for row, record, tag in zip(out, records, tags, strict=False):
             self._verify(row, record, tag)
         self.counters.records_read += len(records)
