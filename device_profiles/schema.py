@@ -66,7 +66,7 @@ class Rule:
     @property
     def integer(self) -> bool:
         """Whether the value is a whole number."""
-        return self.unit in ("bytes", "threads", "requests/s")
+        return self.unit in ("bytes", "threads", "requests", "requests/s")
 
     @property
     def limits(self) -> str:
@@ -120,8 +120,7 @@ class Memory:
 class Compute:
     """Speed of one engine.
 
-    A decoded token takes ``max(weight bytes / weight_read_bytes_per_s, operations / gemm_ops_per_s)
-    + KV bytes / kv_read_bytes_per_s + overhead_s``.
+    :func:`edgekv.device_profiles.speed.step_seconds` says how a step's time is computed from it.
     """
 
     threads: Annotated[Quantity[int], Rule("Threads that the other numbers hold for.", "threads", "4")]
@@ -141,6 +140,10 @@ class Compute:
             "180e9",
         ),
     ]
+    attention_ops_per_s: Annotated[
+        Quantity[float],
+        Rule("Attention of a chunk, 4 operations per query head, channel, query and key.", "ops/s", "50e9"),
+    ]
     overhead_s: Annotated[
         Quantity[float], Rule("Fixed time per step, whatever the model.", "s", "0.0005", low_included=True)
     ]
@@ -159,6 +162,9 @@ class Flash:
         Quantity[float], Rule("Time of a write before its first byte.", "s", "0.0002", low_included=True)
     ]
     write_bytes_per_s: Annotated[Quantity[float], Rule("Sustained write bandwidth.", "bytes/s", '"400MB/s"')]
+    queue_depth: Annotated[
+        Quantity[int], Rule("Requests that it works on at a time; their `t0` overlap.", "requests", "32")
+    ]
     iops_limit: Annotated[Quantity[int], Rule("Most requests per second, at any queue depth.", "requests/s", "4000")]
     write_buffer_bytes: Annotated[
         Quantity[int],
@@ -170,6 +176,16 @@ class Flash:
         ),
     ]
     endurance_tbw: Annotated[Quantity[float], Rule("Terabytes (10^12) written before wear-out.", "TB", "117")]
+    write_amplification: Annotated[
+        Quantity[float],
+        Rule(
+            "Bytes programmed for a byte written in large, aligned requests, beyond what `endurance_tbw` assumes.",
+            "ratio",
+            "1.5",
+            low=1.0,
+            low_included=True,
+        ),
+    ]
 
 
 @dataclass(frozen=True)
