@@ -1,11 +1,9 @@
 """The page files of a session: a :class:`~edgekv.runtime.store.PageStore` whose records stay.
 
-Records have the format of :mod:`edgekv.runtime.store`, in segment files ``pages-00000001.bin`` and up; a record's number is
+Records have the format of :mod:`edgekv.runtime.record`, in segment files ``pages-00000001.bin`` and up; a record's number is
 ``segment << 32 | place in the segment``. Invariants: a record that the last commit refers to is never overwritten; what
 is read is compared with the checksum that the index holds, so that an old index never gets a newer record; a
 segment that another session shares (by a hard link) is only read, new records go to a new one.
-
-In an encrypted session the payload is AES-256-GCM ciphertext, and bytes 36 to 63 of the header are its nonce and tag.
 """
 
 from __future__ import annotations
@@ -13,22 +11,21 @@ from __future__ import annotations
 import errno
 import os
 import re
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from edgekv.errors import CorruptPage, StoreError, StoreFull
-from edgekv.runtime.session_cipher import NONCE_BYTES, Cipher
-from edgekv.runtime.store import MAGIC, StoreCounters, neighbours
-from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
+from edgekv.runtime.record import checksum_of, open_record, pack_record
+from edgekv.runtime.session_cipher import Cipher
+from edgekv.runtime.store import StoreCounters, neighbours
+from edgekv.spec import PageSpec
+from edgekv.types import Tier
 
 Bytes = NDArray[np.uint8]
-_HEADER = struct.Struct("<8sQQQI")
 _SEGMENT = re.compile(r"pages-(\d{8})\.bin")
 _BATCH_RECORDS = 128
 
@@ -119,7 +116,7 @@ class SessionStore:
         size = self.spec.record_bytes
         block = np.zeros((len(pages), size), np.uint8)
         for row, record, tag, page in zip(block, records, tags, pages, strict=True):
-            self._pack(row, record, tag, page)
+            pack_record(row, record, tag, page, self.spec.warm_bytes, self.cipher)
         try:
             for start, stop in neighbours(records):
                 self._pwrite(block[start:stop].reshape(-1).data, records[start])
@@ -132,22 +129,11 @@ class SessionStore:
                 ) from error
             raise StoreError(f"cannot write the session {self.folder}: {error.strerror}") from error
         for row, record in zip(block, records, strict=True):
-            self._checks[record] = int(row[8:16].view(np.uint64)[0])
+            self._checks[record] = checksum_of(row)
         self._dirty = True
         self.counters.records_written += len(records)
         self.counters.bytes_written += block.nbytes
         return records
-
-    def _pack(self, row: Bytes, record: int, tag: int, page: Bytes) -> None:
-        stop = RECORD_HEADER_BYTES + self.spec.warm_bytes
-        row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + page.size] = page
-        _HEADER.pack_into(row, 0, MAGIC, 0, record, tag, self.spec.warm_bytes)
-        if self.cipher is not None:
-            place = row[16:36].tobytes()
-            sealed = np.frombuffer(self.cipher.seal(row[RECORD_HEADER_BYTES:stop].tobytes(), place), np.uint8)
-            row[36:RECORD_HEADER_BYTES] = np.concatenate([sealed[:NONCE_BYTES], sealed[-16:]])
-            row[RECORD_HEADER_BYTES:stop] = sealed[NONCE_BYTES:-16]
-        struct.pack_into("<Q", row, 8, xxhash.xxh3_64_intdigest(row[16:stop].data))
 
     def read(self, records: list[int], tags: list[int], out: Bytes) -> None:
         """Read records into ``out`` [n, record_bytes] uint8, checked and decrypted; see :class:`PageStore`.
@@ -190,24 +176,9 @@ class SessionStore:
 
     def _open(self, row: Bytes, record: int, tag: int) -> bool:
         """Check one record and decrypt it in place."""
-        stop = RECORD_HEADER_BYTES + self.spec.warm_bytes
-        magic, check, stored_record, stored_tag, payload_bytes = _HEADER.unpack_from(row)
-        if (
-            check != self._checks.get(record)
-            or magic != MAGIC
-            or (stored_record, stored_tag, payload_bytes) != (record, tag, self.spec.warm_bytes)
-            or check != xxhash.xxh3_64_intdigest(row[16:stop].data)
-        ):
-            return False
-        if self.cipher is not None:
-            sealed = (
-                row[36 : 36 + NONCE_BYTES].tobytes() + row[RECORD_HEADER_BYTES:stop].tobytes() + row[48:64].tobytes()
-            )
-            plain = self.cipher.open(sealed, row[16:36].tobytes())
-            if plain is None:
-                return False
-            row[RECORD_HEADER_BYTES:stop] = np.frombuffer(plain, np.uint8)
-        return True
+        return checksum_of(row) == self._checks.get(record) and open_record(
+            row, record, tag, self.spec.warm_bytes, self.cipher
+        )
 
     def free(self, record: int) -> None:
         """Forget a record; its place is used again once no commit refers to it."""
@@ -217,6 +188,10 @@ class SessionStore:
             self._free.append(record)
 
     # -- commits -----------------------------------------------------------------------------------------------
+
+    def tier(self, record: int) -> Tier:
+        """Return COLD: everything here is on flash."""
+        return Tier.COLD
 
     def sync(self) -> None:
         """Make every record that was written so far survive a power loss.

@@ -1,15 +1,4 @@
-"""The flash tier: a page file of fixed-size records, one per page.
-
-A record is (little endian), padded to ``PageSpec.record_bytes``::
-
-    offset  bytes  field
-    0       8      magic b"EKVPAGE1"
-    8       8      xxh3-64 checksum of everything after it up to the end of the payload
-    16      8      record index: a record that was moved or swapped is not believed
-    24      8      tag: which page this is (layer << 32 | page)
-    32      4      payload bytes
-    36      28     zero
-    64      ...    payload: the WARM page as it lay in RAM
+"""The flash tier: a page file of fixed-size records (:mod:`edgekv.runtime.record`), one per page.
 
 Reads and writes are explicit (pread/pwrite) into memory that the caller owns, never mapped, and go around the page cache
 where the file system can (O_DIRECT): what left memory does not come back as cached file pages. A page is written once.
@@ -22,7 +11,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,18 +18,15 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from edgekv.errors import CorruptPage, StoreError, StoreFull, StoreLocked
-from edgekv.spec import RECORD_ALIGN_BYTES, RECORD_HEADER_BYTES, PageSpec
+from edgekv.runtime.record import open_record, pack_record
+from edgekv.spec import RECORD_ALIGN_BYTES, PageSpec
+from edgekv.types import Tier
 
 if sys.platform != "win32":
     import fcntl
-
-MAGIC = b"EKVPAGE1"
-_HEADER = struct.Struct("<8sQQQI28x")
-assert _HEADER.size == RECORD_HEADER_BYTES
 
 Bytes = NDArray[np.uint8]
 
@@ -71,6 +56,10 @@ class PageStore(Protocol):
 
     def free(self, record: int) -> None:
         """Let a record be overwritten."""
+        ...
+
+    def tier(self, record: int) -> Tier:
+        """Return where a record is: COLD, on flash, or REMOTE, in an object store."""
         ...
 
     def close(self) -> None:
@@ -159,9 +148,7 @@ class FlashStore:
         size = self.spec.record_bytes
         block = aligned_rows(len(pages), size)
         for row, record, tag, page in zip(block, records, tags, pages, strict=True):
-            row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + page.size] = page
-            _HEADER.pack_into(row, 0, MAGIC, 0, record, tag, page.size)
-            struct.pack_into("<Q", row, 8, self._checksum(row, page.size))
+            pack_record(row, record, tag, page, self.spec.warm_bytes, None)
         try:
             for start, stop in neighbours(records):
                 self._pwrite(block[start:stop].reshape(-1), records[start] * size)
@@ -206,6 +193,10 @@ class FlashStore:
         """Let a record be overwritten by a later page."""
         self._free.append(record)
 
+    def tier(self, record: int) -> Tier:
+        """Return COLD: everything here is on flash."""
+        return Tier.COLD
+
     def close(self) -> None:
         """Close the file and the lock; the space goes back to the file system."""
         os.close(self._file)
@@ -237,19 +228,8 @@ class FlashStore:
             offset += written
             view = view[written:]
 
-    @staticmethod
-    def _checksum(row: Bytes, payload_bytes: int) -> int:
-        return xxhash.xxh3_64_intdigest(memoryview(row[16 : RECORD_HEADER_BYTES + payload_bytes]))
-
     def _verify(self, row: Bytes, record: int, tag: int) -> None:
-        magic, checksum, stored_record, stored_tag, payload_bytes = _HEADER.unpack_from(row)
-        if (
-            magic != MAGIC
-            or payload_bytes != self.spec.warm_bytes
-            or checksum != self._checksum(row, payload_bytes)
-            or stored_record != record
-            or stored_tag != tag
-        ):
+        if not open_record(row, record, tag, self.spec.warm_bytes, None):
             raise CorruptPage(
                 f"record {record} in {self.folder} (layer {tag >> 32}, page {tag & 0xFFFFFFFF}) differs from its checksum;"
                 " it was not used. Run the prompt again; if this comes back, the medium is failing"

@@ -1,0 +1,73 @@
+"""One page outside RAM, as bytes: the same record on flash, in a session and in an object store.
+
+A record is (little endian), padded to ``PageSpec.record_bytes``::
+
+    offset  bytes  field
+    0       8      magic b"EKVPAGE1"
+    8       8      xxh3-64 checksum of everything after it up to the end of the payload
+    16      8      record number: a record that was moved or swapped is not believed
+    24      8      tag: which page this is (layer << 32 | page)
+    32      4      payload bytes
+    36      28     zero; of an encrypted record: 12 bytes nonce and 16 bytes tag of AES-256-GCM
+    64      ...    payload: the WARM page as it lay in RAM, or its ciphertext
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from edgekv.runtime.session_cipher import NONCE_BYTES, TAG_BYTES, Cipher
+from edgekv.spec import RECORD_HEADER_BYTES
+
+MAGIC = b"EKVPAGE1"
+_HEADER = struct.Struct("<8sQQQI")
+_SEAL = _HEADER.size
+assert _SEAL + NONCE_BYTES + TAG_BYTES == RECORD_HEADER_BYTES
+
+Bytes = NDArray[np.uint8]
+
+
+def pack_record(row: Bytes, record: int, tag: int, page: Bytes, payload_bytes: int, cipher: Cipher | None) -> None:
+    """Write one record into ``row`` [record_bytes] uint8, which holds zeros.
+
+    Args:
+        page: [<= payload_bytes] uint8. cipher: encrypts the payload, bound to its place.
+    """
+    stop = RECORD_HEADER_BYTES + payload_bytes
+    row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + page.size] = page
+    _HEADER.pack_into(row, 0, MAGIC, 0, record, tag, payload_bytes)
+    if cipher is not None:
+        sealed = cipher.seal(row[RECORD_HEADER_BYTES:stop].tobytes(), row[16:_SEAL].tobytes())
+        parts = np.frombuffer(sealed, np.uint8)
+        row[_SEAL:RECORD_HEADER_BYTES] = np.concatenate([parts[:NONCE_BYTES], parts[-TAG_BYTES:]])
+        row[RECORD_HEADER_BYTES:stop] = parts[NONCE_BYTES:-TAG_BYTES]
+    struct.pack_into("<Q", row, 8, xxhash.xxh3_64_intdigest(row[16:stop].data))
+
+
+def open_record(row: Bytes, record: int, tag: int, payload_bytes: int, cipher: Cipher | None) -> bool:
+    """Check one record and decrypt it in place; returns whether it is what :func:`pack_record` wrote there."""
+    stop = RECORD_HEADER_BYTES + payload_bytes
+    magic, check, *rest = _HEADER.unpack_from(row)
+    if (
+        magic != MAGIC
+        or tuple(rest) != (record, tag, payload_bytes)
+        or check != xxhash.xxh3_64_intdigest(row[16:stop].data)
+    ):
+        return False
+    if cipher is not None:
+        nonce, tag_bytes = row[_SEAL : _SEAL + NONCE_BYTES], row[_SEAL + NONCE_BYTES : RECORD_HEADER_BYTES]
+        sealed = nonce.tobytes() + row[RECORD_HEADER_BYTES:stop].tobytes() + tag_bytes.tobytes()
+        plain = cipher.open(sealed, row[16:_SEAL].tobytes())
+        if plain is None:
+            return False
+        row[RECORD_HEADER_BYTES:stop] = np.frombuffer(plain, np.uint8)
+    return True
+
+
+def checksum_of(row: Bytes) -> int:
+    """Return the checksum that a record carries."""
+    return int(row[8:16].view(np.uint64)[0])
