@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.spec import PageSpec
 
-#: Bits per weight in RAM, scales included. ONNX: blocks of 32 with a float32 scale; fp16 is computed in fp32 by the CPU provider,
-#: which converts it when the session is made. ExecuTorch: int4 in groups of 32 with a bfloat16 scale, int8 with one per row.
+#: Bits per weight in RAM, scales included. ONNX: blocks of 32 with a float32 scale, int4 with a zero point too; the CPU provider
+#: computes fp16 in fp32 and converts it when the session is made. ExecuTorch: int4 in groups of 32 with a bfloat16 scale, int8
+#: with one scale per row.
 BITS_PER_WEIGHT = {
-    "onnx": {"int4": 5.0, "int8": 9.0, "fp16": 32.0, "fp32": 32.0},
-    "onnx-cuda": {"int4": 5.0, "int8": 9.0, "fp16": 16.0, "fp32": 32.0},
+    "onnx": {"int4": 5.125, "int8": 9.0, "fp16": 32.0, "fp32": 32.0},
+    "onnx-cuda": {"int4": 5.125, "int8": 9.0, "fp16": 16.0, "fp32": 32.0},
     "executorch": {"int4": 4.5, "int8": 8.0, "fp16": 16.0, "fp32": 32.0},
 }
 

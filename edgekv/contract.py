@@ -17,6 +17,9 @@ CONTRACT_VERSION = 1
 FORMS = ("split", "inline")
 ENGINES = ("onnx", "executorch")
 WEIGHTS = ("int4", "int8", "fp16", "fp32")
+#: From this many parameters on, weights are int4 when nothing is asked for, below fp32.
+INT4_FROM_PARAMETERS = 100_000_000
+PAGE_SIZE = 32
 
 #: Numbers of rows for which an ExecuTorch program has methods: its shapes are fixed, and a step is put together of them.
 EXECUTORCH_ROWS = (1, 16, 128)
@@ -26,6 +29,11 @@ EXECUTORCH_PREFILL_ROWS = 64
 EXECUTORCH_CACHED_TOKENS = 4096
 
 Dim = int | str
+
+
+def default_weights(parameters: int) -> str:
+    """Return the weight kind for a model of this size when none is asked for."""
+    return "int4" if parameters >= INT4_FROM_PARAMETERS else "fp32"
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,11 @@ from importlib import resources
 from pathlib import Path
 
 from edgekv.bundle import MANIFEST, Manifest, file_sha256, write_manifest
-from edgekv.contract import ENGINES, FORMS, WEIGHTS
+from edgekv.contract import ENGINES, FORMS, WEIGHTS, default_weights
 from edgekv.errors import EdgeKVError, EngineMissing, UsageError
 
-#: Above this many parameters the command line exports int4, below it fp32.
-INT4_FROM_PARAMETERS = 100_000_000
 CHAT_TEMPLATE = "chat_template.jinja"
 Progress = Callable[[str, int, int], None]
-
-
-def default_weights(parameters: int) -> str:
-    """Return the weight kind for a model of this size when none is asked for."""
-    return "int4" if parameters >= INT4_FROM_PARAMETERS else "fp32"
 
 
 def export_model(
@@ -41,7 +34,7 @@ def export_model(
     Args:
         source: a Hugging Face checkpoint folder, or ``demo`` for the bundled model.
         out: the bundle's folder; it appears whole or not at all.
-        weights: one of :data:`edgekv.contract.WEIGHTS`; None chooses by size, see :func:`default_weights`.
+        weights: one of :data:`edgekv.contract.WEIGHTS`; None chooses by size, see :func:`edgekv.contract.default_weights`.
         force: replace ``out`` if it exists.
         progress: called before each step with its name, the number of steps done, and of all steps.
 

@@ -47,6 +47,7 @@ def offenders(folder: str, forbidden: tuple[str, ...]) -> list[str]:
     [
         ("runtime", ("torch", "transformers", "onnx", "edgekv.export", "edgekv.verify", "edgekv.cli")),
         ("edgekv/verify", ("torch", "transformers", "onnx", "onnxruntime", "edgekv.export", "edgekv.cli")),
+        ("edgekv/plan", ("torch", "transformers", "onnx", "onnxruntime", "edgekv.export", "edgekv.cli")),
         ("export", ("edgekv.runtime", "edgekv.cli", "transformers")),
         ("device_profiles", ("edgekv.runtime", "edgekv.export", "edgekv.cli", "numpy", "torch")),
     ],

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from edgekv.bundle import check_files, read_manifest
 from edgekv.cli.main import app
+from edgekv.contract import default_weights
 from edgekv.errors import BundleError, UsageError
 from edgekv.export import export_model
-from edgekv.export.model import default_weights
 
 Bundle = Callable[..., Path]
 Checkpoint = Callable[[str], Path]

@@ -1,0 +1,90 @@
+"""The model of a plan: a bundle, a Hugging Face folder, or a bare ``config.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekv.bundle import MANIFEST, read_manifest
+from edgekv.contract import ENGINES, PAGE_SIZE, WEIGHTS, default_weights
+from edgekv.device_profiles.geometry import Geometry
+from edgekv.device_profiles.work import BITS_PER_WEIGHT, weights_bytes
+from edgekv.errors import UsageError
+from edgekv.spec import PageSpec
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What the plan knows of a model. ``exported``: the weights are files of a bundle, not an estimate."""
+
+    source: str
+    geometry: Geometry
+    engine: str
+    weights: str
+    weights_bytes: int
+    page_size: int
+    exported: bool
+
+    @property
+    def pages(self) -> PageSpec:
+        """The geometry of its pages."""
+        shape = self.geometry
+        return PageSpec(shape.n_layers, shape.n_kv_heads, shape.head_dim, self.page_size)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that one weight takes, scales included."""
+        return 8 * self.weights_bytes / self.geometry.parameters
+
+
+def read_model(source: Path, *, engine: str | None = None, weights: str | None = None) -> PlannedModel:
+    """Read the shape of a model.
+
+    Args:
+        source: a bundle, a Hugging Face checkpoint folder (its weights are not read), or a ``config.json``.
+        engine: what would compute it; by default the bundle's engine, or ``onnx``.
+        weights: by default the bundle's, or what `edgekv export` chooses for the size.
+
+    Raises:
+        UsageError: there is no configuration, or it lacks a number. BundleError: the bundle is damaged.
+    """
+    if engine is not None and engine not in BITS_PER_WEIGHT:
+        raise UsageError(f"unknown engine {engine!r}; use one of {', '.join(BITS_PER_WEIGHT)}")
+    if weights is not None and weights not in WEIGHTS:
+        raise UsageError(f"unknown weight type {weights!r}; use one of {', '.join(WEIGHTS)}")
+    if (source / MANIFEST).is_file():
+        return _from_bundle(source, engine, weights)
+    geometry = Geometry.from_config(_read_config(source))
+    weights = weights or default_weights(geometry.parameters)
+    engine = engine or ENGINES[0]
+    size = weights_bytes(geometry, BITS_PER_WEIGHT[engine][weights])
+    return PlannedModel(str(source), geometry, engine, weights, size, PAGE_SIZE, exported=False)
+
+
+def _from_bundle(source: Path, engine: str | None, weights: str | None) -> PlannedModel:
+    manifest = read_manifest(source)
+    geometry = Geometry.from_spec(manifest.model)
+    same = weights in (None, manifest.weights) and engine in (None, manifest.engine)
+    engine, weights = engine or manifest.engine, weights or manifest.weights
+    if same:
+        size = sum(entry["bytes"] for entry in manifest.files.values())
+    else:  # the bundle as it would be with another engine or weights
+        size = weights_bytes(geometry, BITS_PER_WEIGHT[engine][weights])
+    return PlannedModel(str(source), geometry, engine, weights, size, manifest.page_size, exported=same)
+
+
+def _read_config(source: Path) -> dict[str, object]:
+    path = source / "config.json" if source.is_dir() else source
+    if not path.is_file():
+        raise UsageError(
+            f"{source} is neither a bundle, nor a folder with a config.json, nor a config.json;"
+            " download the config.json of the model"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} does not hold a JSON object; download it again")
+    return data

@@ -1,0 +1,264 @@
+"""The plan: memory by tier, time, and flash, for one model, context and device.
+
+Memory is divided by the runtime's own rules (:mod:`edgekv.runtime.budget`), time comes from the device model
+(:mod:`edgekv.device_profiles.speed`). The kernel works while flash is read ahead, so a step takes the longer of the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgekv.device_profiles import Compute, DeviceProfile, kv_budget
+from edgekv.device_profiles.flash import SECONDS_PER_DAY, streamed_seconds, years_of_life
+from edgekv.device_profiles.speed import paged_seconds, step_seconds
+from edgekv.device_profiles.thermal import sustained_speed
+from edgekv.device_profiles.work import StepWork, kv_bytes_per_token, step_work
+from edgekv.errors import BudgetError
+from edgekv.plan.model import PlannedModel
+from edgekv.runtime.budget import PIECE_BYTES, RUNTIME_OVERHEAD_BYTES, BudgetPlan, plan_budget
+from edgekv.runtime.kernels import load_kernels
+from edgekv.spec import PageSpec
+from edgekv.types import KVMode, Tier
+
+#: Load after which a speed counts as sustained.
+SUSTAINED_S = 600.0
+#: Of the pages that a selective step wants, how many are in RAM when as many fit: 38-53 % measured (docs/flash.md).
+HIT_RATE_WHEN_EQUAL = 0.4
+#: How far a prediction may be off, by the weakest number that it stands on.
+UNCERTAINTY = {"high": 0.15, "medium": 0.2, "low": 0.4}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the device is used for: sequences of ``prompt`` tokens read and the rest of ``context`` written, one after another.
+
+    ``wanted``: share of the pages that a step attends to under selective attention; None under exact attention.
+    """
+
+    context: int
+    prompt: int
+    hours_per_day: float = 1.0
+    prefill_chunk: int = 256
+    wanted: float | None = None
+    kv_budget: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would happen. Times in seconds, sizes in bytes. ``problem`` says why it does not fit."""
+
+    profile: str
+    model: PlannedModel
+    workload: Workload
+    problem: str | None
+    kv_budget_bytes: int
+    tokens_by_tier: dict[str, int]
+    bytes_by_tier: dict[str, int]
+    largest_exact: int
+    largest_selective: int
+    ttft_s: float
+    decode_tokens_per_s: float
+    sustained_tokens_per_s: float
+    flash_bytes_per_day: float
+    years_of_life: float
+    bound_by: str
+    uncertainty: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device runs it without being killed or paging."""
+        return self.problem is None
+
+    @property
+    def resident(self) -> bool:
+        """Whether keys and values stay in RAM."""
+        return not self.bytes_by_tier.get(Tier.COLD.name, 0)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Pages by tier, all layers."""
+
+    hot: int
+    warm: int
+    cold: int
+
+    @classmethod
+    def of(cls, pages: PageSpec, plan: BudgetPlan, context: int) -> _Split:
+        """Divide the pages of ``context`` tokens as the page manager would: one open page per layer is HOT."""
+        total = pages.n_layers * -(-context // pages.page_size)
+        if plan.fits:
+            return cls(pages.n_layers, total - pages.n_layers, 0) if plan.compress_at_seal else cls(total, 0, 0)
+        frames = plan.arena_bytes // pages.frame_bytes
+        open_pages = min(total, pages.n_layers)
+        warm = min(total - open_pages, 2 * max(0, frames - open_pages - 1))
+        return cls(open_pages, warm, total - open_pages - warm)
+
+    def share_cold(self) -> float:
+        """Share of the pages that are on flash."""
+        return self.cold / max(1, self.hot + self.warm + self.cold)
+
+
+class _Clock:
+    """Predicts steps of one model on one device with one budget."""
+
+    def __init__(self, model: PlannedModel, device: DeviceProfile, budget: BudgetPlan, workload: Workload) -> None:
+        self._model, self._device, self._budget, self._workload = model, device, budget, workload
+        self.rates: Compute = device.rates(model.engine, model.weights)
+        pages = model.pages
+        self._token_bytes = {
+            compressed: kv_bytes_per_token(pages, compressed=compressed) for compressed in (False, True)
+        }
+        self._piece_bytes = min(PIECE_BYTES, max(budget.piece_pages * pages.record_bytes, pages.record_bytes))
+
+    def work(self, n_tokens: int, context: int, logits: int = 1) -> StepWork:
+        """Return the work of a step, the pages by the kind that they would be."""
+        kind = self._budget.compress_at_seal or not self._budget.fits
+        wanted = self._workload.wanted if n_tokens == 1 and self._workload.wanted is not None else 1.0
+        return step_work(
+            self._model.geometry,
+            n_tokens=n_tokens,
+            context=int(context * wanted),
+            bits_per_weight=self._model.bits_per_weight,
+            kv_bytes_per_token=self._token_bytes[kind],
+            logits=logits,
+        )
+
+    def flash_seconds(self, context: int, *, decode: bool) -> float:
+        """Return the time to read what a step needs from flash."""
+        pages = self._model.pages
+        split = _Split.of(pages, self._budget, context)
+        cold: float = split.cold
+        wanted = self._workload.wanted
+        if decode and wanted is not None and cold:
+            resident = 1.0 - split.share_cold()
+            hits = min(1.0, HIT_RATE_WHEN_EQUAL * resident / wanted)
+            cold = min(cold, wanted * (split.hot + split.warm + split.cold) * (1.0 - hits))
+        return streamed_seconds(self._device.flash, cold * pages.record_bytes, self._piece_bytes)
+
+    def decode_seconds(self, context: int, speed: float = 1.0) -> tuple[float, str]:
+        """Return the time of one token at ``context``, and what bounds it."""
+        parts = step_seconds(self.work(1, context), self.rates, speed)
+        flash = self.flash_seconds(context, decode=True)
+        longest = max(
+            ("weights", parts.dense), ("attention", parts.attention), ("overhead", parts.overhead), key=_second
+        )
+        return (flash, "flash") if flash > parts.total else (parts.total, longest[0])
+
+    def prompt_seconds(self, n_tokens: int) -> float:
+        """Return the time until the first token of a prompt is there."""
+        pages, chunk = self._model.pages, self._workload.prefill_chunk
+        seconds, cold_before = 0.0, 0
+        for start in range(0, n_tokens, chunk):
+            size = min(chunk, n_tokens - start)
+            last = start + size == n_tokens
+            compute = step_seconds(self.work(size, start, logits=1 if last else 0), self.rates).total
+            cold = _Split.of(pages, self._budget, start + size).cold
+            written = (cold - cold_before) * pages.record_bytes / self._device.flash.write_bytes_per_s.value
+            seconds += max(compute, self.flash_seconds(start, decode=False)) + written
+            cold_before = cold
+        return seconds
+
+
+def _second(pair: tuple[str, float]) -> float:
+    return pair[1]
+
+
+def make_plan(model: PlannedModel, device: DeviceProfile, workload: Workload) -> Plan:
+    """Plan a workload.
+
+    Raises:
+        ProfileError: the profile has no numbers for the engine.
+    """
+    pages, problem = model.pages, None
+    budget_bytes = workload.kv_budget or 0
+    try:
+        if workload.kv_budget is None:
+            budget_bytes = kv_budget(device, model.weights_bytes, RUNTIME_OVERHEAD_BYTES).kv_bytes
+        budget = _divide(pages, budget_bytes, workload.context, selective=workload.wanted is not None)
+    except BudgetError as error:
+        problem = str(error)
+        budget = plan_budget(
+            pages, kv_budget=None, context=workload.context, mode=KVMode.AUTO, run_pages=load_kernels().RUN_PAGES
+        )
+    if problem is None and workload.context > model.geometry.max_context:
+        problem = f"the model was made for {model.geometry.max_context} tokens; lower --context"
+    clock = _Clock(model, device, budget, workload)
+    split = _Split.of(pages, budget, workload.context)
+    if problem and device.memory.kill == "swap":
+        touched = model.weights_bytes + split.hot * pages.hot_bytes + split.warm * pages.warm_bytes
+        stall = paged_seconds(touched, device.memory.app_limit_bytes.value, device.flash)
+    else:
+        stall = float("inf") if problem else 0.0
+    step, bound = clock.decode_seconds(workload.context)
+    hot = sustained_speed(device.thermal, SUSTAINED_S)
+    hot_step, _ = clock.decode_seconds(workload.context, hot)
+    ttft = clock.prompt_seconds(workload.prompt) + stall * -(-workload.prompt // workload.prefill_chunk)
+    generated = workload.context - workload.prompt
+    sequence_s = ttft + generated * (step + stall)
+    per_day = workload.hours_per_day * SECONDS_PER_DAY / 24 / sequence_s * split.cold * pages.record_bytes
+    return Plan(
+        profile=device.name,
+        model=model,
+        workload=workload,
+        problem=problem,
+        kv_budget_bytes=budget_bytes if problem is None else 0,
+        tokens_by_tier=_tokens(split, workload.context),
+        bytes_by_tier={
+            Tier.HOT.name: split.hot * pages.hot_bytes,
+            Tier.WARM.name: split.warm * pages.warm_bytes,
+            Tier.COLD.name: split.cold * pages.record_bytes,
+        },
+        largest_exact=_largest(model, budget_bytes, wanted=1.0),
+        largest_selective=_largest(model, budget_bytes, wanted=workload.wanted or 0.25),
+        ttft_s=ttft,
+        decode_tokens_per_s=1 / (step + stall),
+        sustained_tokens_per_s=1 / (hot_step + stall),
+        flash_bytes_per_day=per_day if stall == 0 else 0.0,
+        years_of_life=years_of_life(device.flash, per_day if stall == 0 else 0.0),
+        bound_by="paging" if stall else bound,
+        uncertainty=_uncertainty(clock.rates, device, flash=split.cold > 0),
+    )
+
+
+def _divide(pages: PageSpec, budget: int, context: int, *, selective: bool) -> BudgetPlan:
+    return plan_budget(
+        pages,
+        kv_budget=budget,
+        context=context,
+        mode=KVMode.AUTO,
+        run_pages=load_kernels().RUN_PAGES,
+        selective=selective,
+    )
+
+
+def _tokens(split: _Split, context: int) -> dict[str, int]:
+    """Return tokens by tier, as a mean over the layers; they sum to the context."""
+    total = split.hot + split.warm + split.cold
+    warm, cold = round(context * split.warm / total), round(context * split.cold / total)
+    return {Tier.HOT.name: context - warm - cold, Tier.WARM.name: warm, Tier.COLD.name: cold}
+
+
+def _largest(model: PlannedModel, budget: int, wanted: float) -> int:
+    """Return the largest context of which the share ``wanted`` of the pages stays in RAM, in whole pages; 0 for none."""
+    pages, low, high = model.pages, 0, model.geometry.max_context // model.page_size
+
+    def stays(n_pages: int) -> bool:
+        context = n_pages * pages.page_size
+        try:
+            divided = _divide(pages, budget, context, selective=wanted < 1)
+        except BudgetError:
+            return False
+        return divided.fits or (1.0 - _Split.of(pages, divided, context).share_cold() >= wanted > 0 and wanted < 1)
+
+    while low < high:  # both bounds in pages; what stays at one length stays at every shorter one
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if stays(middle) else (low, middle - 1)
+    return low * pages.page_size
+
+
+def _uncertainty(rates: Compute, device: DeviceProfile, *, flash: bool) -> float:
+    used = [rates.weight_read_bytes_per_s, rates.kv_read_bytes_per_s, rates.gemm_ops_per_s]
+    if flash:
+        used.append(device.flash.read_bytes_per_s)
+    return max(UNCERTAINTY[quantity.confidence] for quantity in used)
