@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bars_executorch import executorch_bars
 from configurations import CONFIGURATIONS, OURS, OURS_FP16
 
 Line = dict[str, Any]
@@ -99,6 +100,7 @@ def bars(results: Results) -> list[Bar]:
         ours = results.get(OURS, context, "peak_rss_mb")
         theirs = results.best_peer(context, "peak_rss_mb", least=True)
         found.append(Bar(f"peak RSS MB, {context}", ours, *theirs, 0.85, at_most=True))
+    found += executorch_bars(results)
     for context in (512, 2048):
         rest, total = results.get(OURS, context, "rest_ms"), results.get(OURS, context, "profiled_ms")
         found.append(Bar(f"page manager and Python, ms, {context}", rest, total, "the whole token", 0.08, at_most=True))

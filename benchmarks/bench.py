@@ -14,11 +14,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from bars import QUIET, Line, Results
 from common import wait_for_quiet
-from configurations import BUNDLE, CHECKPOINT, CONFIGURATIONS, CONTEXTS, HERE, Configuration
+from configurations import BUNDLES, CHECKPOINT, CONFIGURATIONS, CONTEXTS, HERE, Configuration
 from plot import plot
 from tables import bar_table, figure_table
 
@@ -36,12 +37,18 @@ def prepare(peers: Path) -> None:
         say("making the checkpoint")
         command = [sys.executable, str(HERE / "peers" / "make_checkpoint.py"), str(peers / CHECKPOINT)]
         subprocess.run(command, check=True)
-    manifest = peers / BUNDLE / "manifest.json"
     newest = max(path.stat().st_mtime for path in (ROOT / "export").glob("*.py"))
-    if not manifest.exists() or manifest.stat().st_mtime < newest:
-        say("exporting the bundle")
+    for engine, bundle in BUNDLES.items():
+        manifest = peers / bundle / "manifest.json"
+        if manifest.exists() and manifest.stat().st_mtime >= newest:
+            continue
+        if engine == "executorch" and find_spec("torchao") is None:
+            say('executorch is not installed (pip install "edgekv[executorch]")')
+            continue
+        say(f"exporting the bundle of {engine}")
         command = [sys.executable, "-m", "edgekv", "export", str(peers / CHECKPOINT), "--weights", "int4"]
-        subprocess.run([*command, "--out", str(peers / BUNDLE), "--force"], check=True, cwd=ROOT)
+        command += ["--engine", engine, "--out", str(peers / bundle), "--force"]
+        subprocess.run(command, check=True, cwd=ROOT)
 
 
 def schedule(options: argparse.Namespace) -> Iterator[tuple[Configuration, int]]:

@@ -50,6 +50,12 @@ def memory_mb(key: str) -> float:
     return 0.0
 
 
+def process_age_s() -> float:
+    """Return the seconds since this process was started, the interpreter's own start included (needs /proc)."""
+    started = int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
 class Meter:
     """Cores that other processes used while we measured (needs /proc)."""
 

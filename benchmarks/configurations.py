@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CONTEXTS = (512, 2048, 8192)
+CONTEXTS = (512, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,26 @@ _GENAI, _LLAMA = ("measure_genai.py", "genai/bin/python"), ("measure_llamacpp.py
 
 OURS = "edgekv int4, INT8 pages"
 OURS_FP16 = "edgekv int4, fp16 pages"
+OURS_EXECUTORCH = "edgekv int4, INT8 pages, ExecuTorch"
+#: ExecuTorch's own way to run a decoder: custom_sdpa, the cache in the graph.
+EXECUTORCH_OWN = {"fp32": "ExecuTorch custom_sdpa, fp32 cache", "int8": "ExecuTorch custom_sdpa, INT8 cache"}
 BUNDLE = "edgekv-int4.edgekv"
+BUNDLE_EXECUTORCH = "edgekv-int4-executorch.edgekv"
+#: The bundle of each engine.
+BUNDLES = {"onnx": BUNDLE, "executorch": BUNDLE_EXECUTORCH}
 CHECKPOINT = "ckpt"
 
 CONFIGURATIONS = (
     Configuration(OURS, "measure_edgekv.py", "", BUNDLE, "int8", EVERY),
+    Configuration(
+        OURS_EXECUTORCH, "measure_edgekv.py", "", BUNDLE_EXECUTORCH, "int8", {**EVERY, 4096: 2}, in_bars=False
+    ),
+    *(
+        Configuration(
+            name, "measure_executorch_own.py", "", f"executorch/{kv}.pte", kv, {512: 2, 4096: 1}, in_bars=False
+        )
+        for kv, name in EXECUTORCH_OWN.items()
+    ),
     Configuration("llama.cpp Q4_0, fp16 cache", *_LLAMA, "models/q4_0.gguf", "fp16", EVERY, float_kv=True),
     Configuration("onnxruntime-genai int4, fp32 cache", *_GENAI, "models/genai-int4-f32", "fp32", EVERY, float_kv=True),
     Configuration(OURS_FP16, "measure_edgekv.py", "", BUNDLE, "fp16", {2048: 3}, float_kv=True),

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import common
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.runtime.kernels import load_kernels
 from edgekv.types import KVMode
 
 
@@ -73,6 +75,22 @@ def profile(generator: Generator, token: int, rounds: int = 16) -> dict[str, flo
     }
 
 
+def memory_limit(generator: Generator, context: int, threads: int) -> float:
+    """Return the tokens/s at which decoding would do nothing but read each weight and each page once."""
+    manifest = generator.manifest
+    embedding = manifest.embedding.file if manifest.embedding and manifest.engine == "executorch" else ""
+    weights = sum(
+        entry["bytes"]
+        for name, entry in manifest.files.items()
+        if name.endswith((".pte", ".onnx", ".bin")) and name != embedding
+    )
+    spec = manifest.model.pages(manifest.page_size)
+    pages = context // manifest.page_size * spec.n_layers * spec.warm_bytes
+    kernels, data = load_kernels(), np.ones(weights + pages, np.uint8)
+    pool = kernels.ThreadPool(threads)
+    return 1 / min(kernels.read_bandwidth(pool, data) for _ in range(9))
+
+
 def main(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     settings = RunOptions(
@@ -81,6 +99,7 @@ def main(options: argparse.Namespace) -> None:
     generator = Generator.open(options.model, settings)
     load_s = time.perf_counter() - started
     generator.prefill([3] * common.WARM_UP, max_tokens=1)
+    start_s = common.process_age_s()
     generator.step([3])
     token = 0
 
@@ -93,7 +112,8 @@ def main(options: argparse.Namespace) -> None:
         token = int(generator.step([token]).argmax())
 
     line = common.Timing(options, "edgekv", load_s).measure(prefill, step)
-    line["isa"] = generator.kernels.isa()
+    line |= {"isa": generator.kernels.isa(), "start_s": round(start_s, 2)}
+    line["limit_tok_s"] = round(memory_limit(generator, options.context, options.threads), 1)
     common.emit({**line, **profile(generator, token)})
 
 

@@ -61,4 +61,13 @@ if [ ! -e models/q4_0.gguf ]; then
   llamacpp/bin/python "$here/peers/quantise_gguf.py" models/bf16.gguf models/q4_0.gguf >>models/gguf.log 2>&1
   rm models/bf16.gguf
 fi
+# ExecuTorch's own export, where edgekv's environment has executorch: float and INT8 cache
+own_python=${EDGEKV_PYTHON:-$here/../.venv/bin/python}
+for cache in fp32 int8; do
+  out=executorch/$cache.pte
+  { [ -e "$out" ] || ! "$own_python" -c "import torchao, executorch" 2>/dev/null; } && continue
+  say "$out (minutes)"
+  mkdir -p executorch
+  "$own_python" "$here/peers/executorch_own.py" ckpt "$out" 4160 $cache >executorch/$cache.log 2>&1
+done
 say "ready: EDGEKV_PEERS=$dir make bench"
