@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.engines.base import StepBuffers
 from edgekv.runtime.kernels import KIND_WARM, Kernels
+from edgekv.runtime.machine import HOST, Machine
 from edgekv.runtime.pages import tag
-from edgekv.runtime.reader import PageReader
 from edgekv.runtime.select import AttendOptions, Choice, Selector, make_selector, ring_pieces
 from edgekv.runtime.stats import SelectionLog
 from edgekv.spec import RECORD_HEADER_BYTES, ModelSpec
@@ -48,6 +48,7 @@ class Attender:
         max_tokens: int,
         piece_pages: int,
         attend: AttendOptions | None = None,
+        machine: Machine = HOST,
     ) -> None:
         self._cache = cache
         self._windows = model.windows
@@ -59,7 +60,7 @@ class Attender:
         if attend is not None and attend.selective:
             self._selector = make_selector(model, cache, kernels, attend)
         self._run_pages = kernels.RUN_PAGES
-        self._attention = kernels.Attention(
+        attention = kernels.Attention(
             kernels.ThreadPool(threads),
             model.n_q_heads,
             model.n_kv_heads,
@@ -68,10 +69,11 @@ class Attender:
             model.softmax_scale,
             max_tokens=max_tokens,
         )
+        self._attention = machine.attention(attention, model, cache.spec)
         self._piece_pages = piece_pages
         store = cache.manager.store
         ring = ring_pieces(self._selector is not None)
-        self._reader = PageReader(store, cache.spec, piece_pages, ring) if store is not None else None
+        self._reader = machine.reader(store, cache.spec, piece_pages, ring) if store is not None else None
 
     def close(self) -> None:
         """End the reader's thread."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,18 +27,18 @@ from edgekv.runtime.engines.base import Float, InlineEngine, SegmentEngine
 from edgekv.runtime.engines.choose import open_inline, open_segments
 from edgekv.runtime.forward import Forward, Rows, SplitForward
 from edgekv.runtime.kernels import Kernels, load_kernels
+from edgekv.runtime.machine import HOST, Machine
 from edgekv.runtime.options import RunOptions as RunOptions
+from edgekv.runtime.options import attend_options, check_length, open_offload, planned_context, verified_stamp
 from edgekv.runtime.options import cache_home as cache_home
-from edgekv.runtime.options import check_length, open_offload, planned_context
 from edgekv.runtime.options import default_threads as default_threads
 from edgekv.runtime.pages import CacheOptions
 from edgekv.runtime.policy import make_policy
 from edgekv.runtime.rope import Rope
 from edgekv.runtime.sampling import Sampler, SamplingOptions
-from edgekv.runtime.select import AttendOptions, parse_attend
-from edgekv.runtime.session import Session
+from edgekv.runtime.session import Session, common_prefix
 from edgekv.runtime.session_keeper import SessionKeeper, with_prefix
-from edgekv.runtime.stats import RunStats, peak_rss_bytes
+from edgekv.runtime.stats import RunStats
 from edgekv.runtime.store import PageStore
 from edgekv.runtime.text import Text, TextStream
 from edgekv.types import KVMode
@@ -52,19 +51,16 @@ class Generator:
     only pays for what is new.
     """
 
-    def __init__(self, folder: Path, options: RunOptions) -> None:
-        started = time.perf_counter()
+    def __init__(self, folder: Path, options: RunOptions, machine: Machine = HOST) -> None:
+        self._machine = machine
+        started = machine.now()
         self.folder = folder
         self.options = options
         self.manifest: Manifest = read_manifest(folder)
-        check_files(
-            folder,
-            self.manifest,
-            stamp=cache_home() / "verified" / f"{folder.resolve().as_posix().strip('/').replace('/', '-')}.json",
-        )
+        check_files(folder, self.manifest, stamp=verified_stamp(folder))
         self.kernels: Kernels = load_kernels()
         self._policy = make_policy(options.policy)
-        self._attend = self._attend_options()
+        self._attend = attend_options(options, self.manifest.form)
         self._tokens: list[int] = []
         self._forward: Forward | None = None
         self._cache: KVCache | None = None
@@ -76,19 +72,23 @@ class Generator:
         self._planned_context = 0
         self._keeper = self._open_session()  # first: a wrong or a locked one is refused before anything is loaded
         if self.manifest.form == "split":
-            self._engine = open_segments(folder, self.manifest, options.threads, cache_home())
+            engine = open_segments(folder, self.manifest, options.threads, cache_home())
+            self._engine = machine.segments(engine, self.manifest)
             assert self.manifest.embedding is not None
             self._embedding = Embedding(folder, self.manifest.embedding, self.manifest.model)
-        self.stats = RunStats(load_seconds=time.perf_counter() - started)
+        self.stats = RunStats(load_seconds=machine.now() - started)
 
     @classmethod
-    def open(cls, folder: str | Path, options: RunOptions | None = None) -> Generator:
+    def open(cls, folder: str | Path, options: RunOptions | None = None, machine: Machine = HOST) -> Generator:
         """Open a bundle.
+
+        Args:
+            machine: what it runs on; the emulator gives a device of its own.
 
         Raises:
             BundleError: it cannot be used. EngineError: the engine refused a graph.
         """
-        return cls(Path(folder), options or RunOptions())
+        return cls(Path(folder), options or RunOptions(), machine)
 
     def fork(self, options: RunOptions) -> Generator:
         """Return a generator on the same engine and weights with a cache of its own; steps of the two may alternate.
@@ -99,7 +99,7 @@ class Generator:
         other.options = options
         other.stats = RunStats()
         other._policy = make_policy(options.policy)
-        other._attend = other._attend_options()
+        other._attend = attend_options(options, self.manifest.form)
         other._tokens = []
         other._forward = other._cache = other._store = other._scratch = other._attender = None
         other._planned_context = 0
@@ -116,14 +116,6 @@ class Generator:
         template = self.manifest.chat_template
         return Text(self.folder / "tokenizer.json", self.folder / template if template else None)
 
-    def _attend_options(self) -> AttendOptions:
-        attend = parse_attend(self.options.attend)
-        if attend.selective and self.manifest.form == "inline":
-            raise UsageError(
-                "the inline form takes every page in one call: export with --form split for --attend selective"
-            )
-        return attend
-
     # -- the session -------------------------------------------------------------------------------------------
 
     @property
@@ -137,7 +129,9 @@ class Generator:
             self._keeper.save(self._cache, self._tokens, whole=whole)
 
     def _open_session(self) -> SessionKeeper | None:
-        return SessionKeeper(self.options, self.manifest) if self.options.session is not None else None
+        if self.options.session is None:
+            return None
+        return SessionKeeper(self.options, self.manifest, machine=self._machine)
 
     # -- generation --------------------------------------------------------------------------------------------
 
@@ -192,9 +186,9 @@ class Generator:
                 yield token
                 if count + 1 == max_tokens:
                     return
-                started = time.perf_counter()
+                started = self._machine.now()
                 logits = self.step([token])
-                self.stats.decode_seconds += time.perf_counter() - started
+                self.stats.decode_seconds += self._machine.now() - started
                 self.stats.decode_tokens += 1
         finally:
             self.save()
@@ -205,10 +199,12 @@ class Generator:
         """Bring the cache to hold the prompt and return the logits after its last token [vocab_size] float32."""
         if not prompt:
             prompt = [self.manifest.model.bos_token_id or 0]
-        self._keeper = with_prefix(self._keeper, self.options, self.manifest, prompt, fresh=self._cache is None)
+        self._keeper = with_prefix(
+            self._keeper, self.options, self.manifest, prompt, fresh=self._cache is None, machine=self._machine
+        )
         self._make_cache(len(prompt), max_tokens)
         reused = self._reuse(prompt)
-        started = time.perf_counter()
+        started = self._machine.now()
         done, total = reused, len(prompt)
         chunk = self.options.prefill_chunk
         logits = None
@@ -221,7 +217,7 @@ class Generator:
             done += len(part)
             progress(done - reused, total - reused)
         assert logits is not None
-        self.stats.prefill_seconds += time.perf_counter() - started
+        self.stats.prefill_seconds += self._machine.now() - started
         self.stats.prefill_tokens += total - reused
         self.stats.reused_tokens += reused
         last: Float = logits[-1]
@@ -270,11 +266,7 @@ class Generator:
             restored = self._keeper.restore(self._cache, prompt)
             if restored is not None:
                 self._tokens = restored
-        common = 0
-        for ours, theirs in zip(self._tokens, prompt[:-1], strict=False):
-            if ours != theirs:
-                break
-            common += 1
+        common = common_prefix(self._tokens, prompt[:-1])
         if common < len(self._tokens):
             common = self._cache.truncate(common)
             del self._tokens[common:]
@@ -321,7 +313,7 @@ class Generator:
         if self._keeper is not None:
             self._store = self._keeper.session.store
         elif not self._plan.fits and (self.options.offload is not None or not self.options.allow_drop):
-            self._store, self._scratch = open_offload(self.options, spec)
+            self._store, self._scratch = open_offload(self.options, spec, self._machine.medium)
         options = CacheOptions(
             budget_bytes=self._plan.arena_bytes,
             compress_at_seal=self._plan.compress_at_seal,
@@ -330,11 +322,13 @@ class Generator:
         )
         max_pages = -(-context // spec.page_size)
         self._cache = KVCache(spec, options, self.kernels, self._store, max_pages=max_pages)
+        self._machine.watch(self._cache, self._plan, self._abandon_session)
         if self.manifest.form == "inline":
             from edgekv.runtime.inline import InlineForward
 
             if self._inline is None:
-                self._inline = open_inline(self.folder, self.manifest, self.options.threads, cache_home())
+                inline = open_inline(self.folder, self.manifest, self.options.threads, cache_home())
+                self._inline = self._machine.inline(inline, self.manifest)
             self._forward = InlineForward(self._inline, model, self._cache)
         else:
             assert self._engine is not None
@@ -347,12 +341,13 @@ class Generator:
                 # Past the planned context a session's pages may go to its files.
                 piece_pages=max(self._plan.piece_pages, self.kernels.RUN_PAGES if self._keeper is not None else 0),
                 attend=self._attend,
+                machine=self._machine,
             )
             self._forward = SplitForward(self._engine, self._embedding, Rope(model.rope), self._cache, self._attender)
 
     def report(self) -> RunStats:
         """Return the counters of the run, with what the cache holds now and the peak RSS of the process."""
-        self.stats.peak_rss_bytes = peak_rss_bytes()
+        self.stats.peak_rss_bytes = self._machine.peak_rss_bytes()
         if self._cache is not None:
             self.stats.cache = replace(self._cache.use(), budget_bytes=self._plan.budget_bytes)
             self.stats.pages = self._cache.manager.counters
@@ -375,6 +370,11 @@ class Generator:
             keeper, self._keeper = self._keeper, None
             if keeper is not None:
                 keeper.close()
+
+    def _abandon_session(self) -> None:
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.session.abandon()
 
     def _drop_cache(self) -> None:
         if self._attender is not None:

@@ -8,7 +8,9 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgekv.errors import PromptTooLong, StoreError
+from edgekv.errors import PromptTooLong, StoreError, UsageError
+from edgekv.runtime.medium import SYSTEM, Medium
+from edgekv.runtime.select import AttendOptions, parse_attend
 from edgekv.runtime.session import SessionOptions
 from edgekv.runtime.session_cipher import Cipher
 from edgekv.runtime.session_store import SessionStore
@@ -43,6 +45,20 @@ class RunOptions:
     encrypt_offload: bool = False
 
 
+def attend_options(options: RunOptions, form: str) -> AttendOptions:
+    """Return which pages a step attends to.
+
+    Raises:
+        UsageError: it is not understood, or the form of the bundle cannot do it.
+    """
+    attend = parse_attend(options.attend)
+    if attend.selective and form == "inline":
+        raise UsageError(
+            "the inline form takes every page in one call: export with --form split for --attend selective"
+        )
+    return attend
+
+
 def default_threads() -> int:
     """Cores that this process may use, 4 at the most: decode is bound by memory, and little cores slow big ones."""
     with contextlib.suppress(AttributeError):
@@ -53,6 +69,11 @@ def default_threads() -> int:
 def cache_home() -> Path:
     """Folder for files that may be deleted at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekv"
+
+
+def verified_stamp(bundle: Path) -> Path:
+    """Return the file that says that the files of a bundle were found whole."""
+    return cache_home() / "verified" / f"{bundle.resolve().as_posix().strip('/').replace('/', '-')}.json"
 
 
 def planned_context(options: RunOptions, max_context: int, prompt_tokens: int, max_tokens: int) -> int:
@@ -85,7 +106,9 @@ def check_length(options: RunOptions, max_context: int, n_tokens: int) -> None:
         )
 
 
-def open_offload(options: RunOptions, spec: PageSpec) -> tuple[PageStore, tempfile.TemporaryDirectory[str] | None]:
+def open_offload(
+    options: RunOptions, spec: PageSpec, medium: Medium = SYSTEM
+) -> tuple[PageStore, tempfile.TemporaryDirectory[str] | None]:
     """Open the flash tier of one run, and return it with the folder to clean up afterwards, if there is one.
 
     Raises:
@@ -103,5 +126,5 @@ def open_offload(options: RunOptions, spec: PageSpec) -> tuple[PageStore, tempfi
         ) from error
     if options.encrypt_offload:
         # The records of a session that is never kept: same files, and the key is in no file.
-        return SessionStore(folder, spec, Cipher.ephemeral(), spill=folder), scratch
-    return FlashStore(folder, spec), scratch
+        return SessionStore(folder, spec, Cipher.ephemeral(), spill=folder, medium=medium), scratch
+    return FlashStore(folder, spec, medium), scratch

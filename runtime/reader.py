@@ -45,9 +45,10 @@ class PageReader:
         self._settle()
         rows = self._buffers[self._next][: len(records)]
         self._next = (self._next + 1) % len(self._buffers)
-        share = -(-len(records) // QUEUE_DEPTH)
-        parts = [slice(start, start + share) for start in range(0, len(records), share)]
-        reads = [self._threads.submit(self._store.read, records[part], tags[part], rows[part]) for part in parts]
+        reads = [
+            self._threads.submit(self._store.read, records[part], tags[part], rows[part])
+            for part in in_flight(len(records))
+        ]
         self._pending = (records, tags, rows, reads)
 
     def take(self, records: list[int], tags: list[int]) -> tuple[NDArray[np.uint64], Bytes]:
@@ -109,6 +110,12 @@ class PageReader:
         if self._pending is not None:
             wait(self._pending[3])  # an error of a read that nobody needs is nobody's error
             self._pending = None
+
+
+def in_flight(count: int) -> list[slice]:
+    """Cut a request for ``count`` records into the reads that are in flight at a time."""
+    share = -(-count // QUEUE_DEPTH)
+    return [slice(start, start + share) for start in range(0, count, share)]
 
 
 def _payloads(rows: Bytes) -> NDArray[np.uint64]:

@@ -21,6 +21,7 @@ import numpy as np
 from edgekv.bundle import Manifest
 from edgekv.errors import SessionError, StoreError, UsageError
 from edgekv.runtime.cache import KVCache
+from edgekv.runtime.medium import SYSTEM, Medium
 from edgekv.runtime.pages import tag
 from edgekv.runtime.session_cipher import Cipher
 from edgekv.runtime.session_files import (
@@ -97,7 +98,9 @@ class Session:
         self._rows: list[Row] = []
 
     @classmethod
-    def open(cls, options: SessionOptions, manifest: Manifest | None, *, save: bool = True) -> Session:
+    def open(
+        cls, options: SessionOptions, manifest: Manifest | None, *, save: bool = True, medium: Medium = SYSTEM
+    ) -> Session:
         """Open a session, or start one.
 
         Args:
@@ -131,7 +134,9 @@ class Session:
                 check_key(path, state.meta["key"], session_key(manifest))
             cipher = index.cipher if index is not None else make_cipher(state.meta, path, options.secret)
             spill = tempfile.TemporaryDirectory(prefix="edgekv-") if lock is None else None
-            store = SessionStore(path, PageSpec(**state.meta["pages"]), cipher, Path(spill.name) if spill else None)
+            store = SessionStore(
+                path, PageSpec(**state.meta["pages"]), cipher, Path(spill.name) if spill else None, medium
+            )
         except BaseException:
             if index is not None:
                 index.close()
@@ -172,7 +177,7 @@ class Session:
         """
         state, size = self._state, self._spec.page_size
         held = self.tokens
-        common = _common(held, prompt[:-1])
+        common = common_prefix(held, prompt[:-1])
         sealed = len(state.rows) * size
         known = state.tail.n_kv if state.tail.tokens or state.tail.starts else sealed
         steps = sorted(step for step in {*state.tail.starts, known} if step <= common)
@@ -193,7 +198,7 @@ class Session:
             for record in row.records:
                 self.store.free(record)
         self._rows = state.rows[:restored]
-        self.discarded_tokens = max(0, len(held) - _common(held, prompt))
+        self.discarded_tokens = max(0, len(held) - common_prefix(held, prompt))
         return count, [step for step in steps if step > count]
 
     # -- saving ------------------------------------------------------------------------------------------------
@@ -331,11 +336,18 @@ class Session:
         except OSError as error:
             raise SessionError(f"cannot make the session {self.path}: {error.strerror}") from error
         self.store.close()
-        self.store = SessionStore(self.path, self._spec)
+        self.store = SessionStore(self.path, self._spec, medium=self.store.medium)
         tail = Tail(len(other._state.rows), chain=other._state.rows[-1].chain.hex())
         self._state = State(self._state.meta, self.notes, list(other._state.rows), tail)
         self._index.commit(self._state, 0, 0)
         self._adopt()
+
+    def abandon(self) -> None:
+        """Let go as a process does that is killed: nothing is written, and nothing tidied up."""
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+        self.close()
 
     def close(self) -> None:
         """Close the files and let other processes in; what was not saved is gone."""
@@ -365,7 +377,8 @@ class Session:
         self.store.adopt([r for part in parts for r in part.records], [c for part in parts for c in part.checks])
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with alike."""
     for count, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return count

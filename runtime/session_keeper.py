@@ -7,12 +7,12 @@ began are saved: tokens of the open page, which a checkpoint does not store, are
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from edgekv.bundle import Manifest
 from edgekv.errors import StoreError, UsageError
 from edgekv.runtime.cache import KVCache
+from edgekv.runtime.machine import HOST, Machine
 from edgekv.runtime.options import RunOptions
 from edgekv.runtime.session import Session, SessionOptions
 from edgekv.types import KVMode
@@ -26,22 +26,25 @@ class SessionKeeper:
             :meth:`Session.open`.
     """
 
-    def __init__(self, options: RunOptions, manifest: Manifest, prefix: Session | None = None) -> None:
+    def __init__(
+        self, options: RunOptions, manifest: Manifest, prefix: Session | None = None, machine: Machine = HOST
+    ) -> None:
         if options.kv == KVMode.FP16:
             raise UsageError("a session keeps INT8 pages: run it with --kv auto or int8")
         if options.allow_drop:
             raise UsageError("a session keeps every page: run it without --allow-drop")
         self._manifest = manifest
+        self._now = machine.now
         if prefix is None:
             assert options.session is not None
-            prefix = Session.open(options.session, manifest)
+            prefix = Session.open(options.session, manifest, medium=machine.medium)
         self.session = prefix
         self.options = options.session or SessionOptions(prefix.path, 0)
         self.sequence: list[int] = []
         self._starts: list[int] = []
         self._steps: list[int] = []
         self._cache: KVCache | None = None
-        self._saved = (0, time.monotonic())
+        self._saved = (0, self._now())
 
     def restore(self, cache: KVCache, prompt: Sequence[int]) -> list[int] | None:
         """Fill a new cache from the session; returns the tokens that it holds now, or None if the cache is in use.
@@ -55,7 +58,7 @@ class SessionKeeper:
         count, self._steps = self.session.restore(cache, prompt)
         self._starts = [start for start in self.session.starts if start < count]
         self._cache = cache
-        self._saved = (count, time.monotonic())
+        self._saved = (count, self._now())
         return self.sequence[:count]
 
     def began(self, reused: int, total: int) -> None:
@@ -80,14 +83,12 @@ class SessionKeeper:
             self._starts.pop()
         self._starts.append(start)
         every, seconds = self.options.checkpoint_tokens, self.options.checkpoint_seconds
-        if (every and len(tokens) - self._saved[0] >= every) or (
-            seconds and time.monotonic() - self._saved[1] >= seconds
-        ):
+        if (every and len(tokens) - self._saved[0] >= every) or (seconds and self._now() - self._saved[1] >= seconds):
             self.save(cache, tokens, whole=False)
 
     def save(self, cache: KVCache, tokens: Sequence[int], *, whole: bool) -> None:
         """Write a checkpoint; a failure is remembered, the run goes on."""
-        self._saved = (len(tokens), time.monotonic())
+        self._saved = (len(tokens), self._now())
         pending = self.sequence[len(tokens) :] if self.sequence[: len(tokens)] == list(tokens) else []
         starts = [start for start in self._starts if start < len(tokens)]
         try:
@@ -108,7 +109,13 @@ class SessionKeeper:
 
 
 def with_prefix(
-    keeper: SessionKeeper | None, options: RunOptions, manifest: Manifest, prompt: Sequence[int], *, fresh: bool
+    keeper: SessionKeeper | None,
+    options: RunOptions,
+    manifest: Manifest,
+    prompt: Sequence[int],
+    *,
+    fresh: bool,
+    machine: Machine = HOST,
 ) -> SessionKeeper | None:
     """Let a sequence that begins now begin with a cached prefix, if one fits its prompt.
 
@@ -122,7 +129,7 @@ def with_prefix(
         return keeper
     found = find_prefix(manifest, prompt)
     if found is None or keeper is None:
-        return keeper if found is None else SessionKeeper(options, manifest, found)
+        return keeper if found is None else SessionKeeper(options, manifest, found, machine)
     try:
         keeper.session.graft(found)
     finally:

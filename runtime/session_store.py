@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import CorruptPage, StoreError, StoreFull
+from edgekv.runtime.medium import SYSTEM, Medium
 from edgekv.runtime.record import checksum_of, open_record, pack_record
 from edgekv.runtime.session_cipher import Cipher
 from edgekv.runtime.store import StoreCounters, neighbours
@@ -53,8 +54,16 @@ class SessionStore:
         StoreError: a file cannot be opened.
     """
 
-    def __init__(self, folder: Path, spec: PageSpec, cipher: Cipher | None = None, spill: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: PageSpec,
+        cipher: Cipher | None = None,
+        spill: Path | None = None,
+        medium: Medium = SYSTEM,
+    ) -> None:
         self.folder = folder
+        self.medium = medium
         self.spec = spec
         self.counters = StoreCounters()
         self.cipher = cipher
@@ -163,7 +172,7 @@ class SessionStore:
             if segment is not None:
                 try:
                     view = out[start:stop].reshape(-1).data
-                    got = os.preadv(segment.file, [view], (records[start] & 0xFFFFFFFF) * size)
+                    got = self.medium.read(segment.file, view, (records[start] & 0xFFFFFFFF) * size)
                 except OSError as error:
                     if error.errno != errno.EIO:
                         raise StoreError(f"cannot read the session {self.folder}: {error.strerror}") from error
@@ -207,7 +216,7 @@ class SessionStore:
                 raise OSError(errno.EIO, "an earlier write was lost")
             for segment in self._segments.values():
                 if segment.writable:
-                    os.fsync(segment.file)
+                    self.medium.sync(segment.file)
         except OSError as error:
             self._failed = True
             raise StoreError(f"cannot write the session {self.folder}: {error.strerror}") from error
@@ -285,7 +294,7 @@ class SessionStore:
     def _pwrite(self, view: memoryview, record: int) -> None:
         file, offset = self._segments[record >> 32].file, (record & 0xFFFFFFFF) * self.spec.record_bytes
         while view:
-            written = os.pwrite(file, view, offset)
+            written = self.medium.write(file, view, offset)
             offset += written
             view = view[written:]
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import CorruptPage, StoreError, StoreFull, StoreLocked
+from edgekv.runtime.medium import SYSTEM, Medium
 from edgekv.runtime.record import open_record, pack_record
 from edgekv.spec import RECORD_ALIGN_BYTES, PageSpec
 from edgekv.types import Tier
@@ -101,9 +102,10 @@ class FlashStore:
         StoreError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, spec: PageSpec) -> None:
+    def __init__(self, folder: Path, spec: PageSpec, medium: Medium = SYSTEM) -> None:
         self.folder = folder
         self.spec = spec
+        self._medium = medium
         self.counters = StoreCounters()
         self._n_records = 0
         self._free: list[int] = []
@@ -179,7 +181,7 @@ class FlashStore:
         file = self._direct if direct and self._direct is not None else self._file
         for start, stop in neighbours(records):
             try:
-                got = os.preadv(file, [out[start:stop].reshape(-1).data], records[start] * size)
+                got = self._medium.read(file, out[start:stop].reshape(-1).data, records[start] * size)
             except OSError as error:
                 raise StoreError(f"cannot read from the offload folder {self.folder}: {error.strerror}") from error
             if got != (stop - start) * size:
@@ -219,12 +221,12 @@ class FlashStore:
         view = data.data
         while view:
             try:
-                written = os.pwrite(self._file if self._direct is None else self._direct, view, offset)
+                written = self._medium.write(self._file if self._direct is None else self._direct, view, offset)
             except OSError as error:
                 if error.errno != errno.EINVAL or self._direct is None:
                     raise
                 # Not aligned any more (the last write was cut short) or refused: through the page cache, which says why.
-                written = os.pwrite(self._file, view, offset)
+                written = self._medium.write(self._file, view, offset)
             offset += written
             view = view[written:]
 

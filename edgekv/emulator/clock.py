@@ -1,0 +1,41 @@
+"""Virtual time: it passes when someone computes, waits or rests, and never by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from edgekv.device_profiles.schema import Thermal
+from edgekv.device_profiles.thermal import ThermalState
+
+
+class Clock:
+    """The time of an emulated device, and its heat: computing heats, waiting cools.
+
+    Args:
+        passed: called after each advance.
+    """
+
+    def __init__(self, thermal: Thermal, passed: Callable[[], None]) -> None:
+        self.now = 0.0
+        self.busy_s = 0.0
+        self.heat = ThermalState(thermal)
+        self._passed = passed
+
+    def compute(self, cold_seconds: float) -> None:
+        """Compute for what takes ``cold_seconds`` on a device that is cold."""
+        seconds = cold_seconds / self.heat.speed
+        self.now += seconds
+        self.busy_s += seconds
+        self.heat.advance(seconds)
+        self._passed()
+
+    def wait_until(self, moment_s: float) -> None:
+        """Wait; does nothing when the moment has passed."""
+        if moment_s > self.now:
+            self.heat.advance(moment_s - self.now, load=0.0)
+            self.now = moment_s
+            self._passed()
+
+    def rest(self, seconds: float) -> None:
+        """Do nothing for a while."""
+        self.wait_until(self.now + seconds)

@@ -1,0 +1,88 @@
+"""What the parts of a step cost a device, in seconds of a cold one; the formulas are those of the device profiles."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekv.bundle import Manifest
+from edgekv.device_profiles.geometry import Geometry
+from edgekv.device_profiles.schema import Compute, DeviceProfile
+from edgekv.device_profiles.work import BITS_PER_WEIGHT
+from edgekv.runtime.kernels import KIND_HOT, Refs
+from edgekv.spec import PageSpec
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Prices a step in the pieces in which the runtime runs it: segment by segment, and attention by pieces of pages.
+
+    Summed over a step, this is :func:`edgekv.device_profiles.speed.step_seconds`.
+    """
+
+    model: Geometry
+    pages: PageSpec
+    rates: Compute
+    bits_per_weight: float
+
+    @classmethod
+    def of(cls, profile: DeviceProfile, manifest: Manifest) -> StepCost:
+        """Price the steps of a bundle on a device.
+
+        Raises:
+            ProfileError: the profile has no numbers for its engine.
+        """
+        model = manifest.model
+        return cls(
+            Geometry.from_spec(model),
+            model.pages(manifest.page_size),
+            profile.rates(manifest.engine, manifest.weights),
+            BITS_PER_WEIGHT[manifest.engine][manifest.weights],
+        )
+
+    def dense(self, weights: int, n_tokens: int) -> float:
+        """Return the seconds to multiply ``n_tokens`` rows with so many weights."""
+        read = weights * self.bits_per_weight / 8 / self.rates.weight_read_bytes_per_s.value
+        return max(read, 2.0 * weights * n_tokens / self.rates.gemm_ops_per_s.value)
+
+    def segment(self, n_tokens: int) -> float:
+        """Return the seconds of one segment but the last, with its share of what a step costs whatever the model."""
+        model = self.model
+        mlp = min(model.mlp_weights, n_tokens * model.mlp_active_weights)
+        dense = self.dense(model.attention_weights + mlp, n_tokens)
+        return dense + self.rates.overhead_s.value / model.n_layers
+
+    def head(self, rows: int) -> float:
+        """Return the seconds of the last segment for ``rows`` of logits."""
+        return self.dense(self.model.head_weights, rows) if rows else 0.0
+
+    @functools.cached_property
+    def slot_bytes(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """Bytes of one slot of a page of one layer, by the kind of page: KIND_HOT, KIND_WARM."""
+        return np.array([self.pages.hot_bytes, self.pages.warm_bytes]) / self.pages.page_size
+
+    def attention(self, n_tokens: int, kv_bytes: float, pairs: float) -> float:
+        """Return the seconds in which one layer attends.
+
+        Args:
+            kv_bytes: read from the cache. pairs: of a query and a key.
+        """
+        ops = 4.0 * self.model.n_q_heads * self.model.head_dim * pairs
+        return max(kv_bytes / self.rates.kv_read_bytes_per_s.value, ops / self.rates.attention_ops_per_s.value)
+
+    def pages_seconds(self, refs: Refs, n_tokens: int, first_position: int) -> tuple[float, int]:
+        """Return the seconds to attend to pages, and how many of them are not skipped.
+
+        Args:
+            first_position: pages that end before it are outside the window.
+        """
+        wanted = refs["data"] != 0
+        if first_position > 0:
+            wanted &= refs["position"] + self.pages.page_size > first_position
+        slots = refs["n_slots"] * wanted
+        hot = int(slots[refs["kind"] == KIND_HOT].sum())
+        total = int(slots.sum())
+        kv_bytes = hot * float(self.slot_bytes[0]) + (total - hot) * float(self.slot_bytes[1])
+        return self.attention(n_tokens, kv_bytes, float(n_tokens) * total), int(np.count_nonzero(wanted))

@@ -1,0 +1,307 @@
+"""A device that runs apps on this machine: its memory limit, drive, speed, heat and clock, and what happens to it.
+
+with Device("android-low-4gb", app_limit="1.2GB") as phone:
+    with phone.open("llama.edgekv", context=4096) as generator:
+        text = "".join(generator.stream("Once upon a time"))
+    assert phone.peak_bytes < phone.limit_bytes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekv.bundle import Manifest, read_manifest
+from edgekv.device_profiles import DeviceProfile, kv_budget, load
+from edgekv.device_profiles.schema import Thermal
+from edgekv.device_profiles.speed import paged_seconds
+from edgekv.device_profiles.thermal import ThermalState
+from edgekv.emulator.clock import Clock
+from edgekv.emulator.cost import StepCost
+from edgekv.emulator.events import Agenda, Event
+from edgekv.emulator.medium import EmulatedMedium, EmulatedReader
+from edgekv.emulator.memory import AppMemory
+from edgekv.emulator.parts import EmulatedAttention, EmulatedInline, EmulatedSegments
+from edgekv.emulator.timeline import Timeline
+from edgekv.errors import EdgeKVError
+from edgekv.runtime.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan
+from edgekv.runtime.cache import KVCache
+from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
+from edgekv.runtime.generate import Generator
+from edgekv.runtime.kernels import PagedAttention
+from edgekv.runtime.options import RunOptions
+from edgekv.runtime.reader import PageReader
+from edgekv.runtime.store import PageStore
+from edgekv.spec import ModelSpec, PageSpec
+from edgekv.types import Tier, format_bytes, parse_bytes
+
+
+class Device:
+    """A :class:`~edgekv.runtime.machine.Machine` that computes the time, memory and flash traffic of a device.
+
+    The runtime on it is the real one: pages, policies, files, kernels, tokens. Equal seeds, profiles and requests give equal
+    times and equal faults, whatever the speed of this machine.
+
+    Args:
+        profile: its name, the path of its file, or the profile.
+        app_limit: what the system grants the app, instead of what the profile says: bytes, or ``"1.2GB"``.
+        seed: of the faults.
+
+    Raises:
+        ProfileError: there is no such profile. UsageError: the limit is no size.
+    """
+
+    def __init__(
+        self,
+        profile: str | Path | DeviceProfile,
+        *,
+        app_limit: int | str | None = None,
+        seed: int = 0,
+        events: tuple[Event, ...] = (),
+    ) -> None:
+        found = profile if isinstance(profile, DeviceProfile) else load(str(profile))
+        if app_limit is not None:
+            found = _with_limit(found, parse_bytes(app_limit) if isinstance(app_limit, str) else app_limit)
+        self.profile = found
+        self.clock = Clock(found.thermal, self._passed)
+        self.medium = EmulatedMedium(found.flash, self.clock, seed)
+        self.memory = AppMemory(found.memory, found.memory.app_limit_bytes.value)
+        self.timeline = Timeline()
+        self.pages_used = self.pages_fetched = 0
+        self._agenda = Agenda()
+        self._announced_bytes: int | None = None
+        self._step_tokens = 0
+        self._step_began_s = 0.0
+        self._cost: StepCost | None = None
+        for event in events:
+            self.schedule(event)
+
+    # -- what a test asks --------------------------------------------------------------------------------------
+
+    def open(self, bundle: str | Path, options: RunOptions | None = None, **changes: Any) -> Generator:
+        """Start an app on the device: a generator whose KV budget is what the device leaves, unless options name one.
+
+        Args:
+            changes: fields of :class:`RunOptions`, such as ``context=4096``.
+
+        Raises:
+            BudgetError: nothing is left for the cache.
+        """
+        options = dataclasses.replace(options or RunOptions(prefixes=False), **changes)
+        if options.kv_budget is None:
+            options = dataclasses.replace(options, kv_budget=self.budget_bytes(read_manifest(Path(bundle))))
+        return Generator.open(bundle, options, self)
+
+    def budget_bytes(self, manifest: Manifest) -> int:
+        """Return the KV budget that the device leaves for a bundle.
+
+        Raises:
+            BudgetError: nothing is left.
+        """
+        return kv_budget(self.profile, bundle_bytes(manifest), RUNTIME_OVERHEAD_BYTES).kv_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """What the system grants the app now."""
+        return self.memory.limit_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest resident set of the app so far."""
+        return self.memory.peak_bytes
+
+    def schedule(self, event: Event) -> None:
+        """Let something happen at a virtual time."""
+        self._agenda.add(event.at_s, lambda: self._happen(event))
+
+    def rest(self, seconds: float) -> None:
+        """Let time pass without load."""
+        self.clock.rest(seconds)
+
+    def end(self) -> None:
+        """The app is gone, by itself or killed; memory is free again."""
+        self.memory.end()
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    # -- what the runtime asks (see edgekv.runtime.machine) ------------------------------------------------------
+
+    def now(self) -> float:
+        """Return the virtual time."""
+        return self.clock.now
+
+    def segments(self, engine: SegmentEngine, manifest: Manifest) -> SegmentEngine:
+        """Load the weights from the drive."""
+        return EmulatedSegments(engine, self._load(manifest), self.clock, self._begin_step)
+
+    def inline(self, engine: InlineEngine, manifest: Manifest) -> InlineEngine:
+        """Load the weights from the drive."""
+        return EmulatedInline(engine, self._load(manifest), self.clock, self._begin_step)
+
+    def attention(self, attention: PagedAttention, model: ModelSpec, spec: PageSpec) -> PagedAttention:
+        """Return the kernel, at the speed of the device."""
+        assert self._cost is not None
+        return EmulatedAttention(attention, self._cost, self.clock, self._use)
+
+    def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int) -> PageReader:
+        """Return a reader, at the speed of the drive."""
+        return EmulatedReader(store, spec, capacity, ring, self.medium, self.clock, self._fetch)
+
+    def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
+        """Count the memory of a new cache."""
+        self.memory.watch(cache, plan, abandon)
+        self._step_tokens = 0
+
+    def peak_rss_bytes(self) -> int:
+        """Return the largest resident set of the app so far."""
+        return self.memory.peak_bytes
+
+    # -- what passes -------------------------------------------------------------------------------------------
+
+    def _load(self, manifest: Manifest) -> StepCost:
+        self._cost = StepCost.of(self.profile, manifest)
+        size_bytes = bundle_bytes(manifest)
+        self.clock.wait_until(self.medium.charge_read(self.clock.now, size_bytes))
+        self.memory.weights_bytes = size_bytes
+        return self._cost
+
+    def _begin_step(self, n_tokens: int) -> None:
+        self.end_step()
+        if self._announced_bytes is not None:
+            limit_bytes, self._announced_bytes = self._announced_bytes, None
+            self._give_back(limit_bytes)
+        self._step_tokens = n_tokens
+        self._step_began_s = self.clock.now
+
+    def end_step(self) -> None:
+        """Count the step that was begun last, if there is one."""
+        n_tokens, self._step_tokens = self._step_tokens, 0
+        if not n_tokens or self.memory.cache is None:
+            return
+        memory, timeline = self.memory, self.timeline
+        if memory.profile.kill == "swap" and memory.rss_bytes > memory.limit_bytes:
+            paged = paged_seconds(memory.rss_bytes, memory.limit_bytes, self.profile.flash)
+            self.clock.wait_until(self.clock.now + paged)
+        seconds = self.clock.now - self._step_began_s
+        if timeline.due:
+            self._sample(seconds)
+        timeline.stepped(n_tokens, seconds)
+
+    def _sample(self, seconds: float) -> None:
+        cache = self.memory.cache
+        assert cache is not None
+        spec = cache.spec
+        pages = np.bincount(cache.table.tier.reshape(-1), minlength=len(Tier))
+        drive = self.medium.drive
+        self.timeline.sample(
+            self.clock.now, seconds, int(cache.table.n_slots.max()), self.clock.heat.speed,
+            self.memory.rss_bytes, self.memory.limit_bytes,
+            int(pages[Tier.HOT]) * spec.hot_bytes, int(pages[Tier.WARM]) * spec.warm_bytes,
+            int(pages[Tier.COLD]) * spec.warm_bytes,
+            self.pages_used, self.pages_fetched, drive.bytes_read, drive.bytes_written,
+        )  # fmt: skip
+
+    def _use(self, pages: int) -> None:
+        self.pages_used += pages
+
+    def _fetch(self, pages: int) -> None:
+        self.pages_fetched += pages
+
+    def _passed(self) -> None:
+        """Time went on: let what is due happen, then hold the app to its limit."""
+        if self._agenda.next_s <= self.clock.now:
+            self._agenda.run(self.clock.now)
+        self.memory.check()
+
+    # -- what happens ------------------------------------------------------------------------------------------
+
+    def _happen(self, event: Event) -> None:
+        memory, medium, thermal = self.memory, self.medium, self.profile.thermal
+        if event.kind == "memory-pressure":
+            whole = memory.profile.app_limit_bytes.value
+            self._press(event, event.limit_bytes(whole))
+            self._later(event, lambda: self._press(event, whole))
+        elif event.kind == "kill":
+            if memory.weights_bytes:
+                memory.kill("the system killed the app")
+            self._log(event, "no app was running")
+        elif event.kind == "disk-full":
+            medium.full = True
+            self._log(event, "the drive is full")
+            self._later(event, lambda: setattr(medium, "full", False))
+        elif event.kind in ("read-errors", "damage"):
+            name = "error_rate" if event.kind == "read-errors" else "damage_rate"
+            setattr(medium, name, event.rate)
+            self._log(event, f"{event.rate:.2%} of the reads are hit from now on")
+            self._later(event, lambda: setattr(medium, name, 0.0))
+        elif event.kind == "heat":
+            self.clock.heat = heated(thermal, event.share or 0.0)
+            self._log(event, f"{self.clock.heat.speed:.0%} of the cold speed is left")
+
+    def _press(self, event: Event, limit_bytes: int) -> None:
+        """Announce a new limit to the app, and enforce it after the grace."""
+        self._announced_bytes = limit_bytes
+        self._log(event, f"the app may use {format_bytes(limit_bytes)}, enforced in {event.grace_s:g} s")
+        self._agenda.add(self.clock.now + event.grace_s, lambda: setattr(self.memory, "limit_bytes", limit_bytes))
+
+    def _later(self, event: Event, undo: Callable[[], None]) -> None:
+        if event.duration_s is None:
+            return
+
+        def end() -> None:
+            undo()
+            self._log(event, "over")
+
+        self._agenda.add(self.clock.now + event.duration_s, end)
+
+    def _give_back(self, limit_bytes: int) -> None:
+        """Let the app answer to a new limit as it can: by a smaller KV budget."""
+        cache = self.memory.cache
+        if cache is None:
+            return
+        manager = cache.manager
+        target = min(
+            self.memory.arena_bytes(limit_bytes, manager.least_bytes(manager.spec)), manager.options.budget_bytes
+        )
+        before = manager.arena.used_bytes
+        try:
+            manager.set_budget(target)
+        except EdgeKVError as error:
+            self.timeline.log(self.clock.now, "reclaim", f"the app could not shrink its cache: {error}")
+            return
+        gone = before - manager.arena.used_bytes
+        self.timeline.log(
+            self.clock.now,
+            "reclaim",
+            f"the app set its KV arena to {format_bytes(target)}; {format_bytes(gone)} left memory",
+        )
+
+    def _log(self, event: Event, text: str) -> None:
+        self.timeline.log(self.clock.now, event.kind, text)
+
+
+def heated(thermal: Thermal, share: float) -> ThermalState:
+    """Return a device that is ``share`` of the way from cold to as slow as heat makes it."""
+    state = ThermalState(thermal)
+    state.advance(-thermal.time_constant_s.value * math.log(1 - share) if share < 1 else math.inf)
+    return state
+
+
+def bundle_bytes(manifest: Manifest) -> int:
+    """Return the bytes of all files of a bundle: what is mapped or loaded of it at the most."""
+    return sum(int(entry["bytes"]) for entry in manifest.files.values())
+
+
+def _with_limit(profile: DeviceProfile, limit_bytes: int) -> DeviceProfile:
+    old = profile.memory.app_limit_bytes
+    limit = dataclasses.replace(old, value=limit_bytes, source="as asked for", confidence="high")
+    return dataclasses.replace(profile, memory=dataclasses.replace(profile.memory, app_limit_bytes=limit))
