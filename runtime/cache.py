@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgekv.codec import unpack_hot, unpack_warm
 from edgekv.errors import EdgeKVError, TokenDropped, TokenNotFound
+from edgekv.runtime.arena import Arena
 from edgekv.runtime.kernels import Kernels
 from edgekv.runtime.pages import CacheOptions, PageManager
 from edgekv.runtime.stats import CacheUse
@@ -36,10 +37,11 @@ class KVCache:
         store: PageStore | None = None,
         *,
         max_pages: int = 16,
+        arena: type[Arena] = Arena,
     ) -> None:
         self.spec = spec
         self.table = PageTable(spec, max_pages)
-        self.manager = PageManager(spec, self.table, options, kernels, store)
+        self.manager = PageManager(spec, self.table, options, kernels, store, arena)
 
     def append(self, layer: int, keys: Float, values: Float, tokens: Int) -> None:
         """Add new tokens to one layer; full pages are sealed.

@@ -59,7 +59,13 @@ class PageManager:
     """
 
     def __init__(
-        self, spec: PageSpec, table: PageTable, options: CacheOptions, kernels: Kernels, store: PageStore | None
+        self,
+        spec: PageSpec,
+        table: PageTable,
+        options: CacheOptions,
+        kernels: Kernels,
+        store: PageStore | None,
+        arena: type[Arena] = Arena,
     ) -> None:
         self.spec = spec
         self.table = table
@@ -72,7 +78,7 @@ class PageManager:
                 f"a KV budget of {format_bytes(options.budget_bytes)} is too small: {spec.n_layers} layers need one open page"
                 f" each and one to work with, {format_bytes(needed)} in all; raise --kv-budget, or lower --page-size at export"
             )
-        self.arena = Arena(spec, options.budget_bytes)
+        self.arena = arena(spec, options.budget_bytes)
         self.counters = CacheStats()
         self.step = 0
         self._withdrawn: list[int] = []

@@ -45,9 +45,16 @@ def offenders(folder: str, forbidden: tuple[str, ...]) -> list[str]:
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
-        ("runtime", ("torch", "transformers", "onnx", "edgekv.export", "edgekv.verify", "edgekv.cli")),
+        (
+            "runtime",
+            ("torch", "transformers", "onnx", "edgekv.export", "edgekv.verify", "edgekv.emulator", "edgekv.cli"),
+        ),
         ("edgekv/verify", ("torch", "transformers", "onnx", "onnxruntime", "edgekv.export", "edgekv.cli")),
         ("edgekv/plan", ("torch", "transformers", "onnx", "onnxruntime", "edgekv.export", "edgekv.cli")),
+        (
+            "edgekv/emulator",
+            ("torch", "transformers", "onnx", "onnxruntime", "edgekv.export", "edgekv.verify", "edgekv.cli"),
+        ),
         ("export", ("edgekv.runtime", "edgekv.cli", "transformers")),
         ("device_profiles", ("edgekv.runtime", "edgekv.export", "edgekv.cli", "numpy", "torch")),
     ],

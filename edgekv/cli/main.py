@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import edgekv
-from edgekv.cli import plan, run, verify
+from edgekv.cli import emulate, plan, run, verify
 from edgekv.cli.export import export_command
 from edgekv.cli.inspect import inspect_command
 from edgekv.cli.prefix import app as prefix_app
@@ -28,6 +28,7 @@ app.command("export")(export_command)
 app.command("run", epilog=run.EPILOG)(run.run_command)
 app.command("inspect")(inspect_command)
 app.command("plan", epilog=plan.EPILOG)(plan.plan_command)
+app.command("emulate", epilog=emulate.EPILOG)(emulate.emulate_command)
 app.command("verify", epilog=verify.EPILOG)(verify.verify_command)
 app.add_typer(profiles_app, name="profiles")
 app.add_typer(sessions_app, name="sessions")

@@ -6,19 +6,21 @@ from collections.abc import Callable
 
 from edgekv.device_profiles.schema import Thermal
 from edgekv.device_profiles.thermal import ThermalState
+from edgekv.emulator.events import Agenda
 
 
 class Clock:
     """The time of an emulated device, and its heat: computing heats, waiting cools.
 
     Args:
-        passed: called after each advance.
+        agenda: done as time comes to it. passed: called after each advance.
     """
 
-    def __init__(self, thermal: Thermal, passed: Callable[[], None]) -> None:
+    def __init__(self, thermal: Thermal, agenda: Agenda, passed: Callable[[], None]) -> None:
         self.now = 0.0
         self.busy_s = 0.0
         self.heat = ThermalState(thermal)
+        self._agenda = agenda
         self._passed = passed
 
     def compute(self, cold_seconds: float) -> None:
@@ -27,13 +29,17 @@ class Clock:
         self.now += seconds
         self.busy_s += seconds
         self.heat.advance(seconds)
+        if self._agenda.next_s <= self.now:
+            self._agenda.run(self.now)
         self._passed()
 
     def wait_until(self, moment_s: float) -> None:
         """Wait; does nothing when the moment has passed."""
-        if moment_s > self.now:
-            self.heat.advance(moment_s - self.now, load=0.0)
-            self.now = moment_s
+        while moment_s > self.now:
+            stop_s = max(min(moment_s, self._agenda.next_s), self.now)
+            self.heat.advance(stop_s - self.now, load=0.0)
+            self.now = stop_s
+            self._agenda.run(stop_s)
             self._passed()
 
     def rest(self, seconds: float) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekv.bundle import Manifest
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.schema import Compute, DeviceProfile
 from edgekv.device_profiles.work import BITS_PER_WEIGHT
@@ -28,19 +27,14 @@ class StepCost:
     bits_per_weight: float
 
     @classmethod
-    def of(cls, profile: DeviceProfile, manifest: Manifest) -> StepCost:
-        """Price the steps of a bundle on a device.
+    def of(cls, profile: DeviceProfile, model: Geometry, engine: str, weights: str, page_size: int) -> StepCost:
+        """Price the steps of a model on a device.
 
         Raises:
-            ProfileError: the profile has no numbers for its engine.
+            ProfileError: the profile has no numbers for the engine.
         """
-        model = manifest.model
-        return cls(
-            Geometry.from_spec(model),
-            model.pages(manifest.page_size),
-            profile.rates(manifest.engine, manifest.weights),
-            BITS_PER_WEIGHT[manifest.engine][manifest.weights],
-        )
+        pages = PageSpec(model.n_layers, model.n_kv_heads, model.head_dim, page_size)
+        return cls(model, pages, profile.rates(engine, weights), BITS_PER_WEIGHT[engine][weights])
 
     def dense(self, weights: int, n_tokens: int) -> float:
         """Return the seconds to multiply ``n_tokens`` rows with so many weights."""

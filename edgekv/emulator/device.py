@@ -18,6 +18,7 @@ import numpy as np
 
 from edgekv.bundle import Manifest, read_manifest
 from edgekv.device_profiles import DeviceProfile, kv_budget, load
+from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.schema import Thermal
 from edgekv.device_profiles.speed import paged_seconds
 from edgekv.device_profiles.thermal import ThermalState
@@ -68,12 +69,12 @@ class Device:
         if app_limit is not None:
             found = _with_limit(found, parse_bytes(app_limit) if isinstance(app_limit, str) else app_limit)
         self.profile = found
-        self.clock = Clock(found.thermal, self._passed)
+        self._agenda = Agenda()
+        self.clock = Clock(found.thermal, self._agenda, self._hold)
         self.medium = EmulatedMedium(found.flash, self.clock, seed)
         self.memory = AppMemory(found.memory, found.memory.app_limit_bytes.value)
         self.timeline = Timeline()
         self.pages_used = self.pages_fetched = 0
-        self._agenda = Agenda()
         self._announced_bytes: int | None = None
         self._step_tokens = 0
         self._step_began_s = 0.0
@@ -125,7 +126,13 @@ class Device:
 
     def end(self) -> None:
         """The app is gone, by itself or killed; memory is free again."""
+        self.end_step()
         self.memory.end()
+        drive = self.medium.drive
+        self.timeline.sample(
+            self.clock.now, 0.0, 0, self.clock.heat.speed, 0, self.memory.limit_bytes, 0, 0, 0,
+            self.pages_used, self.pages_fetched, drive.bytes_read, drive.bytes_written,
+        )  # fmt: skip
 
     def __enter__(self) -> Device:
         return self
@@ -141,20 +148,20 @@ class Device:
 
     def segments(self, engine: SegmentEngine, manifest: Manifest) -> SegmentEngine:
         """Load the weights from the drive."""
-        return EmulatedSegments(engine, self._load(manifest), self.clock, self._begin_step)
+        return EmulatedSegments(engine, self._load(manifest), self.clock, self.begin_step)
 
     def inline(self, engine: InlineEngine, manifest: Manifest) -> InlineEngine:
         """Load the weights from the drive."""
-        return EmulatedInline(engine, self._load(manifest), self.clock, self._begin_step)
+        return EmulatedInline(engine, self._load(manifest), self.clock, self.begin_step)
 
     def attention(self, attention: PagedAttention, model: ModelSpec, spec: PageSpec) -> PagedAttention:
         """Return the kernel, at the speed of the device."""
         assert self._cost is not None
-        return EmulatedAttention(attention, self._cost, self.clock, self._use)
+        return EmulatedAttention(attention, self._cost, self.clock, self.count_used)
 
     def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int) -> PageReader:
         """Return a reader, at the speed of the drive."""
-        return EmulatedReader(store, spec, capacity, ring, self.medium, self.clock, self._fetch)
+        return EmulatedReader(store, spec, capacity, ring, self.medium, self.clock, self.count_fetched)
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
         """Count the memory of a new cache."""
@@ -167,14 +174,19 @@ class Device:
 
     # -- what passes -------------------------------------------------------------------------------------------
 
-    def _load(self, manifest: Manifest) -> StepCost:
-        self._cost = StepCost.of(self.profile, manifest)
-        size_bytes = bundle_bytes(manifest)
+    def load_weights(self, size_bytes: int) -> None:
+        """Read so many bytes of weights from the drive; the app runs from then on."""
         self.clock.wait_until(self.medium.charge_read(self.clock.now, size_bytes))
         self.memory.weights_bytes = size_bytes
+
+    def _load(self, manifest: Manifest) -> StepCost:
+        model = Geometry.from_spec(manifest.model)
+        self._cost = StepCost.of(self.profile, model, manifest.engine, manifest.weights, manifest.page_size)
+        self.load_weights(bundle_bytes(manifest))
         return self._cost
 
-    def _begin_step(self, n_tokens: int) -> None:
+    def begin_step(self, n_tokens: int) -> None:
+        """The app begins a step; it answers to a new limit before."""
         self.end_step()
         if self._announced_bytes is not None:
             limit_bytes, self._announced_bytes = self._announced_bytes, None
@@ -210,16 +222,15 @@ class Device:
             self.pages_used, self.pages_fetched, drive.bytes_read, drive.bytes_written,
         )  # fmt: skip
 
-    def _use(self, pages: int) -> None:
+    def count_used(self, pages: int) -> None:
+        """Attention read so many pages."""
         self.pages_used += pages
 
-    def _fetch(self, pages: int) -> None:
+    def count_fetched(self, pages: int) -> None:
+        """So many pages came from flash."""
         self.pages_fetched += pages
 
-    def _passed(self) -> None:
-        """Time went on: let what is due happen, then hold the app to its limit."""
-        if self._agenda.next_s <= self.clock.now:
-            self._agenda.run(self.clock.now)
+    def _hold(self) -> None:
         self.memory.check()
 
     # -- what happens ------------------------------------------------------------------------------------------

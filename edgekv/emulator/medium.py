@@ -94,7 +94,7 @@ class _Ahead:
 
     def __init__(self, store: PageStore, medium: EmulatedMedium) -> None:
         self.counters = store.counters
-        self.write, self.free, self.close = store.write, store.free, store.close
+        self.write, self.free, self.close, self.tier = store.write, store.free, store.close, store.tier
         self._store = store
         self._medium = medium
         #: By first record of a request: what goes wrong with it.
