@@ -63,12 +63,20 @@ class BundleApp:
     """An :class:`App` on a bundle: the real model, cache, files and sessions.
 
     Args:
-        session: its folder; None keeps nothing.
+        session: its folder; None keeps nothing. scratch: a folder for pages that do not fit.
         context: tokens of the whole conversation at the most.
     """
 
     def __init__(
-        self, bundle: Path, device: Device, settings: AppSettings, *, seed: int, context: int, session: Path | None
+        self,
+        bundle: Path,
+        device: Device,
+        settings: AppSettings,
+        *,
+        seed: int,
+        context: int,
+        session: Path | None,
+        scratch: Path,
     ) -> None:
         self._bundle = bundle
         self._device = device
@@ -81,6 +89,7 @@ class BundleApp:
             policy=settings.policy,
             attend=settings.attend,
             allow_drop=settings.allow_drop,
+            offload=None if settings.allow_drop else scratch / "offload",
             prefill_chunk=settings.prefill_chunk,
             prefixes=False,
             session=SessionOptions(session, settings.checkpoint_tokens) if session is not None else None,

@@ -130,7 +130,7 @@ class Device:
         self.memory.end()
         drive = self.medium.drive
         self.timeline.sample(
-            self.clock.now, 0.0, 0, self.clock.heat.speed, 0, self.memory.limit_bytes, 0, 0, 0,
+            self.clock.now, 0.0, 0, 0, self.clock.heat.speed, 0, self.memory.limit_bytes, 0, 0, 0,
             self.pages_used, self.pages_fetched, drive.bytes_read, drive.bytes_written,
         )  # fmt: skip
 
@@ -205,17 +205,17 @@ class Device:
             self.clock.wait_until(self.clock.now + paged)
         seconds = self.clock.now - self._step_began_s
         if timeline.due:
-            self._sample(seconds)
+            self._sample(n_tokens, seconds)
         timeline.stepped(n_tokens, seconds)
 
-    def _sample(self, seconds: float) -> None:
+    def _sample(self, n_tokens: int, seconds: float) -> None:
         cache = self.memory.cache
         assert cache is not None
         spec = cache.spec
         pages = np.bincount(cache.table.tier.reshape(-1), minlength=len(Tier))
         drive = self.medium.drive
         self.timeline.sample(
-            self.clock.now, seconds, int(cache.table.n_slots.max()), self.clock.heat.speed,
+            self.clock.now, seconds, n_tokens, int(cache.table.n_slots.max()), self.clock.heat.speed,
             self.memory.rss_bytes, self.memory.limit_bytes,
             int(pages[Tier.HOT]) * spec.hot_bytes, int(pages[Tier.WARM]) * spec.warm_bytes,
             int(pages[Tier.COLD]) * spec.warm_bytes,

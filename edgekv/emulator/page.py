@@ -6,6 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.emulator.plots import figure, page, place, require_plotly, table
 from edgekv.emulator.result import PageMap, Result
@@ -73,74 +74,35 @@ def _memory(result: Result) -> go.Figure:
     samples = result.samples
     at = samples["at_s"]
     traces = [
-        go.Scatter(
-            x=at, y=_mib(samples[f"{tier}_bytes"]), name=name, stackgroup="pages", line={"width": 0, "color": colour}
-        )
-        for tier, name, colour in (
-            ("hot", "HOT pages", TIER_COLOURS[1]),
-            ("warm", "WARM pages", TIER_COLOURS[2]),
-        )
-    ]
-    traces += [
-        go.Scatter(
-            x=at,
-            y=_mib(samples["cold_bytes"]),
-            name="COLD pages, on flash",
-            line={"color": TIER_COLOURS[3], "dash": "dot"},
-        ),
-        go.Scatter(x=at, y=_mib(samples["rss_bytes"]), name="resident set", line={"color": "#1c1f24"}),
-        go.Scatter(
-            x=at, y=_mib(samples["limit_bytes"]), name="limit", line={"color": "#b3261e", "dash": "dash", "shape": "hv"}
-        ),
+        _area(at, _mib(samples["hot_bytes"]), "HOT pages", TIER_COLOURS[1]),
+        _area(at, _mib(samples["warm_bytes"]), "WARM pages", TIER_COLOURS[2]),
+        _line(at, _mib(samples["cold_bytes"]), "COLD pages, on flash", {"color": TIER_COLOURS[3], "dash": "dot"}),
+        _line(at, _mib(samples["rss_bytes"]), "resident set", {"color": INK}),
+        _line(at, _mib(samples["limit_bytes"]), "limit", {"color": "#b3261e", "dash": "dash", "shape": "hv"}),
     ]
     return figure(traces, xaxis_title="seconds", yaxis={"title": "MiB", "rangemode": "tozero"}, hovermode="x unified")
 
 
 def _speed(samples: dict[str, list[Any]]) -> go.Figure:
-    import plotly.graph_objects as go
-
-    added = np.diff(samples["tokens"], prepend=0)
-    one = np.where((added == 1) | (np.array(samples["step_s"]) == 0), 1, 0).astype(bool)
-    step = np.maximum(np.array(samples["step_s"]), 1e-12)
-    several = np.flatnonzero(~one)
-    at = np.array(samples["at_s"])
+    at, step = np.array(samples["at_s"]), np.array(samples["step_s"])
+    ran, one = step > 0, np.array(samples["step_tokens"]) == 1
+    rate = np.array(samples["step_tokens"]) / np.maximum(step, 1e-12)
     traces = [
-        go.Scatter(x=at[one].tolist(), y=(1 / step[one]).tolist(), name="decode", mode="markers", marker={"size": 4}),
-        go.Scatter(
-            x=at[several].tolist(),
-            y=(np.maximum(added[several], 1) / step[several]).tolist(),
-            name="prompt",
-            mode="markers",
-            marker={"size": 4},
+        _dots(at[ran & one], rate[ran & one], "decode", TIER_COLOURS[3]),
+        _dots(at[ran & ~one], rate[ran & ~one], "prompt", TIER_COLOURS[1]),
+        _line(
+            samples["at_s"], samples["speed"], "speed that heat leaves", {"color": "#b4540a", "dash": "dot"}, yaxis="y2"
         ),
-        _line(at.tolist(), samples["speed"], "speed that heat leaves", {"color": "#b4540a", "dash": "dot"}, yaxis="y2"),
     ]
-    return figure(
-        traces,
-        xaxis_title="seconds",
-        yaxis={"title": "tokens/s", "type": "log"},
-        yaxis2={"overlaying": "y", "side": "right", "range": [0, 1.05], "tickformat": ".0%", "showgrid": False},
-    )
+    right = {"overlaying": "y", "side": "right", "range": [0, 1.05], "tickformat": ".0%", "showgrid": False}
+    return figure(traces, xaxis_title="seconds", yaxis={"title": "tokens/s", "type": "log"}, yaxis2=right)
 
 
 def _pages(samples: dict[str, list[Any]]) -> go.Figure:
     used, fetched = (np.diff(samples[name], prepend=0) for name in ("pages_used", "pages_fetched"))
-    at = samples["at_s"]
     traces = [
-        go.Scatter(
-            x=at,
-            y=(used - fetched).tolist(),
-            name="hits: in memory",
-            stackgroup="pages",
-            line={"width": 0, "color": "#19703a"},
-        ),
-        go.Scatter(
-            x=at,
-            y=fetched.tolist(),
-            name="faults: from flash",
-            stackgroup="pages",
-            line={"width": 0, "color": TIER_COLOURS[3]},
-        ),
+        _area(samples["at_s"], (used - fetched).tolist(), "hits: in memory", "#19703a"),
+        _area(samples["at_s"], fetched.tolist(), "faults: from flash", TIER_COLOURS[3]),
     ]
     return figure(traces, xaxis_title="seconds", yaxis_title="pages between samples", hovermode="x unified")
 
@@ -154,13 +116,8 @@ def _flash(result: Result) -> go.Figure:
         _line(at, _mib(samples["bytes_written"]), "written", {"color": TIER_COLOURS[1]}),
         _line(at, wear.tolist(), "endurance used", {"color": "#7a3fb0", "dash": "dot"}, yaxis="y2"),
     ]
-    return figure(
-        traces,
-        xaxis_title="seconds",
-        yaxis_title="MiB since the start",
-        yaxis2={"overlaying": "y", "side": "right", "tickformat": ".1e", "showgrid": False, "rangemode": "tozero"},
-        hovermode="x unified",
-    )
+    right = {"overlaying": "y", "side": "right", "tickformat": ".1e", "showgrid": False, "rangemode": "tozero"}
+    return figure(traces, xaxis_title="seconds", yaxis_title="MiB since the start", yaxis2=right, hovermode="x unified")
 
 
 def _tiers(pages: PageMap) -> go.Figure:
@@ -232,6 +189,12 @@ def _area(at: list[Any], values: list[Any], name: str, colour: str) -> Any:
     import plotly.graph_objects as go
 
     return go.Scatter(x=at, y=values, name=name, stackgroup="pages", line={"width": 0, "color": colour})
+
+
+def _dots(at: NDArray[np.float64], values: NDArray[np.float64], name: str, colour: str) -> Any:
+    import plotly.graph_objects as go
+
+    return go.Scatter(x=at.tolist(), y=values.tolist(), name=name, mode="markers", marker={"size": 4, "color": colour})
 
 
 def _mib(values: list[Any]) -> list[float]:

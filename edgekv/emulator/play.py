@@ -43,8 +43,10 @@ def emulate(
     with tempfile.TemporaryDirectory(prefix="edgekv-emulator-") as scratch:
         if session is None and scenario.app.session:
             session = Path(scratch) / "session"
-        app = BundleApp(bundle, device, scenario.app, seed=seed, context=context, session=session)
-        return play(app, device, scenario, progress)
+        app = BundleApp(
+            bundle, device, scenario.app, seed=seed, context=context, session=session, scratch=Path(scratch)
+        )
+        return play(app, device, scenario, progress, scratch=scratch)
 
 
 def emulate_shape(
@@ -60,12 +62,19 @@ def emulate_shape(
     return play(WeightlessApp(shape, device, scenario.app, seed=seed, context=context), device, scenario, progress)
 
 
-def play(app: App, device: Device, scenario: Scenario, progress: Progress = lambda done, total: None) -> Result:
-    """Play a scenario with any app."""
+def play(
+    app: App,
+    device: Device,
+    scenario: Scenario,
+    progress: Progress = lambda done, total: None,
+    *,
+    scratch: str | None = None,
+) -> Result:
+    """Play a scenario with any app; the name of a ``scratch`` folder is left out of what is reported."""
     for event in scenario.events:
         device.schedule(event)
     result = Result(scenario, device_facts(device), app.facts(), {})
-    player = _Player(app, device, scenario)
+    player = _Player(app, device, scenario, scratch)
     total = sum(turn.max_tokens for turn in scenario.turns)
     try:
         for turn in scenario.turns:
@@ -91,10 +100,11 @@ def _heard(progress: Progress, done: int, total: int, count: int) -> None:
 class _Player:
     """Talks to an app that may die at any moment, and starts it again."""
 
-    def __init__(self, app: App, device: Device, scenario: Scenario) -> None:
+    def __init__(self, app: App, device: Device, scenario: Scenario, scratch: str | None) -> None:
         self._app = app
         self._device = device
         self._settings = scenario.app
+        self._scratch = scratch
         self._runs = False
         self._lives = 0
 
@@ -120,8 +130,8 @@ class _Player:
                     result.error = f"killed {result.kills} times: {killed}"
                     break
             except (StoreError, OutOfPages, EngineError) as error:
-                result.error = str(error)
-                device.timeline.log(device.now(), "error", str(error))
+                result.error = str(error).replace(f"{self._scratch}/", "")
+                device.timeline.log(device.now(), "error", result.error)
                 break
         if turn.prompt is not None and self._runs:
             result.text = self._app.said()

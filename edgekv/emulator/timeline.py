@@ -12,7 +12,7 @@ import numpy as np
 MOST_SAMPLES = 2000
 
 COLUMNS = (
-    "at_s", "step_s", "tokens", "speed", "rss_bytes", "limit_bytes", "hot_bytes", "warm_bytes", "cold_bytes",
+    "at_s", "step_s", "step_tokens", "tokens", "speed", "rss_bytes", "limit_bytes", "hot_bytes", "warm_bytes", "cold_bytes",
     "pages_used", "pages_fetched", "bytes_read", "bytes_written",
 )  # fmt: skip
 

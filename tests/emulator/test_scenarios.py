@@ -82,9 +82,9 @@ def test_an_app_that_cannot_live_on_the_device_is_given_up_after_a_few_starts(ti
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
 def test_a_scenario_that_comes_with_edgekv_ends_in_a_report(path: Path, tiny: Path, config: Path) -> None:
     scenario = load_scenario(path)
-    limit = replace(scenario.app, context=1024) if path.stem == "conversation" else scenario.app
+    app = replace(scenario.app, kv_budget="40%") if scenario.app.kv_budget else scenario.app
     small = tuple(replace(turn, prompt_tokens=(turn.prompt_tokens or 0) // 2, max_tokens=20) for turn in scenario.turns)
-    real = emulate(tiny, Device("android-low-4gb", app_limit="250MiB"), replace(scenario, turns=small, app=limit))
+    real = emulate(tiny, Device("android-low-4gb", app_limit="250MiB"), replace(scenario, turns=small, app=app))
     assert len(real.turns) == len(scenario.turns)
     weightless = emulate_shape(read_shape(config), Device("android-low-4gb", app_limit="1GB"), scenario)
     assert len(weightless.turns) == len(scenario.turns)
