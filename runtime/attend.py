@@ -20,6 +20,7 @@ from edgekv.runtime.machine import HOST, Machine
 from edgekv.runtime.pages import tag
 from edgekv.runtime.select import AttendOptions, Choice, Selector, make_selector, ring_pieces
 from edgekv.runtime.stats import SelectionLog
+from edgekv.runtime.table import offloaded
 from edgekv.spec import RECORD_HEADER_BYTES, ModelSpec
 from edgekv.types import Tier
 
@@ -140,7 +141,7 @@ class Attender:
     def _bring(self, layer: int, taken: NDArray[np.bool_]) -> None:
         """Make the COLD pages among those taken resident, as far as there is room for them."""
         table, manager = self._cache.table, self._cache.manager
-        cold = np.flatnonzero(taken & (table.tier[layer, : len(taken)] == Tier.COLD)).tolist()
+        cold = np.flatnonzero(taken & offloaded(table.tier[layer, : len(taken)])).tolist()
         if not cold:
             return
         cold = cold[: manager.room_for(len(cold), layer)]
@@ -159,7 +160,7 @@ class Attender:
         """Start to read what the last step took in a layer, and is not in RAM."""
         taken = self._taken.get(layer)
         if taken is not None and self._reader is not None:
-            cold = np.flatnonzero(taken & (self._cache.table.tier[layer, : len(taken)] == Tier.COLD)).tolist()
+            cold = np.flatnonzero(taken & offloaded(self._cache.table.tier[layer, : len(taken)])).tolist()
             if cold:
                 self._reader.request(*self._records(layer, cold[: self._piece_pages]))
 
@@ -169,7 +170,7 @@ class Attender:
         """Attend to the wanted pages of a layer; those on flash pass through the staging ring."""
         window, n_pages = self._windows[layer], len(wanted)
         refs = self._cache.table.refs[layer, :n_pages]
-        cold = wanted & (self._cache.table.tier[layer, :n_pages] == Tier.COLD)
+        cold = wanted & offloaded(self._cache.table.tier[layer, :n_pages])
         streams, whole = bool(cold.any()), sums is None
         if streams or not whole:
             refs = refs.copy()
@@ -209,7 +210,7 @@ class Attender:
         """Start to read what is needed next: in this layer, or, if all is needed, at the start of the next one."""
         assert self._reader is not None
         table, following = self._cache.table, (layer + 1) % self._cache.spec.n_layers
-        cold = table.tier[following, : table.n_pages(following)] == Tier.COLD
+        cold = offloaded(table.tier[following, : table.n_pages(following)])
         for at, pieces in ((layer, rest), (following, self._pieces(cold) if whole else [])):
             for _, _, pages in pieces:
                 if pages:

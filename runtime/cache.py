@@ -15,7 +15,7 @@ from edgekv.runtime.kernels import Kernels
 from edgekv.runtime.pages import CacheOptions, PageManager
 from edgekv.runtime.stats import CacheUse
 from edgekv.runtime.store import PageStore
-from edgekv.runtime.table import NOTHING, Int, PageTable
+from edgekv.runtime.table import NOTHING, Int, PageTable, offloaded
 from edgekv.spec import PageSpec
 from edgekv.types import Tier
 
@@ -130,7 +130,7 @@ class KVCache:
     def _decode(self, layer: int, page: int) -> tuple[Float, Float]:
         """Decode one page to [n_kv_heads, page_size, head_dim] float32 twice."""
         spec, table = self.spec, self.table
-        if table.tier[layer, page] == Tier.COLD:
+        if offloaded(table.tier[layer, page]):
             self.manager.fetch(layer, page)
         offset = int(table.offset[layer, page])
         if table.tier[layer, page] == Tier.HOT:

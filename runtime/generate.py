@@ -353,8 +353,7 @@ class Generator:
             self.stats.pages = self._cache.manager.counters
             self.stats.selection = self._attender.selection.summary() if self._attender is not None else None
             if self._store is not None:
-                self.stats.bytes_written = self._store.counters.bytes_written
-                self.stats.bytes_read = self._store.counters.bytes_read
+                self.stats.count(self._store.counters)
         return self.stats
 
     def close(self) -> None:

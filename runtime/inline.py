@@ -13,6 +13,7 @@ from edgekv.codec import unpack_hot, unpack_warm_codes
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.engines.base import Float, InlineEngine
 from edgekv.runtime.forward import Rows
+from edgekv.runtime.table import offloaded
 from edgekv.spec import RECORD_HEADER_BYTES, ModelSpec
 from edgekv.types import Tier
 
@@ -54,7 +55,7 @@ class InlineForward:
         cache, spec = self._cache, self._cache.spec
         table, size = cache.table, spec.page_size
         tiers = table.tier[layer, : table.n_pages(layer)]
-        packed = np.flatnonzero((tiers == Tier.WARM) | (tiers == Tier.COLD))
+        packed = np.flatnonzero((tiers == Tier.WARM) | offloaded(tiers))
         hot = np.flatnonzero(tiers == Tier.HOT)
         shape = (len(packed), spec.n_kv_heads, size, spec.head_dim)
         key_pages, value_pages = np.empty(shape, np.int8), np.empty(shape, np.int8)
@@ -62,7 +63,7 @@ class InlineForward:
         value_scales = np.empty((len(packed), spec.n_kv_heads, size), np.float16)
         record = np.empty((1, spec.record_bytes), np.uint8)
         for row, page in enumerate(packed.tolist()):
-            if tiers[page] == Tier.COLD:
+            if tiers[page] != Tier.WARM:
                 cache.manager.read_records(layer, [page], record)
                 payload = record[0, RECORD_HEADER_BYTES:]
             else:

@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgekv.errors import PromptTooLong, StoreError, UsageError
+from edgekv.runtime.layered import LayeredStore
 from edgekv.runtime.medium import SYSTEM, Medium
+from edgekv.runtime.objects import PATIENCE_S, is_url
+from edgekv.runtime.remote import ObjectStore
 from edgekv.runtime.select import AttendOptions, parse_attend
 from edgekv.runtime.session import SessionOptions
 from edgekv.runtime.session_cipher import Cipher
 from edgekv.runtime.session_store import SessionStore
 from edgekv.runtime.store import FlashStore, PageStore
 from edgekv.spec import PageSpec
-from edgekv.types import KVMode
+from edgekv.types import KVMode, parse_bytes
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class RunOptions:
 
     ``kv_budget``: bytes, ``"64MiB"``, ``"25%"`` of the fp16 cache of the context, or None for no limit.
     ``context``: tokens in the sequence at the most; None takes what the prompt and ``max_tokens`` need.
-    ``offload``: folder for pages that do not fit; None uses a private file in the cache folder of the user.
+    ``offload``: folder or object store (``s3://bucket/prefix``) for pages that do not fit; None uses a private file in the
+    cache folder of the user. ``flash_limit``: bytes of pages that stay on flash before the object store takes the rest.
     ``allow_drop``: forget pages that do not fit, instead of writing them to flash (unless ``offload`` names a
     folder); changes results, and says how much.
     ``attend``: ``exact``, or ``selective`` and its forms: see :func:`edgekv.runtime.select.parse_attend`.
@@ -35,7 +39,9 @@ class RunOptions:
     kv: KVMode = KVMode.AUTO
     context: int | None = None
     policy: str = "lru"
-    offload: Path | None = None
+    offload: Path | str | None = None
+    flash_limit: int | str | None = None
+    offload_patience_s: float = PATIENCE_S
     allow_drop: bool = False
     threads: int = field(default_factory=lambda: default_threads())
     prefill_chunk: int = 256
@@ -109,15 +115,38 @@ def check_length(options: RunOptions, max_context: int, n_tokens: int) -> None:
 def open_offload(
     options: RunOptions, spec: PageSpec, medium: Medium = SYSTEM
 ) -> tuple[PageStore, tempfile.TemporaryDirectory[str] | None]:
-    """Open the flash tier of one run, and return it with the folder to clean up afterwards, if there is one.
+    """Open the flash tier of one run, or the object store below it, and return it with the folder to clean up, if any.
 
     Raises:
-        StoreLocked, StoreError: the folder cannot be used. EngineMissing: no package for the encryption.
+        StoreLocked, StoreError: folder or object store cannot be used. EngineMissing: no package for it, or for encryption.
+        UsageError: the options contradict each other.
     """
-    folder, scratch = options.offload or cache_home() / "offload", None
+    if not is_url(options.offload):
+        if options.flash_limit is not None:
+            raise UsageError(
+                "--flash-limit says what stays on flash before the object store; give --offload URL with it"
+            )
+        return _open_flash(options, spec, Path(options.offload) if options.offload is not None else None, medium)
+    cipher = Cipher.ephemeral() if options.encrypt_offload else None
+    remote = ObjectStore(str(options.offload), spec, cipher=cipher, patience_s=options.offload_patience_s)
+    if options.flash_limit is None:
+        return remote, None
+    limit = options.flash_limit if isinstance(options.flash_limit, int) else parse_bytes(options.flash_limit)
+    try:
+        flash, scratch = _open_flash(options, spec, None, medium)
+    except StoreError:
+        remote.close()
+        raise
+    return LayeredStore(flash, remote, limit // spec.record_bytes), scratch
+
+
+def _open_flash(
+    options: RunOptions, spec: PageSpec, chosen: Path | None, medium: Medium
+) -> tuple[PageStore, tempfile.TemporaryDirectory[str] | None]:
+    folder, scratch = chosen or cache_home() / "offload", None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if options.offload is None or options.encrypt_offload:
+        if chosen is None or options.encrypt_offload:
             scratch = tempfile.TemporaryDirectory(dir=folder, prefix="run-")
             folder = Path(scratch.name)
     except OSError as error:

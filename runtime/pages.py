@@ -19,7 +19,7 @@ from edgekv.runtime.policy import LRU, PageUse, Policy
 from edgekv.runtime.stats import CacheStats
 from edgekv.runtime.store import PageStore
 from edgekv.runtime.summary import Summaries
-from edgekv.runtime.table import NOTHING, PageTable
+from edgekv.runtime.table import NOTHING, PageTable, offloaded
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 from edgekv.types import Tier, format_bytes
 
@@ -52,7 +52,7 @@ class PageManager:
     """Moves the pages of one :class:`PageTable` between the tiers, inside a budget.
 
     Invariants (``check``): the arena never exceeds its budget; a page is in exactly one tier; HOT and WARM pages own
-    exactly the arena room that their ``offset`` names; a COLD page has a record.
+    exactly the arena room that their ``offset`` names; a COLD or REMOTE page has a record.
 
     Raises (from the constructor):
         BudgetError: the budget cannot hold one open page per layer and one to work with.
@@ -231,7 +231,7 @@ class PageManager:
         return len(victims)
 
     def offload(self, n_pages: int) -> int:
-        """Move up to ``n_pages`` sealed WARM pages to flash, in the policy's order; returns how many.
+        """Move up to ``n_pages`` sealed WARM pages to the store, in the policy's order; returns how many.
 
         Raises:
             StoreFull, StoreError: nothing changed.
@@ -243,7 +243,8 @@ class PageManager:
         return len(victims[:n_pages])
 
     def _send(self, chosen: list[tuple[int, int]], following: list[tuple[int, int]]) -> None:
-        """Move WARM pages to flash; ``following`` may be written ahead with them."""
+        """Move WARM pages to the store; ``following`` may be written ahead with them."""
+        assert self.store is not None
         if any(self.table.record[victim] == NOTHING for victim in chosen):
             dirty = [victim for victim in following if self.table.record[victim] == NOTHING]
             batch = max(len(chosen), WRITE_BATCH_BYTES // self.spec.record_bytes)
@@ -251,7 +252,7 @@ class PageManager:
             self._write(sorted({*dirty[:batch], *(v for v in chosen if self.table.record[v] == NOTHING)}))
         for layer, page in chosen:
             self._leave_ram(layer, page)
-            self.table.tier[layer, page] = Tier.COLD
+            self.table.tier[layer, page] = self.store.tier(int(self.table.record[layer, page]))
         self.counters.pages_offloaded += len(chosen)
 
     def drop(self, n_pages: int) -> int:
@@ -387,7 +388,7 @@ class PageManager:
         hot, warm = table.tier == Tier.HOT, table.tier == Tier.WARM
         assert np.unique(table.offset[hot | warm]).size == np.count_nonzero(hot | warm), "two pages share their room"
         assert not (warm & ~table.sealed()).any(), "an open page is compressed"
-        assert (table.record[table.tier == Tier.COLD] != NOTHING).all(), "a page on flash has no record"
+        assert (table.record[offloaded(table.tier)] != NOTHING).all(), "a page outside RAM has no record"
         records = table.record[table.record != NOTHING]
         assert np.unique(records).size == records.size, "two pages share a record"
         assert np.array_equal(table.refs["data"] != 0, hot | warm)

@@ -13,6 +13,7 @@ from edgekv.bundle import Manifest
 from edgekv.errors import StoreError, UsageError
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.machine import HOST, Machine
+from edgekv.runtime.objects import is_url
 from edgekv.runtime.options import RunOptions
 from edgekv.runtime.session import Session, SessionOptions
 from edgekv.types import KVMode
@@ -22,7 +23,7 @@ class SessionKeeper:
     """Keeps the sequence of one generator in a session.
 
     Raises (from the constructor):
-        UsageError: fp16 pages or dropping were asked for. StoreLocked, SessionMismatch, SessionError: see
+        UsageError: fp16 pages, dropping or an object store were asked for. StoreLocked, SessionMismatch, SessionError: see
             :meth:`Session.open`.
     """
 
@@ -33,6 +34,8 @@ class SessionKeeper:
             raise UsageError("a session keeps INT8 pages: run it with --kv auto or int8")
         if options.allow_drop:
             raise UsageError("a session keeps every page: run it without --allow-drop")
+        if is_url(options.offload):
+            raise UsageError("a session keeps its pages in its own files: run it without --offload URL")
         self._manifest = manifest
         self._now = machine.now
         if prefix is None:
@@ -125,7 +128,8 @@ def with_prefix(
     from edgekv.runtime.prefix import find_prefix  # it stores prefixes as sessions, so it stands above this module
 
     empty = keeper is None or (keeper.session.read_only is None and not keeper.session.tokens)
-    if not (fresh and empty and options.prefixes) or options.kv == KVMode.FP16 or options.allow_drop:
+    elsewhere = options.allow_drop or is_url(options.offload)  # pages that begin in a session stay in its files
+    if not (fresh and empty and options.prefixes) or options.kv == KVMode.FP16 or elsewhere:
         return keeper
     found = find_prefix(manifest, prompt)
     if found is None or keeper is None:

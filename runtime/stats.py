@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.runtime.store import StoreCounters
+from edgekv.runtime.table import offloaded
 from edgekv.types import Tier
 
 
@@ -73,7 +75,7 @@ class SelectionLog:
             self._step = step
             self._bounds.append([])
         self._bounds[-1].extend(missing.tolist())
-        counted = (tiers < Tier.FREE, taken, taken & (tiers <= Tier.WARM), taken & (tiers == Tier.COLD))
+        counted = (tiers < Tier.FREE, taken, taken & (tiers <= Tier.WARM), taken & offloaded(tiers))
         self._pages = [total + int(np.count_nonzero(mask)) for total, mask in zip(self._pages, counted, strict=True)]
 
     def summary(self) -> SelectionStats | None:
@@ -118,9 +120,18 @@ class RunStats:
     peak_rss_bytes: int = 0
     bytes_written: int = 0
     bytes_read: int = 0
+    remote_bytes_written: int = 0
+    remote_bytes_read: int = 0
     cache: CacheUse | None = None
     pages: CacheStats | None = None
     selection: SelectionStats | None = None
+
+    def count(self, counters: StoreCounters) -> None:
+        """Take over what the store of the run has counted."""
+        self.bytes_written = counters.bytes_written
+        self.bytes_read = counters.bytes_read
+        self.remote_bytes_written = counters.remote_bytes_written
+        self.remote_bytes_read = counters.remote_bytes_read
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -34,12 +34,16 @@ Bytes = NDArray[np.uint8]
 
 @dataclass
 class StoreCounters:
-    """What the store has done so far."""
+    """What a store has done so far; ``bytes_*`` count flash, ``remote_bytes_*`` an object store."""
 
     records_written: int = 0
     records_read: int = 0
     bytes_written: int = 0
     bytes_read: int = 0
+    objects_written: int = 0
+    remote_bytes_written: int = 0
+    remote_bytes_read: int = 0
+    records_reread: int = 0  #: read again, since they were damaged on the way
 
 
 class PageStore(Protocol):

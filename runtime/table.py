@@ -21,6 +21,12 @@ Int = NDArray[np.int64]
 NOTHING = -1
 
 
+def offloaded(tiers: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Return where a page is outside RAM and can be read back: on flash or in the object store."""
+    away: NDArray[np.bool_] = (tiers == Tier.COLD) | (tiers == Tier.REMOTE)
+    return away
+
+
 class PageTable:
     """Where every page and every token is.
 

@@ -12,6 +12,7 @@ import edgekv
 from edgekv.cli import emulate, plan, run, verify
 from edgekv.cli.export import export_command
 from edgekv.cli.inspect import inspect_command
+from edgekv.cli.offload import app as offload_app
 from edgekv.cli.prefix import app as prefix_app
 from edgekv.cli.profiles import app as profiles_app
 from edgekv.cli.sessions import app as sessions_app
@@ -33,6 +34,7 @@ app.command("verify", epilog=verify.EPILOG)(verify.verify_command)
 app.add_typer(profiles_app, name="profiles")
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(prefix_app, name="prefix")
+app.add_typer(offload_app, name="offload")
 
 
 def _print_version(value: bool) -> None:

@@ -37,6 +37,8 @@ Examples:
 
 `edgekv run llama.edgekv --kv-budget 25% --prompt "..." --json | jq .decode_tokens_per_s`
 
+`edgekv run llama.edgekv --kv-budget 64MiB --offload s3://bucket/kv --flash-limit 2GiB --prompt-file book.txt`
+
 `edgekv run llama.edgekv --session chat.kv --chat` remembers the conversation; run it again to go on
 
 `edgekv run llama.edgekv --session story.kv --continue --max-tokens 500`
@@ -56,7 +58,9 @@ def run_command(
     kv: Annotated[KVMode, typer.Option("--kv", help="auto: fp16 while the context fits the budget, INT8 otherwise. int8: from the first full page. fp16: until memory runs out.")] = KVMode.AUTO,
     policy: Annotated[str, typer.Option("--policy", help="Which pages leave RAM first: lru, heavy, window, random.")] = "lru",
     attend: Annotated[str, typer.Option("--attend", metavar="exact|selective[:N|:SHARE|:EPSILON]", help="selective: each new token attends to the pages that matter most, N per layer, a share (25%), as many as prove that less than EPSILON of the attention is missed, or as many as stay in RAM. Changes results, and bounds by how much.")] = "exact",
-    offload: Annotated[Path | None, typer.Option("--offload", metavar="DIR", help="Folder for pages that do not fit. Default: a private file in the user's cache folder.")] = None,
+    offload: Annotated[str | None, typer.Option("--offload", metavar="DIR|URL", help="Where pages go that do not fit: a folder, or an object store like s3://bucket/prefix, gs://, az:// or file:// (pip install 'edgekv[cloud]'; credentials from the environment). Default: a private file in the user's cache folder.")] = None,
+    flash_limit: Annotated[str | None, typer.Option("--flash-limit", metavar="SIZE", help="With --offload URL: keep so much on flash, and only the rest in the object store. Default: nothing.")] = None,
+    offload_patience: Annotated[float, typer.Option("--offload-patience", metavar="SECONDS", min=1, help="With --offload URL: give up after so long without an answer, retries included.")] = 60.0,
     allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Forget pages that do not fit, instead of writing them to flash (unless --offload is given). Changes results.")] = False,
     session: Annotated[Path | None, typer.Option("--session", metavar="FILE", help="Keep the sequence in FILE (a folder) across runs; what a later prompt shares with it is not computed again. Pages are INT8.")] = None,
     resume: Annotated[bool, typer.Option("--continue", help="Go on with the session where it stopped; a prompt is added to its end.")] = False,
@@ -76,6 +80,7 @@ def run_command(
 ) -> None:  # fmt: skip
     """Generate text from a bundle, inside a memory budget. The text goes to stdout, everything else to stderr."""
     from edgekv.runtime.generate import Generator, RunOptions, default_threads
+    from edgekv.runtime.objects import is_url
     from edgekv.runtime.sampling import SamplingOptions
 
     given = [
@@ -87,7 +92,7 @@ def run_command(
         raise UsageError(
             "give one of --prompt, --prompt-file or --chat" + (f", not {' and '.join(given)}" if given else "")
         )
-    kept = session_options(session, resume, checkpoint_every, encrypt, key_file)
+    kept = session_options(session, resume, checkpoint_every, encrypt and session is not None, key_file)
     if kv_budget and profile:
         raise UsageError("give --kv-budget or --profile, not both: the profile sets the budget")
     if chat and context is None:
@@ -98,8 +103,10 @@ def run_command(
     if profile:
         budget = _profile_budget(profile, bundle, console, quiet=quiet)
     options = RunOptions(
-        kv_budget=budget, kv=kv, context=context, policy=policy, offload=offload, allow_drop=allow_drop,
-        threads=threads or default_threads(), session=kept, attend=attend,
+        kv_budget=budget, kv=kv, context=context, policy=policy, allow_drop=allow_drop, attend=attend,
+        offload=offload if is_url(offload) or offload is None else Path(offload), flash_limit=flash_limit,
+        offload_patience_s=offload_patience, encrypt_offload=encrypt and session is None,
+        threads=threads or default_threads(), session=kept,
     )  # fmt: skip
     text = _read_prompt(prompt, prompt_file)
     if kept is not None:
@@ -259,6 +266,11 @@ def _summary(generator: Generator) -> Table:
             "pages",
             f"{moved.pages_compressed} compressed, {moved.pages_offloaded} offloaded, {moved.pages_fetched} fetched, {moved.pages_dropped} dropped",
         )
+        if stats.remote_bytes_written or stats.remote_bytes_read:
+            table.add_row(
+                "object store",
+                f"{format_bytes(stats.remote_bytes_written)} written, {format_bytes(stats.remote_bytes_read)} read",
+            )
         if stats.selection is not None:
             chosen = stats.selection
             table.add_row(
