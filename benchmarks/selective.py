@@ -1,16 +1,21 @@
 """What selective attention costs in quality, against the obvious ways to save the same RAM: one command, one table.
 
-    python benchmarks/selective.py [--json FILE] [--samples 20] [--page-size 16]
+    python benchmarks/selective.py [--json FILE] [--documents 15] [--page-size 16]
 
-On the bundled model at 4096 tokens of text that it was not trained on: `passkey`, the answers that are exactly right about
-one of four facts hidden in the text; `perplexity` of the last tokens of each window, decoded one by one; and `KL`, how far the
-predictions of these tokens are from those of `full`, in nats (a small model attends badly over long distances, so
-forgetting can lower its perplexity: only `KL` says who computes what full attention computes).
+On the bundled model at 4096 tokens, on text that it was not trained on (the last 2 % of four books, `held_out/`):
+
+- `passkey`: answers that are exactly right, about each of the four facts hidden in a document. 60 of 60 prove a true rate above
+  95 % (one-sided, 95 % confidence: 0.95 ** 60 < 0.05). A document is read once and asked four times, from the prefix that stays.
+- `perplexity` of the last tokens of windows of 4096, decoded one by one after the others were computed exactly; and its
+  distance from `full`, with the standard error over the tokens (paired: the same tokens both ways). A cache policy has to
+  give what `full` gives, so a lower perplexity is as much an error as a higher one: forgetting lowers it for a model that
+  attends badly over long distances, without computing what the model computes.
+- `KL`: how far the predictions of these tokens are from those of `full`, in nats per token, whoever was right.
 
 `selective` keeps what does not fit on flash and attends to its share of the pages; `window` and `random` drop pages to stay
 within the same bytes of RAM (summaries and staging of `selective` included). Exits with 1 if a bar is missed: at 25 % passkey
->= 95 % of full and perplexity within 2 % of full; at every share, better than `window` and `random` in passkey, KL and
-perplexity.
+>= 95 % of full and perplexity within 2 % of full, on either side; at every share, better than `window` and `random` in
+passkey, in distance of perplexity and in KL.
 """
 
 from __future__ import annotations
@@ -37,10 +42,18 @@ sys.path.insert(0, str(ROOT / "tools"))
 from demo_tasks import RetrievalPrompt, TaskSampler  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-TEXT = ROOT / "edgekv" / "verify" / "default_text.txt"
+TEXTS = Path(__file__).resolve().parent / "held_out"
 SHARES = ("50%", "25%", "12.5%")
 FACTS = 4
 SEED = 4000
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens in a row of one text."""
+
+    text: str
+    tokens: list[int]
 
 
 @dataclass
@@ -53,7 +66,10 @@ class Row:
     passkey: int
     samples: int
     perplexity: float
+    distance: float
+    distance_error: float
     kl: float
+    by_text: dict[str, float]
     hit_rate: float | None = None
     fetched_bytes_per_token: float | None = None
     certified_missing: float | None = None
@@ -67,7 +83,7 @@ def whole_bytes(generator: Generator, context: int) -> int:
 
 
 def answers(generator: Generator, prompts: Sequence[RetrievalPrompt], tokenizer: Tokenizer) -> int:
-    """Return how many prompts are answered exactly."""
+    """Return how many prompts are answered exactly; what one shares with the one before it is not computed again."""
     right = 0
     for prompt in prompts:
         said = list(generator.tokens(prompt.prompt_ids, max_tokens=len(prompt.answer_ids)))
@@ -75,12 +91,12 @@ def answers(generator: Generator, prompts: Sequence[RetrievalPrompt], tokenizer:
     return right
 
 
-def predictions(generator: Generator, windows: Sequence[Sequence[int]], decoded: int) -> Double:
+def predictions(generator: Generator, windows: Sequence[Window], decoded: int) -> Double:
     """Return the log-probabilities [tokens, vocabulary] of the last ``decoded`` tokens of each window, step by step."""
     rows = []
     for window in windows:
-        logits = generator.prefill(window[:-decoded], max_tokens=decoded)
-        for token in window[-decoded:]:
+        logits = generator.prefill(window.tokens[:-decoded], max_tokens=decoded)
+        for token in window.tokens[-decoded:]:
             x = logits.astype(np.float64)
             rows.append(x - x.max() - np.log(np.exp(x - x.max()).sum()))
             logits = generator.step([token])
@@ -89,41 +105,45 @@ def predictions(generator: Generator, windows: Sequence[Sequence[int]], decoded:
 
 def measure(
     base: Generator, options: RunOptions, how: str, share: str, prompts: Sequence[RetrievalPrompt],
-    windows: Sequence[Sequence[int]], decoded: int, tokenizer: Tokenizer, reference: list[Double],
+    windows: Sequence[Window], decoded: int, tokenizer: Tokenizer, reference: list[Double],
 ) -> Row:  # fmt: skip
     """Measure one way at one share; ``reference`` takes the first one's predictions, which others are compared with."""
-    row = Row(how, share, int(options.kv_budget or 0), 0, len(prompts), 0.0, 0.0)
     with base.fork(options) as generator:
-        row.passkey = answers(generator, prompts, tokenizer)
+        passkey = answers(generator, prompts, tokenizer)
         said = predictions(generator, windows, decoded)
-        if not reference:
-            reference.append(said)
-        targets = [token for window in windows for token in window[-decoded:]]
-        row.perplexity = math.exp(-float(said[np.arange(len(targets)), targets].mean()))
-        row.kl = float((np.exp(reference[0]) * (reference[0] - said)).sum(axis=1).mean())
         stats = generator.report()
-        if stats.selection is not None:
-            record = generator.manifest.model.pages(generator.manifest.page_size).record_bytes
-            row.hit_rate = stats.selection.hit_rate
-            row.fetched_bytes_per_token = stats.selection.fetched_per_step * record
-            row.certified_missing = stats.selection.missing_mean.mean
-    print(
-        f"  {how} {share}: passkey {row.passkey}/{row.samples}, perplexity {row.perplexity:.3f}, KL {row.kl:.4f}",
-        file=sys.stderr,
-    )
+        record = generator.manifest.model.pages(generator.manifest.page_size).record_bytes
+    if not reference:
+        reference.append(said)
+    targets = [token for window in windows for token in window.tokens[-decoded:]]
+    losses = -said[np.arange(len(targets)), targets]
+    change = losses + reference[0][np.arange(len(targets)), targets]
+    texts = np.repeat([window.text for window in windows], decoded)
+    row = Row(
+        how, share, int(options.kv_budget or 0), passkey, len(prompts),
+        perplexity=math.exp(float(losses.mean())),
+        distance=math.expm1(float(change.mean())),
+        distance_error=float(change.std()) / math.sqrt(len(change)),
+        kl=float((np.exp(reference[0]) * (reference[0] - said)).sum(axis=1).mean()),
+        by_text={str(text): math.expm1(float(change[texts == text].mean())) for text in dict.fromkeys(texts)},
+    )  # fmt: skip
+    if stats.selection is not None:
+        row.hit_rate = stats.selection.hit_rate
+        row.fetched_bytes_per_token = stats.selection.fetched_per_step * record
+        row.certified_missing = stats.selection.missing_mean.mean
+    print(f"  {how} {share}: {json.dumps(asdict(row))}", file=sys.stderr)
     return row
 
 
 def table(rows: Sequence[Row]) -> str:
     """Print rows as Markdown."""
-    full = rows[0]
     lines = [
-        "| pages | RAM | how | passkey | KL | perplexity | vs full | hit rate | fetched per token | may miss (certified) |",
+        "| pages | RAM | how | passkey | perplexity | from full | KL | hit rate | fetched per token | may miss (certified) |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [row.share, format_bytes(row.budget_bytes), row.how, f"{row.passkey}/{row.samples}", f"{row.kl:.4f}"]
-        cells += [f"{row.perplexity:.3f}", f"{row.perplexity / full.perplexity - 1:+.2%}"]
+        cells = [row.share, format_bytes(row.budget_bytes), row.how, f"{row.passkey}/{row.samples}"]
+        cells += [f"{row.perplexity:.3f}", f"{row.distance:+.2%} ± {row.distance_error:.2%}", f"{row.kl:.4f}"]
         cells.append("" if row.hit_rate is None else f"{row.hit_rate:.1%}")
         cells.append("" if row.fetched_bytes_per_token is None else format_bytes(row.fetched_bytes_per_token))
         cells.append("" if row.certified_missing is None else f"{row.certified_missing:.1%}")
@@ -138,25 +158,27 @@ def missed(rows: Sequence[Row]) -> list[str]:
     quarter = by["selective", "25%"]
     if quarter.passkey < 0.95 * full.passkey:
         found.append(f"passkey at 25%: {quarter.passkey}, the bar is 95 % of {full.passkey}")
-    if quarter.perplexity > 1.02 * full.perplexity:
-        found.append(f"perplexity at 25%: {quarter.perplexity:.3f}, the bar is {1.02 * full.perplexity:.3f}")
+    if abs(quarter.distance) > 0.02:
+        found.append(f"perplexity at 25%: {quarter.distance:+.2%} from full, the bar is 2 %")
     for share in SHARES:
         for other in ("window", "random"):
             ours, theirs = by["selective", share], by[other, share]
-            if ours.passkey < theirs.passkey:
+            if ours.passkey <= theirs.passkey:
                 found.append(f"passkey at {share}: {ours.passkey}, {other} has {theirs.passkey}")
-            if ours.kl > theirs.kl:
+            if abs(ours.distance) >= abs(theirs.distance):
+                found.append(f"perplexity at {share}: {ours.distance:+.2%} from full, {other} {theirs.distance:+.2%}")
+            if ours.kl >= theirs.kl:
                 found.append(f"KL at {share}: {ours.kl:.4f}, {other} has {theirs.kl:.4f}")
-            if ours.perplexity > theirs.perplexity:
-                found.append(f"perplexity at {share}: {ours.perplexity:.3f}, {other} has {theirs.perplexity:.3f}")
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=20, help="passkey prompts")
+    parser.add_argument(
+        "--documents", type=int, default=15, help="documents with four facts, each of which is asked for"
+    )
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--decoded", type=int, default=256, help="tokens per window whose perplexity counts")
+    parser.add_argument("--decoded", type=int, default=192, help="tokens per window whose perplexity counts")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -176,13 +198,22 @@ def main() -> None:
 def run(bundle: Path, options: argparse.Namespace) -> list[Row]:
     """Measure every way at every share."""
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
-    text = list(tokenizer.encode(TEXT.read_text(encoding="utf-8")).ids)
+    texts = {
+        path.stem: list(tokenizer.encode(path.read_text(encoding="utf-8")).ids) for path in sorted(TEXTS.iterdir())
+    }
     size, answer = options.context, 32
     prompts = [
-        TaskSampler(tokenizer, [text], [], SEED + i).retrieval_prompt(size - answer, FACTS)
-        for i in range(options.samples)
+        prompt
+        for index in range(options.documents)
+        for prompt in TaskSampler(tokenizer, list(texts.values()), [], SEED + index).retrieval_prompts(
+            size - answer, FACTS
+        )
     ]
-    windows = [text[start : start + size] for start in range(0, len(text) - size + 1, size)]
+    windows = [
+        Window(name, tokens[start : start + size])
+        for name, tokens in texts.items()
+        for start in range(0, len(tokens) - size + 1, size // 2)
+    ]
     plain = RunOptions(kv=KVMode.INT8, context=size, threads=options.threads)
     with Generator.open(bundle, plain) as base:
         whole = whole_bytes(base, size)

@@ -202,12 +202,29 @@ class TaskSampler:
 
     def retrieval_prompt(self, prompt_tokens: int, fact_count: int) -> RetrievalPrompt:
         """One question about one of ``fact_count`` facts (names of NAMES), exactly ``prompt_tokens`` long."""
-        names = self.rng.sample(NAMES, fact_count)
+        facts, name = self._evaluation_facts(fact_count)
+        cue = self._cue(name)
+        return self._asked(self._document(facts, prompt_tokens - len(cue)), cue, name, facts)
+
+    def retrieval_prompts(self, prompt_tokens: int, fact_count: int) -> list[RetrievalPrompt]:
+        """One document, asked for each of its facts in turn; the longest prompt has exactly ``prompt_tokens``."""
+        facts, _ = self._evaluation_facts(fact_count)
+        cues = {name: self._cue(name) for name in facts}
+        document = self._document(facts, prompt_tokens - max(map(len, cues.values())))
+        return [self._asked(document, cue, name, facts) for name, cue in cues.items()]
+
+    def _evaluation_facts(self, count: int) -> tuple[dict[str, str], str]:
+        """Return ``count`` facts with names of NAMES and codes of four digits, and the name of one of them."""
+        names = self.rng.sample(NAMES, count)
         facts = {name: self._code(4) for name in names}
-        name = self.rng.choice(names)
-        cue = self._encode("\n" + QUESTION.format(name=name) + ANSWER_CUE)
+        return facts, self.rng.choice(names)
+
+    def _cue(self, name: str) -> list[int]:
+        return self._encode("\n" + QUESTION.format(name=name) + ANSWER_CUE)
+
+    def _asked(self, document: list[int], cue: list[int], name: str, facts: dict[str, str]) -> RetrievalPrompt:
         answer = [*self._encode(ANSWER.format(name=name, code=facts[name])), EOS_ID]
-        return RetrievalPrompt(self._document(facts, prompt_tokens - len(cue)) + cue, answer, facts[name])
+        return RetrievalPrompt(document + cue, answer, facts[name])
 
     def mixed(self, length: int, shares: dict[str, float]) -> Sample:
         """One sample of a task drawn by ``shares`` (keys: text, copying, retrieval)."""
