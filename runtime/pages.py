@@ -380,11 +380,8 @@ class PageManager:
         """Assert the invariants of the class."""
         table, arena = self.table, self.arena
         arena.check()
-        assert (
-            arena.used_bytes
-            <= arena.n_frames * self.spec.frame_bytes
-            <= max(self.options.budget_bytes, arena.used_bytes)
-        )
+        held = arena.n_frames * self.spec.frame_bytes
+        assert arena.used_bytes <= held <= max(self.options.budget_bytes, arena.used_bytes)
         hot, warm = table.tier == Tier.HOT, table.tier == Tier.WARM
         assert np.unique(table.offset[hot | warm]).size == np.count_nonzero(hot | warm), "two pages share their room"
         assert not (warm & ~table.sealed()).any(), "an open page is compressed"
