@@ -147,6 +147,15 @@ class Compute:
     overhead_s: Annotated[
         Quantity[float], Rule("Fixed time per step, whatever the model.", "s", "0.0005", low_included=True)
     ]
+    page_fetch_s: Annotated[
+        Quantity[float],
+        Rule(
+            "Time of the host per page that comes from flash: system call, checksum, hand-over; adds to the kernel's.",
+            "s",
+            "0.0001",
+            low_included=True,
+        ),
+    ]
     by_weights: Mapping[str, Mapping[str, Quantity[Any]]] = field(default_factory=dict)
 
 

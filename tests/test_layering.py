@@ -55,6 +55,7 @@ def offenders(folder: str, forbidden: tuple[str, ...]) -> list[str]:
             "edgekv/emulator",
             ("torch", "transformers", "onnx", "onnxruntime", "edgekv.export", "edgekv.verify", "edgekv.cli"),
         ),
+        ("edgekv/calibrate", ("torch", "transformers", "onnx", "edgekv.export", "edgekv.cli")),
         ("export", ("edgekv.runtime", "edgekv.cli", "transformers")),
         ("device_profiles", ("edgekv.runtime", "edgekv.export", "edgekv.cli", "numpy", "torch")),
     ],

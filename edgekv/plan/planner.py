@@ -1,7 +1,8 @@
 """The plan: memory by tier, time, and flash, for one model, context and device.
 
 Memory is divided by the runtime's own rules (:mod:`edgekv.runtime.budget`), time comes from the device model
-(:mod:`edgekv.device_profiles.speed`). The kernel works while flash is read ahead, so a step takes the longer of the two.
+(:mod:`edgekv.device_profiles.speed`). The kernel works while flash is read ahead, so a step takes the longer of the two; taking a
+page in costs the host time beside.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ class _Clock:
             logits=logits,
         )
 
-    def flash_seconds(self, context: int, *, decode: bool) -> float:
-        """Return the time to read what a step needs from flash."""
+    def fetch(self, context: int, *, decode: bool) -> tuple[float, float]:
+        """Return what a step needs from flash: the drive's time, and the host's."""
         pages = self._model.pages
         split = _Split.of(pages, self._budget, context)
         cold: float = split.cold
@@ -134,16 +135,22 @@ class _Clock:
             resident = 1.0 - split.share_cold()
             hits = min(1.0, HIT_RATE_WHEN_EQUAL * resident / wanted)
             cold = min(cold, wanted * (split.hot + split.warm + split.cold) * (1.0 - hits))
-        return streamed_seconds(self._device.flash, cold * pages.record_bytes, self._piece_bytes)
+        drive = streamed_seconds(self._device.flash, cold * pages.record_bytes, self._piece_bytes)
+        return drive, cold * self.rates.page_fetch_s.value
 
     def decode_seconds(self, context: int, speed: float = 1.0) -> tuple[float, str]:
         """Return the time of one token at ``context``, and what bounds it."""
         parts = step_seconds(self.work(1, context), self.rates, speed)
-        flash = self.flash_seconds(context, decode=True)
-        longest = max(
-            ("weights", parts.dense), ("attention", parts.attention), ("overhead", parts.overhead), key=_second
+        drive, host = self.fetch(context, decode=True)
+        host /= speed
+        shares = (
+            ("weights", parts.dense),
+            ("attention", parts.attention),
+            ("overhead", parts.overhead),
+            ("fetching pages", host),
         )
-        return (flash, "flash") if flash > parts.total else (parts.total, longest[0])
+        busy = parts.total + host
+        return (drive, "flash") if drive > busy else (busy, max(shares, key=_second)[0])
 
     def prompt_seconds(self, n_tokens: int) -> float:
         """Return the time until the first token of a prompt is there."""
@@ -155,7 +162,8 @@ class _Clock:
             compute = step_seconds(self.work(size, start, logits=1 if last else 0), self.rates).total
             cold = _Split.of(pages, self._budget, start + size).cold
             written = (cold - cold_before) * pages.record_bytes / self._device.flash.write_bytes_per_s.value
-            seconds += max(compute, self.flash_seconds(start, decode=False)) + written
+            drive, host = self.fetch(start, decode=False)
+            seconds += max(compute + host, drive) + written
             cold_before = cold
         return seconds
 
