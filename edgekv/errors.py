@@ -68,6 +68,10 @@ class StoreFull(StoreError):
     """The backing store has no room left. Nothing was changed: the pages are still in memory."""
 
 
+class WriteLimit(StoreFull):
+    """The day's writes to flash are used up. Nothing was changed: the pages are still in memory."""
+
+
 class StoreLocked(StoreError):
     """Another process uses this store."""
 

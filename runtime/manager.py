@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.errors import UsageError
+from edgekv.errors import StoreError, UsageError
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.kernels import load_kernels
 from edgekv.runtime.pages import CacheOptions
 from edgekv.runtime.policy import make_policy
 from edgekv.runtime.store import FlashStore
+from edgekv.runtime.wear import WearLedger
 from edgekv.spec import PageSpec
 
 Float = NDArray[np.float32]
@@ -50,6 +51,7 @@ class MemoryManager:
         offload_dir: folder for pages that do not fit; None uses a private temporary file.
         allow_drop: let pages be forgotten when nothing else helps. Reading their tokens is a clear error.
         policy: who goes first: ``lru``, ``heavy``, ``window`` or ``random``.
+        max_write_per_day: bytes that all who use ``offload_dir`` may write there in a day.
 
     Raises:
         UsageError: an argument makes no sense.
@@ -65,6 +67,7 @@ class MemoryManager:
         offload_dir: str | Path | None = None,
         allow_drop: bool = False,
         policy: str = "lru",
+        max_write_per_day: int | None = None,
     ) -> None:
         if max_memory_mb <= 0:
             raise UsageError(f"max_memory_mb must be above zero, not {max_memory_mb}")
@@ -81,7 +84,10 @@ class MemoryManager:
             threshold=memory_threshold_percent / 100,
             policy=make_policy(policy),
         )
+        if max_write_per_day is not None and offload_dir is None:
+            raise UsageError("max_write_per_day counts what goes to a folder over time; give offload_dir with it")
         self._offload_dir = offload_dir
+        self._max_write_per_day = max_write_per_day
         self._cache: KVCache | None = None
         self._store: FlashStore | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -105,13 +111,27 @@ class MemoryManager:
         spec = PageSpec(_look_up(model_config, _LAYERS), _look_up(model_config, _KV_HEADS), head_dim, self.page_size)
         self.close()
         if self._options.compress:
-            if self._offload_dir is None:
-                self._scratch = tempfile.TemporaryDirectory(prefix="edgekv-")
-            self._store = FlashStore(Path(self._offload_dir or self._scratch.name), spec)  # type: ignore[union-attr]
+            self._store = self._open_store(spec)
         try:
             self._cache = KVCache(spec, self._options, load_kernels(), self._store)
         except BaseException:
             self.close()
+            raise
+
+    def _open_store(self, spec: PageSpec) -> FlashStore:
+        if self._offload_dir is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="edgekv-")
+            return FlashStore(Path(self._scratch.name), spec)
+        folder = Path(self._offload_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot write the offload folder {folder}: {error.strerror}") from error
+        wear = WearLedger(folder, self._max_write_per_day)
+        try:
+            return FlashStore(folder, spec, wear=wear)
+        except StoreError:
+            wear.close()
             raise
 
     @property

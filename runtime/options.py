@@ -18,6 +18,7 @@ from edgekv.runtime.session import SessionOptions
 from edgekv.runtime.session_cipher import Cipher
 from edgekv.runtime.session_store import SessionStore
 from edgekv.runtime.store import FlashStore, PageStore
+from edgekv.runtime.wear import WearLedger
 from edgekv.spec import PageSpec
 from edgekv.types import KVMode, parse_bytes
 
@@ -32,6 +33,7 @@ class RunOptions:
     cache folder of the user. ``flash_limit``: bytes of pages that stay on flash before the object store takes the rest.
     ``allow_drop``: forget pages that do not fit, instead of writing them to flash (unless ``offload`` names a
     folder); changes results, and says how much.
+    ``max_write_per_day``: bytes, or ``"2GB"``, that all runs with this offload folder may write to flash in a day (UTC).
     ``attend``: ``exact``, or ``selective`` and its forms: see :func:`edgekv.runtime.select.parse_attend`.
     """
 
@@ -43,6 +45,7 @@ class RunOptions:
     flash_limit: int | str | None = None
     offload_patience_s: float = PATIENCE_S
     allow_drop: bool = False
+    max_write_per_day: int | str | None = None
     threads: int = field(default_factory=lambda: default_threads())
     prefill_chunk: int = 256
     attend: str = "exact"
@@ -144,6 +147,7 @@ def _open_flash(
     options: RunOptions, spec: PageSpec, chosen: Path | None, medium: Medium
 ) -> tuple[PageStore, tempfile.TemporaryDirectory[str] | None]:
     folder, scratch = chosen or cache_home() / "offload", None
+    beside = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if chosen is None or options.encrypt_offload:
@@ -153,7 +157,21 @@ def _open_flash(
         raise StoreError(
             f"cannot write the offload folder {folder}: {error.strerror}; choose another with --offload DIR"
         ) from error
-    if options.encrypt_offload:
-        # The records of a session that is never kept: same files, and the key is in no file.
-        return SessionStore(folder, spec, Cipher.ephemeral(), spill=folder, medium=medium), scratch
-    return FlashStore(folder, spec, medium), scratch
+    wear = WearLedger(beside, daily_limit(options.max_write_per_day))
+    try:
+        if options.encrypt_offload:
+            # The records of a session that is never kept: same files, and the key is in no file.
+            return SessionStore(folder, spec, Cipher.ephemeral(), spill=folder, medium=medium, wear=wear), scratch
+        return FlashStore(folder, spec, medium, wear), scratch
+    except BaseException:
+        wear.close()
+        raise
+
+
+def daily_limit(size: int | str | None) -> int | None:
+    """Return a number of bytes per day; None is no limit.
+
+    Raises:
+        UsageError: it is not a size.
+    """
+    return parse_bytes(size) if isinstance(size, str) else size

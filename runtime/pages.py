@@ -7,12 +7,13 @@ flash leaves RAM without a write, and a page that came back is bit-identical.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.errors import BudgetError, OutOfPages
+from edgekv.errors import BudgetError, OutOfPages, WriteLimit
 from edgekv.runtime.arena import Arena
 from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, Kernels
 from edgekv.runtime.policy import LRU, PageUse, Policy
@@ -165,7 +166,7 @@ class PageManager:
             to_come = np.arange(self.spec.n_layers) > layer
             unused = self.table.last_used < (self.step - to_come)[:, None]
             victims = self._candidates(Tier.WARM, unpinned=True, among=unused)
-            if victims:
+            with contextlib.suppress(WriteLimit):  # without room, pages are attended to from the staging ring
                 self._send(victims[:missing], victims)
         return min(n_pages, self._room())
 
@@ -239,21 +240,34 @@ class PageManager:
         if self.store is None:
             return 0
         victims = self._candidates(Tier.WARM)
-        self._send(victims[:n_pages], victims)
-        return len(victims[:n_pages])
+        return self._send(victims[:n_pages], victims)
 
-    def _send(self, chosen: list[tuple[int, int]], following: list[tuple[int, int]]) -> None:
-        """Move WARM pages to the store; ``following`` may be written ahead with them."""
+    def _send(self, chosen: list[tuple[int, int]], following: list[tuple[int, int]]) -> int:
+        """Move WARM pages to the store; ``following`` may be written ahead with them. Returns how many left RAM.
+
+        When the day's writes are used up, pages that are in the store already leave instead.
+
+        Raises:
+            WriteLimit: there are none, and none may be dropped. StoreFull, StoreError: the store refused. Nothing changed.
+        """
         assert self.store is not None
         if any(self.table.record[victim] == NOTHING for victim in chosen):
             dirty = [victim for victim in following if self.table.record[victim] == NOTHING]
             batch = max(len(chosen), WRITE_BATCH_BYTES // self.spec.record_bytes)
             # Neighbours are written ahead, so that writes stay large; a written page later leaves without a write.
-            self._write(sorted({*dirty[:batch], *(v for v in chosen if self.table.record[v] == NOTHING)}))
+            try:
+                self._write(sorted({*dirty[:batch], *(v for v in chosen if self.table.record[v] == NOTHING)}))
+            except WriteLimit:
+                clean = [victim for victim in following if self.table.record[victim] != NOTHING][: len(chosen)]
+                self.counters.pages_held_back += len(chosen) - len(clean)
+                if not clean and not self.options.allow_drop:
+                    raise
+                chosen = clean
         for layer, page in chosen:
             self._leave_ram(layer, page)
             self.table.tier[layer, page] = self.store.tier(int(self.table.record[layer, page]))
         self.counters.pages_offloaded += len(chosen)
+        return len(chosen)
 
     def drop(self, n_pages: int) -> int:
         """Forget up to ``n_pages`` unpinned sealed pages, in the policy's order; returns how many."""
@@ -355,6 +369,7 @@ class PageManager:
 
     def _write(self, pages: list[tuple[int, int]]) -> None:
         assert self.store is not None
+        assert (self.table.record[tuple(zip(*pages, strict=True))] == NOTHING).all(), "a page is written once"
         payloads = [self.arena.page(int(self.table.offset[page]), self.spec.warm_bytes) for page in pages]
         records = self.store.write([tag(*page) for page in pages], payloads)
         for page, record in zip(pages, records, strict=True):

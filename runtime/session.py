@@ -41,6 +41,7 @@ from edgekv.runtime.session_index import INDEX, Row, SessionIndex, State, Tail, 
 from edgekv.runtime.session_restore import OPEN_HALVES, restore_open, restore_pages, store_open
 from edgekv.runtime.session_store import SessionStore, segment_paths, sync_folder
 from edgekv.runtime.store import aligned_rows
+from edgekv.runtime.wear import WearLedger
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 
 Part = TypeVar("Part", Row, Tail)
@@ -52,12 +53,14 @@ class SessionOptions:
 
     ``checkpoint_tokens``, ``checkpoint_seconds``: save after so many new tokens or seconds, 0 is never; it is saved at the
     end of each answer and when it is closed in any case. ``secret``: encrypt with this; see :mod:`session_cipher`.
+    ``max_bytes_per_day``: of pages written; beyond it the session is not saved, and says so.
     """
 
     path: Path
     checkpoint_tokens: int = 64
     checkpoint_seconds: float = 0.0
     secret: bytes | None = None
+    max_bytes_per_day: int | None = None
 
 
 class Session:
@@ -94,6 +97,7 @@ class Session:
         self._lock = lock
         self._spec = store.spec
         self._spill: tempfile.TemporaryDirectory[str] | None = None
+        self._limit: int | None = None
         #: The committed rows that the cache holds; those of ``_state`` are what the index holds.
         self._rows: list[Row] = []
 
@@ -135,7 +139,12 @@ class Session:
             cipher = index.cipher if index is not None else make_cipher(state.meta, path, options.secret)
             spill = tempfile.TemporaryDirectory(prefix="edgekv-") if lock is None else None
             store = SessionStore(
-                path, PageSpec(**state.meta["pages"]), cipher, Path(spill.name) if spill else None, medium
+                path,
+                PageSpec(**state.meta["pages"]),
+                cipher,
+                Path(spill.name) if spill else None,
+                medium,
+                WearLedger(path, options.max_bytes_per_day) if lock is not None else None,
             )
         except BaseException:
             if index is not None:
@@ -145,6 +154,7 @@ class Session:
             raise
         session = cls(path, state, store, index, lock, read_only)
         session._spill = spill
+        session._limit = options.max_bytes_per_day
         session._adopt()
         return session
 
@@ -336,7 +346,8 @@ class Session:
         except OSError as error:
             raise SessionError(f"cannot make the session {self.path}: {error.strerror}") from error
         self.store.close()
-        self.store = SessionStore(self.path, self._spec, medium=self.store.medium)
+        wear = WearLedger(self.path, self._limit)
+        self.store = SessionStore(self.path, self._spec, medium=self.store.medium, wear=wear)
         tail = Tail(len(other._state.rows), chain=other._state.rows[-1].chain.hex())
         self._state = State(self._state.meta, self.notes, list(other._state.rows), tail)
         self._index.commit(self._state, 0, 0)

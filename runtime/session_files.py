@@ -23,6 +23,7 @@ from edgekv.errors import SessionError, SessionMismatch, StoreLocked, UsageError
 from edgekv.runtime.session_cipher import SALT_BYTES, Cipher
 from edgekv.runtime.session_index import BACKUP, DAMAGED, INDEX, SessionIndex, State
 from edgekv.runtime.session_store import segment_paths, sync_folder
+from edgekv.runtime.wear import LEDGER
 from edgekv.spec import PageSpec
 
 if sys.platform != "win32":
@@ -46,7 +47,7 @@ def make_folder(path: Path) -> None:
     """
     if path.exists():
         # A session whose first commit never came may hold any of its files.
-        if not path.is_dir() or any(not p.name.startswith((LOCK, "index.", "pages-")) for p in path.iterdir()):
+        if not path.is_dir() or any(not p.name.startswith((LOCK, "index.", "pages-", LEDGER)) for p in path.iterdir()):
             raise UsageError(f"{path} exists and is not a session; choose another name for --session")
         return
     try:

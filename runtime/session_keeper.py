@@ -8,13 +8,14 @@ began are saved: tokens of the open page, which a checkpoint does not store, are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from edgekv.bundle import Manifest
 from edgekv.errors import StoreError, UsageError
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.machine import HOST, Machine
 from edgekv.runtime.objects import is_url
-from edgekv.runtime.options import RunOptions
+from edgekv.runtime.options import RunOptions, daily_limit
 from edgekv.runtime.session import Session, SessionOptions
 from edgekv.types import KVMode
 
@@ -40,7 +41,9 @@ class SessionKeeper:
         self._now = machine.now
         if prefix is None:
             assert options.session is not None
-            prefix = Session.open(options.session, manifest, medium=machine.medium)
+            limit = daily_limit(options.max_write_per_day)
+            limited = replace(options.session, max_bytes_per_day=limit)
+            prefix = Session.open(limited, manifest, medium=machine.medium)
         self.session = prefix
         self.options = options.session or SessionOptions(prefix.path, 0)
         self.sequence: list[int] = []

@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.errors import CorruptPage, StoreError, StoreFull
+from edgekv.errors import CorruptPage, StoreError, StoreFull, WriteLimit
 from edgekv.runtime.medium import SYSTEM, Medium
 from edgekv.runtime.record import checksum_of, open_record, pack_record
 from edgekv.runtime.session_cipher import Cipher
 from edgekv.runtime.store import StoreCounters, neighbours
+from edgekv.runtime.wear import WearLedger
 from edgekv.spec import PageSpec
 from edgekv.types import Tier
 
@@ -49,6 +50,7 @@ class SessionStore:
 
     Args:
         spill: where new records go instead; for sessions that cannot be written. They are not kept.
+        wear: counts what is written, and may refuse it; the store closes it.
 
     Raises (from the constructor):
         StoreError: a file cannot be opened.
@@ -61,6 +63,7 @@ class SessionStore:
         cipher: Cipher | None = None,
         spill: Path | None = None,
         medium: Medium = SYSTEM,
+        wear: WearLedger | None = None,
     ) -> None:
         self.folder = folder
         self.medium = medium
@@ -68,6 +71,7 @@ class SessionStore:
         self.counters = StoreCounters()
         self.cipher = cipher
         self._spill = spill
+        self._wear = wear
         self._segments: dict[int, _Segment] = {}
         self._checks: dict[int, int] = {}
         self._committed: set[int] = set()
@@ -127,8 +131,13 @@ class SessionStore:
         for row, record, tag, page in zip(block, records, tags, pages, strict=True):
             pack_record(row, record, tag, page, self.spec.warm_bytes, self.cipher)
         try:
+            if self._wear is not None:
+                self._wear.reserve(block.nbytes)
             for start, stop in neighbours(records):
                 self._pwrite(block[start:stop].reshape(-1).data, records[start])
+        except WriteLimit:
+            self._free += records
+            raise
         except OSError as error:
             self._free += records
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -254,6 +263,9 @@ class SessionStore:
         for segment in self._segments.values():
             os.close(segment.file)
         self._segments = {}
+        if self._wear is not None:
+            self._wear.close()
+            self._wear = None
 
     def _allocate(self, count: int) -> list[int]:
         for number, segment in self._segments.items():

@@ -22,6 +22,7 @@ class CacheStats:
     pages_offloaded: int = 0
     pages_fetched: int = 0
     pages_dropped: int = 0
+    pages_held_back: int = 0  #: times that a page stayed in RAM because the day's writes to flash were used up
     pages_missed: int = 0  #: times that a step wanted a page which had been dropped
     tokens_pruned: int = 0
 

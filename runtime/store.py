@@ -20,9 +20,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.errors import CorruptPage, StoreError, StoreFull, StoreLocked
+from edgekv.errors import CorruptPage, StoreError, StoreFull, StoreLocked, WriteLimit
 from edgekv.runtime.medium import SYSTEM, Medium
 from edgekv.runtime.record import open_record, pack_record
+from edgekv.runtime.wear import WearLedger
 from edgekv.spec import RECORD_ALIGN_BYTES, PageSpec
 from edgekv.types import Tier
 
@@ -101,16 +102,20 @@ def _open_direct(path: Path) -> int | None:
 class FlashStore:
     """A :class:`PageStore` in one file of a folder.
 
+    Args:
+        wear: counts what is written, and may refuse it; the store closes it.
+
     Raises (from the constructor):
         StoreLocked: another process uses the folder.
         StoreError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, spec: PageSpec, medium: Medium = SYSTEM) -> None:
+    def __init__(self, folder: Path, spec: PageSpec, medium: Medium = SYSTEM, wear: WearLedger | None = None) -> None:
         self.folder = folder
         self.spec = spec
         self._medium = medium
         self.counters = StoreCounters()
+        self._wear = wear
         self._n_records = 0
         self._free: list[int] = []
         try:
@@ -148,7 +153,7 @@ class FlashStore:
 
         Raises:
             StoreFull: no room; none of the pages counts as stored, and the caller still has them.
-            StoreError: any other failure, likewise.
+            WriteLimit, StoreError: the day's writes are used up, or any other failure, likewise.
         """
         records = self._allocate(len(pages))
         size = self.spec.record_bytes
@@ -156,8 +161,13 @@ class FlashStore:
         for row, record, tag, page in zip(block, records, tags, pages, strict=True):
             pack_record(row, record, tag, page, self.spec.warm_bytes, None)
         try:
+            if self._wear is not None:
+                self._wear.reserve(block.nbytes)
             for start, stop in neighbours(records):
                 self._pwrite(block[start:stop].reshape(-1), records[start] * size)
+        except WriteLimit:
+            self._free.extend(reversed(records))
+            raise
         except OSError as error:
             self._free.extend(reversed(records))
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -209,6 +219,8 @@ class FlashStore:
         if self._direct is not None:
             os.close(self._direct)
         os.close(self._lock)
+        if self._wear is not None:
+            self._wear.close()
 
     def _allocate(self, count: int) -> list[int]:
         # Old holes only when they suffice: a batch at the end of the file is one sequential write.

@@ -62,6 +62,7 @@ def run_command(
     flash_limit: Annotated[str | None, typer.Option("--flash-limit", metavar="SIZE", help="With --offload URL: keep so much on flash, and only the rest in the object store. Default: nothing.")] = None,
     offload_patience: Annotated[float, typer.Option("--offload-patience", metavar="SECONDS", min=1, help="With --offload URL: give up after so long without an answer, retries included.")] = 60.0,
     allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Forget pages that do not fit, instead of writing them to flash (unless --offload is given). Changes results.")] = False,
+    max_write_per_day: Annotated[str | None, typer.Option("--max-write-per-day", metavar="SIZE", help="What all runs with this offload folder (or session) may write to flash in a day, UTC. Beyond it pages stay in RAM as far as they fit. See `edgekv stats`.")] = None,
     session: Annotated[Path | None, typer.Option("--session", metavar="FILE", help="Keep the sequence in FILE (a folder) across runs; what a later prompt shares with it is not computed again. Pages are INT8.")] = None,
     resume: Annotated[bool, typer.Option("--continue", help="Go on with the session where it stopped; a prompt is added to its end.")] = False,
     checkpoint_every: Annotated[str | None, typer.Option("--checkpoint-every", metavar="N|SECONDS", help="Save the session after so many new tokens (64) or seconds (30s), and at the end. Default: 64.")] = None,
@@ -106,7 +107,7 @@ def run_command(
         kv_budget=budget, kv=kv, context=context, policy=policy, allow_drop=allow_drop, attend=attend,
         offload=offload if is_url(offload) or offload is None else Path(offload), flash_limit=flash_limit,
         offload_patience_s=offload_patience, encrypt_offload=encrypt and session is None,
-        threads=threads or default_threads(), session=kept,
+        threads=threads or default_threads(), session=kept, max_write_per_day=max_write_per_day,
     )  # fmt: skip
     text = _read_prompt(prompt, prompt_file)
     if kept is not None:
@@ -282,6 +283,10 @@ def _summary(generator: Generator) -> Table:
                 "missed at most",
                 f"of the attention mass, certified: {chosen.missing_mean.mean:.2%} on average over heads and layers"
                 f" (p99 {chosen.missing_mean.p99:.2%}); worst head {chosen.missing_max.max:.2%}",
+            )
+        if moved.pages_held_back:
+            table.add_row(
+                "", "[yellow]the day's writes to flash are used up (--max-write-per-day): pages stayed in RAM[/yellow]"
             )
         if moved.pages_dropped:
             table.add_row("", "[yellow]pages were dropped: the text may differ from a run with more memory[/yellow]")
