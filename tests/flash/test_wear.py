@@ -61,8 +61,8 @@ def test_the_ledger_holds_what_the_os_counted(bundle: Bundle, tmp_path: Path) ->
         counted = os_written() - before
         [entry], _ = read_ledger(offload)
         assert generator.report().bytes_written == entry.bytes_written > MIB
-    # What is beside the pages: blocks of 4 KiB of the ledger, dirtied again after each time the OS wrote them.
-    assert 0 <= counted - entry.bytes_written <= 4 * KIB * (1 + entry.batches)
+    # Beside the pages the process wrote blocks of 4 KiB of the ledger, and what Python keeps of modules that it first loads.
+    assert 0 <= counted - entry.bytes_written <= 64 * KIB
 
 
 def test_a_page_is_written_once_and_in_large_batches(bundle: Bundle, tmp_path: Path) -> None:
