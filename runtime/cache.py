@@ -12,7 +12,8 @@ from edgekv.codec import unpack_hot, unpack_warm
 from edgekv.errors import EdgeKVError, TokenDropped, TokenNotFound
 from edgekv.runtime.arena import Arena
 from edgekv.runtime.kernels import Kernels
-from edgekv.runtime.pages import CacheOptions, PageManager
+from edgekv.runtime.pages import PageManager
+from edgekv.runtime.policy import CacheOptions
 from edgekv.runtime.stats import CacheUse
 from edgekv.runtime.store import PageStore
 from edgekv.runtime.table import NOTHING, Int, PageTable, offloaded

@@ -32,8 +32,7 @@ from edgekv.runtime.options import RunOptions as RunOptions
 from edgekv.runtime.options import attend_options, check_length, open_offload, planned_context, verified_stamp
 from edgekv.runtime.options import cache_home as cache_home
 from edgekv.runtime.options import default_threads as default_threads
-from edgekv.runtime.pages import CacheOptions
-from edgekv.runtime.policy import make_policy
+from edgekv.runtime.policy import CacheOptions, make_policy
 from edgekv.runtime.rope import Rope
 from edgekv.runtime.sampling import Sampler, SamplingOptions
 from edgekv.runtime.session import Session, common_prefix

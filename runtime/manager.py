@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from edgekv.errors import StoreError, UsageError
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.kernels import load_kernels
-from edgekv.runtime.pages import CacheOptions
-from edgekv.runtime.policy import make_policy
+from edgekv.runtime.policy import CacheOptions, make_policy
 from edgekv.runtime.store import FlashStore
 from edgekv.runtime.wear import WearLedger
 from edgekv.spec import PageSpec

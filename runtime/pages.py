@@ -8,7 +8,6 @@ flash leaves RAM without a write, and a page that came back is bit-identical.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from edgekv.errors import BudgetError, OutOfPages, WriteLimit
 from edgekv.runtime.arena import Arena
 from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, Kernels
-from edgekv.runtime.policy import LRU, PageUse, Policy
+from edgekv.runtime.policy import CacheOptions, candidates
 from edgekv.runtime.stats import CacheStats
 from edgekv.runtime.store import PageStore
 from edgekv.runtime.summary import Summaries
@@ -29,24 +28,6 @@ Bytes = NDArray[np.uint8]
 #: A batch of writes to flash is this large when so many pages are ready: pages of a layer that lie side by side are
 #: read back in one request. Source: a microSD card writes 22 MB/s at 1 MiB, 2.65 MB/s at 4 KiB (docs/profiles.md).
 WRITE_BATCH_BYTES = 1024 * 1024
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """How a cache reclaims.
-
-    ``compress_at_seal``: quantise a page as soon as it is full. ``threshold``: share of the budget above which pages
-    are reclaimed after each append. ``recent_pages`` and the first page are pinned: reclaim offloads
-    them last and never drops them.
-    """
-
-    budget_bytes: int
-    compress_at_seal: bool = True
-    compress: bool = True
-    allow_drop: bool = False
-    threshold: float = 1.0
-    recent_pages: int = 2
-    policy: Policy = field(default_factory=LRU)
 
 
 class PageManager:
@@ -378,18 +359,7 @@ class PageManager:
     def _candidates(
         self, tier: Tier, *, unpinned: bool = False, among: NDArray[np.bool_] | None = None
     ) -> list[tuple[int, int]]:
-        """Return sealed pages of a tier as (layer, page): unpinned ones first, each group in the policy's order."""
-        table = self.table
-        wanted = (table.tier == tier) & table.sealed()
-        layers, pages = np.nonzero(wanted if among is None else wanted & among)
-        tail = table.n_slots[layers] // self.spec.page_size
-        pinned = table.marked[layers, pages] | (pages == 0) | (pages >= tail - self.options.recent_pages)
-        if unpinned:
-            layers, pages, pinned = layers[~pinned], pages[~pinned], pinned[~pinned]
-        use = PageUse(layers, pages, table.last_used[layers, pages], table.mass[layers, pages])
-        order = self.options.policy.order(use)
-        order = order[np.argsort(pinned[order], kind="stable")]
-        return [(int(layers[index]), int(pages[index])) for index in order]
+        return candidates(self.table, self.options, tier, unpinned=unpinned, among=among)
 
     def check(self) -> None:
         """Assert the invariants of the class."""

@@ -6,13 +6,15 @@ when it received at least its fair share of attention mass, or when it was selec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import UsageError
+from edgekv.runtime.table import PageTable
+from edgekv.types import Tier
 
 
 @dataclass(frozen=True)
@@ -98,3 +100,42 @@ def make_policy(name: str) -> Policy:
     if name not in policies:
         raise UsageError(f"unknown policy {name!r}; choose one of {', '.join(policies)}")
     return policies[name]
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a cache reclaims.
+
+    ``compress_at_seal``: quantise a page as soon as it is full. ``threshold``: share of the budget above which pages
+    are reclaimed after each append. ``recent_pages`` and the first page are pinned: reclaim offloads
+    them last and never drops them.
+    """
+
+    budget_bytes: int
+    compress_at_seal: bool = True
+    compress: bool = True
+    allow_drop: bool = False
+    threshold: float = 1.0
+    recent_pages: int = 2
+    policy: Policy = field(default_factory=LRU)
+
+
+def candidates(
+    table: PageTable,
+    options: CacheOptions,
+    tier: Tier,
+    *,
+    unpinned: bool = False,
+    among: NDArray[np.bool_] | None = None,
+) -> list[tuple[int, int]]:
+    """Return sealed pages of a tier as (layer, page): unpinned ones first, each group in the policy's order."""
+    wanted = (table.tier == tier) & table.sealed()
+    layers, pages = np.nonzero(wanted if among is None else wanted & among)
+    tail = table.n_slots[layers] // table.spec.page_size
+    pinned = table.marked[layers, pages] | (pages == 0) | (pages >= tail - options.recent_pages)
+    if unpinned:
+        layers, pages, pinned = layers[~pinned], pages[~pinned], pinned[~pinned]
+    use = PageUse(layers, pages, table.last_used[layers, pages], table.mass[layers, pages])
+    order = options.policy.order(use)
+    order = order[np.argsort(pinned[order], kind="stable")]
+    return [(int(layers[index]), int(pages[index])) for index in order]

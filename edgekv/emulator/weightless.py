@@ -28,8 +28,7 @@ from edgekv.emulator.scenario import AppSettings, Turn
 from edgekv.errors import PromptTooLong, StoreError, UsageError
 from edgekv.runtime.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan, plan_budget
 from edgekv.runtime.cache import KVCache
-from edgekv.runtime.pages import CacheOptions
-from edgekv.runtime.policy import make_policy
+from edgekv.runtime.policy import CacheOptions, make_policy
 from edgekv.runtime.select import AttendOptions, parse_attend
 from edgekv.spec import RECORD_HEADER_BYTES
 from edgekv.types import KVMode, Tier

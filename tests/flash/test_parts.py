@@ -10,7 +10,7 @@ import pytest
 from edgekv.errors import CorruptPage
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.kernels import load_kernels
-from edgekv.runtime.pages import CacheOptions
+from edgekv.runtime.policy import CacheOptions
 from edgekv.runtime.reader import PageReader
 from edgekv.runtime.select import AttendOptions, parse_attend
 from edgekv.runtime.store import FlashStore

@@ -16,7 +16,7 @@ from edgekv.errors import UsageError
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.kernels import Kernels, load_kernels
-from edgekv.runtime.pages import CacheOptions
+from edgekv.runtime.policy import CacheOptions
 from edgekv.runtime.select import AttendOptions, Selector, parse_attend
 from edgekv.runtime.stats import RunStats
 from edgekv.runtime.summary import Summaries

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgekv.bundle import Manifest
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.kernels import load_kernels
-from edgekv.runtime.pages import CacheOptions
+from edgekv.runtime.policy import CacheOptions
 from edgekv.runtime.session import Session, SessionOptions
 from edgekv.spec import ModelSpec, RopeSpec
 
