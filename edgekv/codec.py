@@ -71,24 +71,24 @@ def pack_warm(keys: Float, values: Float, out: NDArray[np.uint8]) -> None:
 
 
 def unpack_warm_codes(
-    page: NDArray[np.uint8], n_kv_heads: int, head_dim: int, page_size: int
+    pages: NDArray[np.uint8], n_kv_heads: int, head_dim: int, page_size: int
 ) -> tuple[Int8, Half, Int8, Half]:
-    """Split a WARM page into plain arrays.
+    """Split WARM pages [..., warm_bytes] into plain arrays; any number of leading axes.
 
     Returns:
-        key codes [n_kv_heads, page_size, head_dim] int8, key scales [n_kv_heads, head_dim] float16,
-        value codes [n_kv_heads, page_size, head_dim] int8, value scales [n_kv_heads, page_size] float16.
+        key codes [..., n_kv_heads, page_size, head_dim] int8, key scales [..., n_kv_heads, head_dim] float16,
+        value codes [..., n_kv_heads, page_size, head_dim] int8, value scales [..., n_kv_heads, page_size] float16.
     """
-    n = n_kv_heads * head_dim * page_size
-    k = page[:n].view(np.int8).reshape(n_kv_heads, head_dim // 4, page_size, 4).transpose(0, 2, 1, 3)
-    v = page[n : 2 * n].view(np.int8).reshape(n_kv_heads, page_size // 4, head_dim, 4).transpose(0, 1, 3, 2)
-    scales = page[2 * n : 2 * n + 2 * n_kv_heads * (head_dim + page_size)].view(np.float16)
+    n, lead = n_kv_heads * head_dim * page_size, pages.shape[:-1]
+    k = pages[..., :n].view(np.int8).reshape(*lead, n_kv_heads, head_dim // 4, page_size, 4).swapaxes(-3, -2)
+    v = pages[..., n : 2 * n].view(np.int8).reshape(*lead, n_kv_heads, page_size // 4, head_dim, 4).swapaxes(-2, -1)
+    scales = pages[..., 2 * n : 2 * n + 2 * n_kv_heads * (head_dim + page_size)].view(np.float16)
     split = n_kv_heads * head_dim
     return (
-        k.reshape(n_kv_heads, page_size, head_dim),
-        scales[:split].reshape(n_kv_heads, head_dim),
-        v.reshape(n_kv_heads, page_size, head_dim),
-        scales[split:].reshape(n_kv_heads, page_size),
+        k.reshape(*lead, n_kv_heads, page_size, head_dim),
+        scales[..., :split].reshape(*lead, n_kv_heads, head_dim),
+        v.reshape(*lead, n_kv_heads, page_size, head_dim),
+        scales[..., split:].reshape(*lead, n_kv_heads, page_size),
     )
 
 
@@ -100,9 +100,15 @@ def unpack_warm(page: NDArray[np.uint8], n_kv_heads: int, head_dim: int, page_si
     return keys, values
 
 
+def split_hot(pages: NDArray[np.uint8], n_kv_heads: int, head_dim: int, page_size: int) -> tuple[Half, Half]:
+    """View HOT pages [..., hot_bytes] as keys and values, both [..., n_kv_heads, page_size, head_dim] float16."""
+    n, lead = n_kv_heads * head_dim * page_size, pages.shape[:-1]
+    halves = pages[..., : 4 * n].view(np.float16)
+    keys = halves[..., :n].reshape(*lead, n_kv_heads, head_dim, page_size).swapaxes(-2, -1)
+    return keys, halves[..., n:].reshape(*lead, n_kv_heads, page_size, head_dim)
+
+
 def unpack_hot(page: NDArray[np.uint8], n_kv_heads: int, head_dim: int, page_size: int) -> tuple[Float, Float]:
     """Decode a HOT page to keys and values, both [n_kv_heads, page_size, head_dim] float32."""
-    n = n_kv_heads * head_dim * page_size
-    keys = page[: 2 * n].view(np.float16).reshape(n_kv_heads, head_dim, page_size).transpose(0, 2, 1)
-    values = page[2 * n : 4 * n].view(np.float16).reshape(n_kv_heads, page_size, head_dim)
+    keys, values = split_hot(page, n_kv_heads, head_dim, page_size)
     return keys.astype(np.float32), values.astype(np.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.codec import unpack_hot, unpack_warm_codes
+from edgekv.codec import split_hot, unpack_warm_codes
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.engines.base import Float, InlineEngine
 from edgekv.runtime.forward import Rows
@@ -54,38 +54,16 @@ class InlineForward:
         """Fill the inputs of one layer; returns the pages that went in as INT8."""
         cache, spec = self._cache, self._cache.spec
         table, size = cache.table, spec.page_size
+        shape = (spec.n_kv_heads, spec.head_dim, size)
         tiers = table.tier[layer, : table.n_pages(layer)]
         packed = np.flatnonzero((tiers == Tier.WARM) | offloaded(tiers))
         hot = np.flatnonzero(tiers == Tier.HOT)
-        shape = (len(packed), spec.n_kv_heads, size, spec.head_dim)
-        key_pages, value_pages = np.empty(shape, np.int8), np.empty(shape, np.int8)
-        key_scales = np.empty((len(packed), spec.n_kv_heads, spec.head_dim), np.float16)
-        value_scales = np.empty((len(packed), spec.n_kv_heads, size), np.float16)
-        record = np.empty((1, spec.record_bytes), np.uint8)
-        for row, page in enumerate(packed.tolist()):
-            if tiers[page] != Tier.WARM:
-                cache.manager.read_records(layer, [page], record)
-                payload = record[0, RECORD_HEADER_BYTES:]
-            else:
-                payload = cache.manager.arena.page(int(table.offset[layer, page]), spec.warm_bytes)
-            key_pages[row], key_scales[row], value_pages[row], value_scales[row] = unpack_warm_codes(
-                payload, spec.n_kv_heads, spec.head_dim, size
-            )
-        recent = [
-            unpack_hot(
-                cache.manager.arena.page(int(table.offset[layer, page]), spec.hot_bytes),
-                *shape[1:2],
-                spec.head_dim,
-                size,
-            )
-            for page in hot.tolist()
-        ]
-        empty = np.zeros((0, spec.n_kv_heads, spec.head_dim), np.float16)
-        feeds[f"key_pages.{layer}"], feeds[f"key_scales.{layer}"] = key_pages, key_scales
-        feeds[f"value_pages.{layer}"], feeds[f"value_scales.{layer}"] = value_pages, value_scales
-        for name, part in (("recent_keys", 0), ("recent_values", 1)):
-            rows = [page[part].transpose(1, 0, 2).astype(np.float16) for page in recent]
-            feeds[f"{name}.{layer}"] = np.concatenate(rows) if rows else empty
+        codes = unpack_warm_codes(self._payloads(layer, packed, offloaded(tiers[packed])), *shape)
+        for name, part in zip(("key_pages", "key_scales", "value_pages", "value_scales"), codes, strict=True):
+            feeds[f"{name}.{layer}"] = np.ascontiguousarray(part)
+        recent = split_hot(self._resident(layer, hot, spec.hot_bytes), *shape)
+        for name, part in zip(("recent_keys", "recent_values"), recent, strict=True):
+            feeds[f"{name}.{layer}"] = part.swapaxes(1, 2).reshape(-1, spec.n_kv_heads, spec.head_dim)
         slots = (np.concatenate([packed, hot])[:, None] * size + np.arange(size)).reshape(-1)
         held = table.tokens[layer, slots]
         mask = np.broadcast_to(held >= 0, (len(positions), len(slots)))
@@ -94,3 +72,22 @@ class InlineForward:
             mask = mask & (positions[:, None] - held[None, :] < window)
         feeds[f"slot_mask.{layer}"] = np.ascontiguousarray(mask)
         return packed
+
+    def _payloads(self, layer: int, pages: NDArray[np.int64], away: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        """Return INT8 pages as [n, warm_bytes], from the arena or, where ``away``, from flash or the object store."""
+        spec = self._cache.spec
+        if not away.any():
+            return self._resident(layer, pages, spec.warm_bytes)
+        records = np.empty((int(away.sum()), spec.record_bytes), np.uint8)
+        self._cache.manager.read_records(layer, pages[away].tolist(), records)
+        payloads = np.empty((len(pages), spec.warm_bytes), np.uint8)
+        payloads[away] = records[:, RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + spec.warm_bytes]
+        payloads[~away] = self._resident(layer, pages[~away], spec.warm_bytes)
+        return payloads
+
+    def _resident(self, layer: int, pages: NDArray[np.int64], size_bytes: int) -> NDArray[np.uint8]:
+        """Copy pages out of the arena: [n, size_bytes]."""
+        arena, copies = self._cache.manager.arena, np.empty((len(pages), size_bytes), np.uint8)
+        for row, offset in enumerate(self._cache.table.offset[layer, pages].tolist()):
+            copies[row] = arena.page(offset, size_bytes)
+        return copies
