@@ -1,7 +1,7 @@
 """Tasks of the demo model: book text, copying, and facts hidden in book text; and their evaluation.
 
 Every sampler returns one sample as (token ids, weights), both of the requested length; ``weights[i]`` is the share of
-the loss that predicting ``ids[i]`` carries.  The phrasing of the hidden facts is defined here, once.
+the loss that predicting ``ids[i]`` carries.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 
+from edgekv.verify import tasks
+
 BOS_TOKEN, EOS_TOKEN = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1
 HELD_OUT_FRACTION = 0.02  # the end of every book, never trained on
 
-FACT = " The secret code of {name} is {code}."
-QUESTION = "Question: What is the secret code of {name}?"
+# The words that `edgekv verify` asks in, in the rhythm of running text.
+FACT = " " + tasks.FACT
+QUESTION = "Question: " + tasks.QUESTION
 ANSWER_CUE = "\nAnswer:"
-ANSWER = " The secret code of {name} is {code}."
+ANSWER = FACT
 
-# The names of the demos and the evaluation; part of the training draws ordinary words of the books as well.
-NAMES = re.findall(
-    r"\w+",
-    "amber birch cedar delta ember frost grove haven ivory jade karma lotus maple north ocean pearl quartz river stone "
-    "tiger umber vapor willow xenon yacht zebra anchor basil coral drift eagle flint garnet harbor indigo juniper",
-)
+# In the demos and the evaluation; part of the training draws ordinary words of the books as well.
+NAMES = tasks.NAMES
 
 FILLER_WEIGHT, ANSWER_TEXT_WEIGHT, ANSWER_DIGIT_WEIGHT = 0.1, 1.0, 4.0
 COPY_SOURCE_WEIGHT, COPY_TARGET_WEIGHT = 0.03, 1.0

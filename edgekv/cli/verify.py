@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -60,6 +61,8 @@ def verify_command(
     if tokens is not None:
         settings = replace(settings, tokens=tokens, decode=min(settings.decode, tokens // 2))
     content = _read(text)
+    if html is not None:
+        _check_writable(html)
     errors = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -82,14 +85,16 @@ def verify_command(
             html.write_text(to_html(verdict), encoding="utf-8")
         except OSError as error:
             raise EdgeKVError(f"cannot write {html}: {error.strerror}; give --html another path") from error
+        errors.print(f"the page is in {html}", highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps(to_json(verdict), indent=1))
     else:
         console = Console()
         for table in to_tables(verdict):
-            console.print(table, end="\n\n")
+            console.print(table)
+            console.print()
         for sentence in sentences(verdict):
-            console.print(sentence, highlight=False)
+            console.print(f"- {sentence}", highlight=False, soft_wrap=True)
     if not verdict.passed:
         raise GateFailed(failures(verdict))
     errors.print(f"the gate '{limits.name}' is passed: {len(verdict.findings)} limits held", style="green")
@@ -98,5 +103,17 @@ def verify_command(
 def _read(text: Path | None) -> str | None:
     try:
         return None if text is None else text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --text {text}: {error}") from error
+    except OSError as error:
+        raise UsageError(f"cannot read --text {text}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"cannot read --text {text}: it is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
+
+
+def _check_writable(path: Path) -> None:
+    """Say now, not after minutes, that the page cannot be written."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else f"{folder} is no folder that can be written to"
+        raise UsageError(f"cannot write --html {path}: {reason}")

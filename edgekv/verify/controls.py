@@ -39,7 +39,7 @@ class Control(Protocol):
 
 @dataclass
 class FlippedBit:
-    """One bit of one sealed page differs, and no checksum looks: the lowest bit of a value's code by default."""
+    """One bit of one sealed page differs, and no checksum looks: the lowest bit of a value's code by default. Once per lane."""
 
     layer: int = 0
     page: int = 1
@@ -50,7 +50,8 @@ class FlippedBit:
     done: bool = False
 
     def install(self, generator: Generator) -> None:
-        """Nothing to do."""
+        """Begin anew."""
+        self.done = False
 
     def before_step(self, generator: Generator, position: int) -> None:
         """Flip the bit as soon as the page is sealed, while it is in RAM (before a checksum is taken)."""

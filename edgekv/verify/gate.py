@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 from dataclasses import dataclass, fields
@@ -24,12 +25,14 @@ IDENTITY = ("always", "promised", "never")
 class Limits:
     """Limits on a comparison with the full fp16 cache; None is no limit.
 
-    ``perplexity_change`` bounds the relative change in both directions. ``*_kld`` are upper bounds in nats: of the mean,
+    ``perplexity_change`` bounds the relative change in both directions, ``perplexity_rise`` upwards.
+    ``*_kld`` are upper bounds in nats: of the mean,
     the 99th percentile, the largest, and the largest mean over 32 neighbouring positions. ``top1``: least share of
     positions with the same most likely token. ``tasks``: least share of the full cache's score on every task.
     """
 
     perplexity_change: float | None = None
+    perplexity_rise: float | None = None
     mean_kld: float | None = None
     p99_kld: float | None = None
     max_kld: float | None = None
@@ -88,10 +91,13 @@ def load_gate(name: str) -> Gate:
     path = Path(name)
     try:
         return parse_gate(path.stem, path.read_text(encoding="utf-8"), where=str(path))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UsageError(
-            f"cannot read the gate {name}: {error}; choose {' or '.join(NAMED)}, or a TOML file (docs/verify.md)"
+            f"there is no gate {name!r}, and no such file can be read ({error.strerror}); choose {' or '.join(NAMED)}, or give"
+            " a TOML file as in docs/verify.md"
         ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not TOML: it is not UTF-8 text") from error
 
 
 def parse_gate(name: str, text: str, *, where: str = "") -> Gate:
@@ -103,7 +109,10 @@ def parse_gate(name: str, text: str, *, where: str = "") -> Gate:
         raise UsageError(f"{where} is not TOML: {error}") from error
     unknown = sorted(set(data) - {"identity", "exact", "partial"})
     if unknown:
-        raise UsageError(f"{where}: unknown field {unknown[0]!r}; a gate has identity, [exact] and [partial]")
+        raise UsageError(
+            f"{where}: unknown field {unknown[0]!r}; a gate has identity, [exact] and [partial], and limits stand under the"
+            " last two"
+        )
     identity = data.get("identity", "promised")
     if identity not in IDENTITY:
         raise UsageError(f"{where}: identity must be one of {', '.join(IDENTITY)}, not {identity!r}")
@@ -119,7 +128,9 @@ def _limits(where: str, part: str, data: Any) -> Limits:
     known = [field.name for field in fields(Limits)]
     for key, value in data.items():
         if key not in known:
-            raise UsageError(f"{where}: unknown limit {part}.{key}; there are {', '.join(known)}")
+            close = difflib.get_close_matches(key, known, 1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            raise UsageError(f"{where}: unknown limit {part}.{key}{meant} (there are {', '.join(known)})")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise UsageError(f"{where}: {part}.{key} must be a number of at least 0, not {value!r}")
     return Limits(**{key: float(value) for key, value in data.items()})

@@ -9,6 +9,7 @@ from edgekv.types import format_bytes
 from edgekv.verify.chart import Line, line_chart
 from edgekv.verify.recall import TaskScore
 from edgekv.verify.report import HEADINGS, failures, sentences, table_rows
+from edgekv.verify.tasks import DEPTH
 from edgekv.verify.verdict import Verdict
 
 STYLE = """
@@ -117,17 +118,31 @@ def _findings(verdict: Verdict) -> str:
 
 
 def _answers(verdict: Verdict) -> list[str]:
-    """Return the grids of the retrieval tasks: right answers of the full cache and of every row."""
+    """Return the grids of the retrieval tasks that can be measured: the full cache and every row."""
     parts: list[str] = []
     for full in verdict.reference_tasks:
         if not full.measurable:
             continue
         named: list[tuple[str, TaskScore]] = [("full fp16 cache", full)]
         named += [(row.name, score) for row in verdict.rows for score in row.tasks if score.name == full.name]
-        rows = [
-            [cell, *("/".join(map(str, score.cells.get(cell, ("", "")))) for _, score in named)] for cell in full.cells
-        ]
-        rows.append(["all", *(f"{score.right}/{score.asked}" for _, score in named)])
-        heading = f"<h2>Answers: {escape(full.name)}</h2>"
-        parts += [heading, _table(["", *(name for name, _ in named)], rows, numbers=range(1, len(named) + 1))]
+        parts.append(f"<h2>Answers: {escape(full.name)}</h2>")
+        parts.append(_grid(named))
     return parts
+
+
+def _grid(named: list[tuple[str, TaskScore]]) -> str:
+    """Return the right answers of several runs: a line per run and place, a column per depth."""
+    cells = named[0][1].cells
+    places = list(dict.fromkeys(cell.partition(DEPTH)[0] for cell in cells))
+    depths = list(dict.fromkeys(cell.partition(DEPTH)[2] for cell in cells))
+    head = "".join(f"<th class=n>{f'depth {depth}' if depth else ''}</th>" for depth in depths)
+    lines = []
+    for place in places:
+        for name, score in named:
+            line = f"<td>{escape(place)}</td><td>{escape(name)}</td>"
+            for depth in depths:
+                right, asked = score.cells[f"{place}{DEPTH}{depth}" if depth else place]
+                line += f'<td class="n{"" if right == asked else " bad"}">{right}/{asked}</td>'
+            lines.append(f"<tr>{line}</tr>")
+    head = f"<thead><tr><th></th><th></th>{head}</tr></thead>"
+    return f'<div class="wide"><table>{head}<tbody>{"".join(lines)}</tbody></table></div>'

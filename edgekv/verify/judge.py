@@ -27,7 +27,7 @@ from edgekv.verify.lanes import (
     resident_options,
     run_lanes,
 )
-from edgekv.verify.recall import TaskScore, run_tasks
+from edgekv.verify.recall import Answers, run_tasks
 from edgekv.verify.tasks import Suite
 from edgekv.verify.verdict import MINE, Greedy, Identity, Row, Verdict, judge, remarks
 
@@ -37,7 +37,7 @@ Advance = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Settings:
     """How much is measured. ``tokens`` of the text, the last ``decode`` of them one by one; ``greedy`` tokens
-    are generated; 0 is none.
+    are generated, not more than ``decode``; 0 is none.
     """
 
     tokens: int = 4096
@@ -81,12 +81,18 @@ def verify(
     with Generator.open(folder, RunOptions(threads=options.threads)) as parent:
         tokens = parent.text.encode(text)
         model = parent.manifest.model
-        schedule = plan_schedule(len(tokens), settings.tokens, settings.decode, model.max_context - settings.greedy)
-        tokens = tokens[: schedule.n_tokens]
+        schedule = plan_schedule(len(tokens), settings.tokens, settings.decode, model.max_context)
+        available, tokens = len(tokens), tokens[: schedule.n_tokens]
         measured = _Measured(parent, options, schedule, tokens, text, settings, control, advance)
         measured.fidelity()
+        if schedule.n_tokens < settings.tokens:
+            end = "is no longer" if schedule.n_tokens == available else "is longer than the model's context"
+            measured.remarks.append(
+                f"{schedule.n_tokens} tokens were read instead of {settings.tokens}: the text {end}"
+            )
         told = measured.greedy()
-        reference_tasks, scores = measured.tasks()
+        answers = measured.tasks()
+        scores = dict(zip(measured.with_numbers, answers.others, strict=True))
         rows = [replace(row, tasks=scores.get(row.name, [])) for row in measured.rows]
         partial = rows[0].pages_dropped > 0 or parse_attend(options.attend).selective
         findings = judge(gate, rows[0], measured.identity, partial=partial)
@@ -118,9 +124,9 @@ def verify(
             identity=measured.identity,
             greedy=told,
             rows=rows,
-            reference_tasks=reference_tasks,
+            reference_tasks=answers.full,
             findings=findings,
-            remarks=remarks(rows, reference_tasks),
+            remarks=[*measured.remarks, *remarks(rows, answers)],
         )
 
 
@@ -140,8 +146,9 @@ class _Measured:
     ) -> None:
         self.parent, self.options, self.schedule, self.tokens = parent, options, schedule, tokens
         self.text, self.settings, self.control, self.advance = text, settings, control, advance
-        self.context = schedule.n_tokens + settings.greedy
+        self.context = schedule.n_tokens
         self.rows: list[Row] = []
+        self.remarks: list[str] = []
         self.identity = Identity(False, 0)
         self.baselines: list[Baseline] = []
         self.spec = parent.manifest.model.pages(parent.manifest.page_size)
@@ -165,10 +172,14 @@ class _Measured:
         if self.settings.baselines and (plan.compress_at_seal or not plan.fits):
             self.baselines = all_baselines()
             others = [b.open(self.parent, self.options, self.context, plan.budget_bytes) for b in self.baselines]
-            if plan.fits:
+            if plan.fits and not parse_attend(self.options.attend).selective:
                 others = [
                     lane if isinstance(lane, (ShortLane, str)) else "this is the configuration" for lane in others
                 ]
+        if plan.fits and not plan.compress_at_seal and not parse_attend(self.options.attend).selective:
+            self.remarks.append(
+                "this configuration is the full fp16 cache: nothing is compressed, offloaded or left out"
+            )
         lanes = [reference, candidate, *([twin] if twin else []), *(lane for lane in others if isinstance(lane, Lane))]
         compared = [Divergence(len(self.tokens)) for _ in lanes]
         differing = 0
@@ -192,7 +203,7 @@ class _Measured:
         self.rows = [self._row(MINE, candidate, compared[1])]
         for baseline, lane in zip(self.baselines, others, strict=True):
             if isinstance(lane, str):
-                self.rows.append(Row(baseline.name, 0, 0, 0, None, None, [], [], lane))
+                self.rows.append(Row(baseline.name, 0, 0, 0, None, None, [], [], note=lane))
             else:
                 self.rows.append(self._row(baseline.name, lane, compared[lanes.index(lane)]))
         for lane in lanes:
@@ -201,11 +212,12 @@ class _Measured:
     def _row(self, name: str, lane: Lane, divergence: Divergence) -> Row:
         ram, flash = lane.bytes_held()
         whole, decode = divergence.summary(), divergence.summary(self.schedule.prefill)
-        return Row(name, ram, flash, lane.pages_dropped, whole, decode, divergence.curve(), [])
+        return Row(name, ram, flash, lane.pages_dropped, whole, decode, divergence.curve(), [], lane.selection)
 
     def greedy(self) -> Greedy:
         """Generate greedily with the full cache and with the configuration."""
-        prompt, count = self.tokens[: self.schedule.prefill], self.settings.greedy
+        prompt = self.tokens[: self.schedule.prefill]
+        count = min(self.settings.greedy, self.context - len(prompt))
         if not count:
             return Greedy(len(prompt), 0, None)
         said, done = [], 0
@@ -222,11 +234,16 @@ class _Measured:
         different = [i for i, (a, b) in enumerate(zip(*said, strict=True)) if a != b]
         return Greedy(len(prompt), count, different[0] if different else None)
 
-    def tasks(self) -> tuple[list[TaskScore], dict[str, list[TaskScore]]]:
+    @property
+    def with_numbers(self) -> list[str]:
+        """Names of the rows that were run."""
+        return [row.name for row in self.rows if row.all is not None]
+
+    def tasks(self) -> Answers:
         """Run the retrieval tasks with the full cache, the configuration and the baselines that have numbers."""
-        settings, ran = self.settings, {row.name for row in self.rows if row.all is not None}
-        baselines = [baseline for baseline in self.baselines if baseline.name in ran]
-        full, scores = run_tasks(
-            self.parent, self.options, baselines, settings.suite, self.text, self.share, settings.seed, self.advance
-        )
-        return full, dict(zip([MINE, *(baseline.name for baseline in baselines)], scores, strict=True))
+        baselines = [baseline for baseline in self.baselines if baseline.name in self.with_numbers]
+        settings = self.settings
+        return run_tasks(
+            self.parent, self.options, baselines, settings.suite, self.text, self.share, settings.seed, self.control,
+            self.advance,
+        )  # fmt: skip

@@ -12,6 +12,7 @@ from edgekv.errors import UsageError
 from edgekv.runtime.budget import BudgetPlan
 from edgekv.runtime.engines.base import Float
 from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.runtime.stats import SelectionStats
 from edgekv.types import KVMode
 from edgekv.verify.controls import Control
 
@@ -81,6 +82,11 @@ class Lane:
         """Pages that the lane has lost so far."""
         cache = self.generator.cache
         return 0 if cache is None else cache.manager.counters.pages_dropped
+
+    @property
+    def selection(self) -> SelectionStats | None:
+        """What selective attention did, if it left pages out."""
+        return self.generator.report().selection
 
     def bytes_held(self) -> tuple[int, int]:
         """Return the bytes of RAM for keys and values (arena and staging ring) and those on flash."""
@@ -164,5 +170,7 @@ def plan_schedule(n_available: int, wanted: int, decode: int, limit: int) -> Sch
     """
     n_tokens = min(n_available, wanted, limit)
     if n_tokens < 2 * CHUNK:
+        if limit < 2 * CHUNK:
+            raise UsageError(f"the model was made for {limit} tokens; verify needs {2 * CHUNK} at least")
         raise UsageError(f"the text has {n_available} tokens; verify needs {2 * CHUNK} at least: give a longer --text")
     return Schedule(n_tokens, n_tokens - min(decode, n_tokens // 2))

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekv.errors import BudgetError
+from edgekv.errors import BudgetError, UsageError
 from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.runtime.select import parse_attend
 from edgekv.runtime.text import Text
 from edgekv.verify.baselines import LEAST_WINDOW, Baseline, least_arena_bytes
+from edgekv.verify.controls import Control
 from edgekv.verify.lanes import ANSWER_ROOM, Lane, ShortLane, reference_options, resident_options
 from edgekv.verify.tasks import Document, Filler, Suite, make_documents
 
@@ -20,6 +22,9 @@ from edgekv.verify.tasks import Document, Filler, Suite, make_documents
 MEASURABLE = 0.2
 #: A share that is too small a budget for a short document is raised by this factor until it is enough.
 RAISE = 1.2
+#: Fewest pages that selective attention with a share gets: as many to choose as are always taken (the first, the open one, two
+#: recent ones). A quarter of a document of 16 pages would be those alone, and say nothing about the choice.
+LEAST_CHOICE = 8
 #: In place of a question, to see where the question begins in the tokens of a prompt.
 OTHER_QUESTION = "\N{SECTION SIGN}"
 
@@ -56,16 +61,24 @@ class Prompts:
 
 def make_prompts(text: Text, document: Document) -> Prompts:
     """Put a document and its questions in the words that the model knows: its chat template, or plain questions."""
-    questions = [_prompt(text, document.body, question.text) for question in document.questions]
-    other = _prompt(text, document.body, OTHER_QUESTION)
+    questions = [_prompt(text, document, question.text) for question in document.questions]
+    other = _prompt(text, document, OTHER_QUESTION)
     common = min(_common(tokens, other) for tokens in questions)
     return Prompts(questions[0][:common], questions)
 
 
-def _prompt(text: Text, body: str, question: str) -> list[int]:
+def _prompt(text: Text, document: Document, question: str) -> list[int]:
+    system, body = document.system, document.body
     if text.chats:
-        return text.encode_chat([{"role": "user", "content": f"{body}\n\n{question}"}])
-    return text.encode(f"{body}\nQuestion: {question}\nAnswer:")
+        user = {"role": "user", "content": f"{body}\n\n{question}"}
+        if not system:
+            return text.encode_chat([user])
+        with contextlib.suppress(UsageError):  # some templates refuse a system message, others leave it out
+            tokens = text.encode_chat([{"role": "system", "content": system}, user])
+            if system in text.decode(tokens):
+                return tokens
+        return text.encode_chat([{**user, "content": f"{system}\n\n{body}\n\n{question}"}])
+    return text.encode(f"{system} {body}\nQuestion: {question}\nAnswer:".lstrip())
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -93,13 +106,11 @@ class Examiner:
             if document.task == name:
                 lane = open_lane(prompts.context)
                 lane.prefill(prompts.document)
-                answers = [
-                    question.right(self._answer(lane, tokens, question.decided))
-                    for question, tokens in zip(document.questions, prompts.questions, strict=True)
-                ]
+                for question, tokens in zip(document.questions, prompts.questions, strict=True):
+                    right, asked = cells.get(question.cell, (0, 0))
+                    answer = self._answer(lane, tokens, question.decided)
+                    cells[question.cell] = (right + question.right(answer), asked + 1)
                 lane.close()
-                right, asked = cells.get(document.cell, (0, 0))
-                cells[document.cell] = (right + sum(answers), asked + len(answers))
                 advance()
         right, asked = (sum(column) for column in zip(*cells.values(), strict=True))
         if full is None:
@@ -122,10 +133,14 @@ class Examiner:
 
 
 class TaskLanes:
-    """Opens caches for documents of any length with the same share of the fp16 cache as the configuration has."""
+    """Opens caches for documents of any length with the same share of the fp16 cache as the configuration has.
 
-    def __init__(self, parent: Generator, options: RunOptions, share: float | None) -> None:
-        self._parent, self._options, self._share = parent, options, share
+    Shares that mean nothing on a short document are raised: ``raised`` says up to which length [tokens].
+    """
+
+    def __init__(self, parent: Generator, options: RunOptions, share: float | None, control: Control | None) -> None:
+        self._parent, self._options, self._share, self._control = parent, options, share, control
+        self.raised = 0
         self._spec = parent.manifest.model.pages(parent.manifest.page_size)
 
     def reference(self, context: int) -> Lane:
@@ -134,16 +149,26 @@ class TaskLanes:
 
     def configuration(self, context: int) -> Lane:
         """Open the configuration; a share that is too small for a short document is raised until it is enough."""
+        options = dataclasses.replace(self._options, attend=self._attend(context))
         part = self._share
         while part is not None and part < 1.0:
             budget = int(part * self._spec.fp16_cache_bytes(context))
-            lane = Lane(self._parent, dataclasses.replace(self._options, kv_budget=budget), context)
+            lane = Lane(self._parent, dataclasses.replace(options, kv_budget=budget), context, control=self._control)
             with contextlib.suppress(BudgetError):
                 if lane.plan.arena_bytes >= least_arena_bytes(self._parent):
                     return lane
                 lane.close()
             part *= RAISE
-        return Lane(self._parent, dataclasses.replace(self._options, kv_budget=None), context)
+            self.raised = max(self.raised, context)
+        return Lane(self._parent, dataclasses.replace(options, kv_budget=None), context, control=self._control)
+
+    def _attend(self, context: int) -> str:
+        """Return ``--attend`` for a document: with a share of its pages, LEAST_CHOICE pages at the least."""
+        share = parse_attend(self._options.attend).share
+        if share is None or share * context >= LEAST_CHOICE * self._spec.page_size:
+            return self._options.attend
+        self.raised = max(self.raised, context)
+        return f"selective:{LEAST_CHOICE}"
 
     def baseline(self, baseline: Baseline, context: int) -> Lane:
         """Open a baseline in the bytes that the configuration has for this length."""
@@ -158,6 +183,19 @@ class TaskLanes:
         return Lane(self._parent, resident_options(self._options), context)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What :func:`run_tasks` found.
+
+    ``full``: the scores of the full cache; ``others``: those of the configuration and of each baseline, where they can be
+    measured; ``raised``: documents up to this length [tokens] had more than the configuration's share.
+    """
+
+    full: list[TaskScore]
+    others: list[list[TaskScore]]
+    raised: int
+
+
 def run_tasks(
     parent: Generator,
     options: RunOptions,
@@ -166,17 +204,16 @@ def run_tasks(
     text: str,
     share: float | None,
     seed: int,
+    control: Control | None,
     advance: Callable[[str, int, int], None],
-) -> tuple[list[TaskScore], list[list[TaskScore]]]:
+) -> Answers:
     """Run every task with the full cache, the configuration and the baselines.
 
     Args:
         share: of the fp16 cache of each document that the configuration has as its budget; None: no budget.
-
-    Returns:
-        the scores of the full cache; and those of the configuration and of each baseline, where they can be measured.
+        control: a fault to put into the configuration.
     """
-    examiner, lanes = Examiner(parent, suite, text, seed), TaskLanes(parent, options, share)
+    examiner, lanes = Examiner(parent, suite, text, seed), TaskLanes(parent, options, share, control)
     done, total = 0, examiner.total * (2 + len(baselines))
 
     def count() -> None:
@@ -188,4 +225,5 @@ def run_tasks(
     openers: list[Callable[[int], Lane]] = [lanes.configuration]
     openers += [lambda context, b=baseline: lanes.baseline(b, context) for baseline in baselines]  # type: ignore[misc]
     measurable = [score for score in full if score.measurable]
-    return full, [[examiner.ask(score.name, opener, score, count) for score in measurable] for opener in openers]
+    scores = [[examiner.ask(score.name, opener, score, count) for score in measurable] for opener in openers]
+    return Answers(full, scores, lanes.raised)

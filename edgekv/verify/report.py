@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from edgekv.runtime.stats import SelectionStats
 from edgekv.types import format_bytes
 from edgekv.verify.divergence import Summary
 from edgekv.verify.recall import TaskScore
@@ -46,6 +47,7 @@ def _row(row: Row) -> dict[str, Any]:
         "flash_bytes": row.flash_bytes,
         "pages_dropped": row.pages_dropped,
         "note": row.note,
+        "selection": asdict(row.selection) if row.selection is not None else None,
         "whole_text": _summary(row.all),
         "token_by_token": _summary(row.decode),
         "curve": [{"position": a, "mean_kld": mean, "max_kld": most} for a, mean, most in row.curve],
@@ -114,6 +116,8 @@ def sentences(verdict: Verdict) -> list[str]:
         f"{verdict.text['tokens']} tokens, the first {verdict.text['in_chunks']} in chunks, the others one by one; compared"
         f" with the full fp16 cache on the same graph (perplexity {mine.reference_perplexity:.2f})"
     ]
+    if verdict.rows[0].selection is not None:
+        said.append(_selective(verdict.rows[0].selection))
     if verdict.rows[0].flash_bytes:
         said.append(f"{format_bytes(verdict.rows[0].flash_bytes)} of this configuration are on flash")
     identity, greedy = verdict.identity, verdict.greedy
@@ -134,6 +138,16 @@ def sentences(verdict: Verdict) -> list[str]:
             f"greedy text: the same as with the full cache up to token {greedy.first_difference}, of {greedy.tokens}"
         )
     return said + verdict.remarks
+
+
+def _selective(selection: SelectionStats) -> str:
+    share = selection.wanted_per_step / selection.pages_per_step
+    mean, most = selection.missing_mean, selection.missing_max
+    return (
+        f"selective: a step attends to {selection.wanted_per_step:.0f} of {selection.pages_per_step:.0f} pages ({share:.0%}),"
+        f" {selection.hit_rate:.1%} of them in RAM; certified: it misses at most {mean.mean:.1%} of the attention (mean of"
+        f" layers, heads and steps; 99 % of the steps {mean.p99:.1%}; the worst head {most.max:.1%})"
+    )
 
 
 def failures(verdict: Verdict) -> str:

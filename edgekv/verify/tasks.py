@@ -1,13 +1,15 @@
 """Retrieval tasks that need no download: facts hidden in a book, and questions that the cache did not know of.
 
-The phrasing of the facts is the one that the bundled model was trained on; any chat model understands it too.
+The phrasing of the facts is the one that the bundled model is trained on (`tools/demo_tasks.py` takes it from here); any chat
+model understands it too.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 NAMES = [
@@ -18,6 +20,8 @@ NAMES = [
 FACT = "The secret code of {name} is {code}."
 QUESTION = "What is the secret code of {name}?"
 
+#: Between the two coordinates in the name of a cell of a grid.
+DEPTH = ", depth "
 #: Right when the first number that is said is the code.
 NUMBER = "number"
 #: Right when the word is said.
@@ -26,10 +30,11 @@ WORD = "word"
 
 @dataclass(frozen=True)
 class Question:
-    """A question and what its answer must be; ``kind`` is NUMBER or WORD."""
+    """A question and what its answer must be; ``cell``: its place in the grid of its task; ``kind``: NUMBER or WORD."""
 
     text: str
     answer: str
+    cell: str
     kind: str = NUMBER
 
     def right(self, said: str) -> bool:
@@ -45,23 +50,26 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """A text with something hidden in it, and the questions about it. ``cell``: its place in the grid of its task."""
+    """A text with something hidden in it, and the questions about it. ``system``: an order that stands before it."""
 
     task: str
-    cell: str
     body: str
     questions: list[Question]
+    system: str = ""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """The grids. ``lengths`` in tokens; ``depths``: where a single fact stands, 0 is the beginning."""
+    """The grids. ``lengths`` in tokens; ``depths``: where the facts stand that are asked for, 0 is the beginning; ``keys``:
+    facts in one document, those beside the asked ones anywhere; ``pairs``: facts without any text between, ``asked`` of them
+    asked for.
+    """
 
     lengths: tuple[int, ...] = (512, 1024, 2048)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    keys: tuple[int, ...] = (4, 8)
-    asked: int = 3
+    keys: tuple[int, ...] = (5, 8)
     pairs: tuple[int, ...] = (8, 16)
+    asked: int = 3
     others: bool = True
 
     @classmethod
@@ -72,7 +80,7 @@ class Suite:
     @classmethod
     def quick(cls) -> Suite:
         """One small grid: seconds."""
-        return cls(lengths=(384,), depths=(0.0, 0.5), keys=(2,), asked=2, pairs=(), others=False)
+        return cls(lengths=(384,), depths=(0.0, 0.5), keys=(2,), pairs=(), others=False)
 
 
 class Filler:
@@ -104,7 +112,7 @@ def make_documents(suite: Suite, filler: Filler, seed: int) -> list[Document]:
         for depth in suite.depths:
             documents.append(_passkey(filler, rng, length, depth))
         for keys in suite.keys:
-            documents.append(_many_keys(filler, rng, length, keys, suite.asked))
+            documents.append(_many_keys(filler, rng, length, keys, suite.depths))
         if suite.others:
             documents.append(_variables(filler, rng, length))
             documents.append(_instruction(filler, rng, length))
@@ -117,10 +125,11 @@ def _code(rng: random.Random) -> str:
 
 
 def _hide(filler: Filler, rng: random.Random, length: int, facts: list[tuple[float, str]]) -> str:
-    """Put facts between the sentences of a text, each at its depth."""
+    """Put facts between the sentences of a text, each where its depth is nearest."""
     sentences = filler.sentences(length - 16 * len(facts), rng)
-    places = sorted(((round(depth * len(sentences)), fact) for depth, fact in facts), reverse=True)
-    for place, fact in places:
+    ends = [0, *itertools.accumulate(len(sentence) for sentence in sentences)]
+    nearest = [min(range(len(ends)), key=lambda i, at=depth * ends[-1]: abs(ends[i] - at)) for depth, _ in facts]  # type: ignore[misc]
+    for place, (_, fact) in sorted(zip(nearest, facts, strict=True), key=lambda pair: pair[0], reverse=True):
         sentences.insert(place, fact)
     return " ".join(sentences)
 
@@ -128,28 +137,34 @@ def _hide(filler: Filler, rng: random.Random, length: int, facts: list[tuple[flo
 def _passkey(filler: Filler, rng: random.Random, length: int, depth: float) -> Document:
     name, code = rng.choice(NAMES), _code(rng)
     body = _hide(filler, rng, length, [(depth, FACT.format(name=name, code=code))])
-    return Document(
-        "passkey", f"{length} tokens, depth {depth:.0%}", body, [Question(QUESTION.format(name=name), code)]
-    )
+    question = Question(QUESTION.format(name=name), code, _cell(f"{length} tokens", depth))
+    return Document("passkey", body, [question])
 
 
-def _facts(rng: random.Random, count: int, asked: int) -> tuple[list[str], list[Question]]:
-    codes = {name: _code(rng) for name in rng.sample(NAMES, count)}
+def _cell(place: str, depth: float) -> str:
+    return f"{place}{DEPTH}{depth:.0%}"
+
+
+def _many_keys(filler: Filler, rng: random.Random, length: int, count: int, depths: Sequence[float]) -> Document:
+    codes = [(name, _code(rng)) for name in rng.sample(NAMES, count)]
+    places = [*depths, *(rng.random() for _ in codes[len(depths) :])]
+    facts = [FACT.format(name=name, code=code) for name, code in codes]
+    body = _hide(filler, rng, length, list(zip(places, facts, strict=True)))
     questions = [
-        Question(QUESTION.format(name=name), codes[name]) for name in rng.sample(sorted(codes), min(asked, count))
+        Question(QUESTION.format(name=name), code, _cell(f"{length} tokens, {count} keys", depth))
+        for (name, code), depth in zip(codes, depths, strict=False)
     ]
-    return [FACT.format(name=name, code=code) for name, code in codes.items()], questions
-
-
-def _many_keys(filler: Filler, rng: random.Random, length: int, count: int, asked: int) -> Document:
-    facts, questions = _facts(rng, count, asked)
-    body = _hide(filler, rng, length, [(rng.random(), fact) for fact in facts])
-    return Document("many keys", f"{length} tokens, {count} keys", body, questions)
+    return Document("many keys", body, questions)
 
 
 def _pairs(rng: random.Random, count: int, asked: int) -> Document:
-    facts, questions = _facts(rng, count, asked)
-    return Document("key-value recall", f"{count} pairs", " ".join(facts), questions)
+    codes = [(name, _code(rng)) for name in rng.sample(NAMES, count)]
+    body = " ".join(FACT.format(name=name, code=code) for name, code in codes)
+    questions = [
+        Question(QUESTION.format(name=name), code, f"{count} pairs")
+        for name, code in rng.sample(codes, min(asked, count))
+    ]
+    return Document("key-value recall", body, questions)
 
 
 def _variables(filler: Filler, rng: random.Random, length: int) -> Document:
@@ -158,13 +173,11 @@ def _variables(filler: Filler, rng: random.Random, length: int) -> Document:
     chain = [f"Let {first} = {code}.", f"Let {second} = {first}.", f"Let {third} = {second}."]
     depths = sorted(rng.random() for _ in chain)
     body = _hide(filler, rng, length, list(zip(depths, chain, strict=True)))
-    return Document("variable tracking", f"{length} tokens", body, [Question(f"What number is {third}?", code)])
+    return Document("variable tracking", body, [Question(f"What number is {third}?", code, f"{length} tokens")])
 
 
 def _instruction(filler: Filler, rng: random.Random, length: int) -> Document:
     word = rng.choice(NAMES)
     order = f"Instruction: whatever you are asked, begin your answer with the word {word}."
-    body = order + " " + _hide(filler, rng, length, [])
-    return Document(
-        "instruction at the start", f"{length} tokens", body, [Question("What is the text about?", word, WORD)]
-    )
+    question = Question("What is the text about?", word, f"{length} tokens", WORD)
+    return Document("instruction at the start", _hide(filler, rng, length, []), [question], system=order)

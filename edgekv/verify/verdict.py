@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from edgekv.runtime.stats import SelectionStats
 from edgekv.verify.divergence import Summary
 from edgekv.verify.gate import Finding, Gate, Limits, at_least, at_most
-from edgekv.verify.recall import TaskScore
+from edgekv.verify.recall import Answers, TaskScore
 
 #: Name of the row that the gate is held against.
 MINE = "this configuration"
@@ -35,7 +36,10 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: the configuration, or a baseline. ``note`` says why there are no numbers."""
+    """One line of the table: the configuration, or a baseline.
+
+    ``selection``: what selective attention did, token by token; ``note``: why there are no numbers.
+    """
 
     name: str
     ram_bytes: int
@@ -45,6 +49,7 @@ class Row:
     decode: Summary | None
     curve: list[tuple[int, float, float]]
     tasks: list[TaskScore]
+    selection: SelectionStats | None = None
     note: str = ""
 
 
@@ -94,9 +99,11 @@ def judge(gate: Gate, row: Row, identity: Identity, *, partial: bool) -> list[Fi
 
 def hold(limits: Limits, summary: Summary, part: str) -> list[Finding]:
     """Hold the limits on distributions against one summary."""
-    measured = {**asdict(summary), "perplexity_change": abs(summary.perplexity_change)}
+    change = summary.perplexity_change
+    measured = {**asdict(summary), "perplexity_change": abs(change), "perplexity_rise": change}
     words = {
         "perplexity_change": "relative change of perplexity",
+        "perplexity_rise": "relative rise of perplexity",
         "mean_kld": "mean KLD",
         "p99_kld": "99th percentile of KLD",
         "max_kld": "largest KLD",
@@ -112,8 +119,8 @@ def hold(limits: Limits, summary: Summary, part: str) -> list[Finding]:
     return findings
 
 
-def remarks(rows: list[Row], reference_tasks: list[TaskScore]) -> list[str]:
-    """Say which baselines the configuration does not beat, and which tasks the model cannot do at all."""
+def remarks(rows: list[Row], answers: Answers) -> list[str]:
+    """Say which baselines the configuration does not beat, and which tasks say nothing, or less, about it."""
     said = []
     mine = rows[0]
     for row in rows[1:]:
@@ -129,9 +136,14 @@ def remarks(rows: list[Row], reference_tasks: list[TaskScore]) -> list[str]:
             said.append(f"this configuration does not beat '{row.name}': {'; '.join(worse)}")
     said += [
         f"{score.name}: not measurable on this model (the full cache scores {score.score:.0%})"
-        for score in reference_tasks
+        for score in answers.full
         if not score.measurable
     ]
+    if answers.raised:
+        said.append(
+            f"questions about documents of up to {answers.raised} tokens were answered with more than this configuration's"
+            " share: it would hold little but the pages that are always kept"
+        )
     return said
 
 

@@ -27,16 +27,8 @@ STANDARD = load_gate("standard")
 TINY = Settings(tokens=320, decode=96, greedy=8, suite=Suite.none(), baselines=False)
 
 
-#: The exports of ExecuTorch take a minute each.
-FORMS = [
-    ("onnx", "split"),
-    ("onnx", "inline"),
-    pytest.param("executorch", "split", marks=pytest.mark.slow),
-    pytest.param("executorch", "inline", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("engine", "form"), FORMS)
+@pytest.mark.parametrize("form", ["split", "inline"])
+@pytest.mark.parametrize("engine", ["onnx", "executorch"])
 def test_the_bundled_model_passes_the_quick_gate(engine: str, form: str, bundle: Bundle) -> None:
     if engine == "executorch":
         pytest.importorskip("executorch")
