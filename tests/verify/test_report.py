@@ -110,10 +110,25 @@ def test_a_failed_gate_is_one_line_and_exit_code_1_and_the_json_still_comes(bund
     assert "asks for at most 0" in line
 
 
+def test_two_processes_print_the_same_bytes_whatever_came_from_flash_and_when(bundle: Bundle) -> None:
+    request = ["verify", bundle("demo"), "--quick", "--kv-budget", "40%", "--attend", "selective:30%", "--json"]
+    first, second = cli(*request), cli(*request)
+    assert first.stdout == second.stdout
+    selection = json.loads(first.stdout)["rows"][0]["selection"]
+    assert 0 < selection["hit_rate"] <= 1
+    assert 0 < selection["missing_mean"]["mean"] <= selection["missing_max"]["max"] <= 1
+
+
 def test_mistakes_are_refused_before_anything_is_computed(bundle: Bundle, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Too short.", encoding="utf-8")
-    refused(cli("verify", bundle("demo"), "--gate", "loose"), 2, "loose", "strict or standard")
+    gate = tmp_path / "gate.toml"
+    gate.write_text("[exact]\nmean_kdl = 1\n", encoding="utf-8")
+    refused(cli("verify", bundle("demo"), "--gate", "loose"), 2, "no gate 'loose'", "strict or standard")
+    refused(cli("verify", bundle("demo"), "--gate", gate), 2, str(gate), "exact.mean_kdl", "did you mean mean_kld?")
+    refused(
+        cli("verify", bundle("demo"), "--html", tmp_path / "none" / "page.html"), 2, "cannot write --html", "no folder"
+    )
     refused(cli("verify", bundle("demo"), "--text", tmp_path / "none.txt"), 2, "cannot read --text")
     refused(cli("verify", bundle("demo"), "--text", short), 2, "verify needs 128 at least", "--text")
     refused(cli("verify", tmp_path), 2, "is not a bundle")
