@@ -111,7 +111,16 @@ def test_a_failed_gate_is_one_line_and_exit_code_1_and_the_json_still_comes(bund
 
 
 def test_two_processes_print_the_same_bytes_whatever_came_from_flash_and_when(bundle: Bundle) -> None:
-    request = ["verify", bundle("demo"), "--quick", "--kv-budget", "40%", "--attend", "selective:30%", "--json"]
+    request: list[str | Path] = [
+        "verify",
+        bundle("demo"),
+        "--quick",
+        "--kv-budget",
+        "40%",
+        "--attend",
+        "selective:30%",
+        "--json",
+    ]
     first, second = cli(*request), cli(*request)
     assert first.stdout == second.stdout
     selection = json.loads(first.stdout)["rows"][0]["selection"]
