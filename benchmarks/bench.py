@@ -20,6 +20,7 @@ from pathlib import Path
 from bars import QUIET, Line, Results
 from common import wait_for_quiet
 from configurations import BUNDLES, CHECKPOINT, CONFIGURATIONS, CONTEXTS, HERE, Configuration
+from engines import engine_row, record
 from plot import plot
 from tables import bar_table, figure_table
 
@@ -101,6 +102,7 @@ def main() -> int:
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, choices=CONTEXTS)
     parser.add_argument("--wait", type=float, default=30, help="seconds to wait for a quiet machine before each")
     parser.add_argument("--only", default="", help="only contestants whose name contains this; no kernels")
+    parser.add_argument("--record", action="store_true", help="write this machine's row of export/engines.json")
     parser.add_argument("--report", type=Path, help="measure nothing: the tables of an earlier results.jsonl")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -119,6 +121,11 @@ def main() -> int:
     print(figure_table(results))
     table, missed = bar_table(results)
     print(table)
+    row = engine_row(results)
+    if row:
+        print(f"\nthe row of this machine in export/engines.json: {json.dumps(row)}")
+        if options.record:
+            record(row)
     (options.out / "benchmarks.svg").write_text(plot(results), encoding="utf-8")
     say(f"plot: {options.out / 'benchmarks.svg'}")
     return 1 if missed else 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from edgekv.bundle import MANIFEST, Manifest, file_sha256, write_manifest
 from edgekv.contract import ENGINES, FORMS, WEIGHTS, default_weights
 from edgekv.errors import EdgeKVError, EngineMissing, UsageError
+from edgekv.export.engine import default_engine
 
 CHAT_TEMPLATE = "chat_template.jinja"
 Progress = Callable[[str, int, int], None]
@@ -22,7 +23,7 @@ def export_model(
     source: str | Path,
     out: Path,
     *,
-    engine: str = "onnx",
+    engine: str | None = None,
     form: str = "split",
     weights: str | None = None,
     page_size: int = 32,
@@ -34,6 +35,7 @@ def export_model(
     Args:
         source: a Hugging Face checkpoint folder, or ``demo`` for the bundled model.
         out: the bundle's folder; it appears whole or not at all.
+        engine: one of :data:`edgekv.contract.ENGINES`; None: see :func:`edgekv.export.engine.default_engine`.
         weights: one of :data:`edgekv.contract.WEIGHTS`; None chooses by size, see :func:`edgekv.contract.default_weights`.
         force: replace ``out`` if it exists.
         progress: called before each step with its name, the number of steps done, and of all steps.
@@ -68,9 +70,9 @@ def export_model(
 
 @dataclass(frozen=True)
 class Choice:
-    """What the caller asked for; ``weights`` None: by size."""
+    """What the caller asked for; ``weights`` None: by size; ``engine`` None: by measurement."""
 
-    engine: str
+    engine: str | None
     form: str
     weights: str | None
     page_size: int
@@ -90,13 +92,14 @@ class _Steps:
 def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
     from edgekv.export.checkpoint import open_checkpoint
 
-    if choice.engine == "executorch":
+    checkpoint = open_checkpoint(source)
+    weights = choice.weights or default_weights(checkpoint.parameters)
+    engine = choice.engine or default_engine(choice.form, weights).engine
+    if engine == "executorch":
         from edgekv.export.executorch import count_steps, write_graphs
     else:
         from edgekv.export.onnx import count_steps, write_graphs
 
-    checkpoint = open_checkpoint(source)
-    weights = choice.weights or default_weights(checkpoint.parameters)
     steps.total = count_steps(checkpoint) + 2
     with _appearing(out) as folder:
         graphs, embedding = write_graphs(
@@ -109,7 +112,7 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
         source_sha256 = checkpoint.sha256()
         steps("hashing the bundle")
         manifest = Manifest(
-            engine=choice.engine,
+            engine=engine,
             form=choice.form,
             weights=weights,
             page_size=choice.page_size,

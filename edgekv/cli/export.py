@@ -18,7 +18,14 @@ from edgekv.types import format_bytes
 def export_command(
     source: Annotated[str, typer.Argument(help="A Hugging Face checkpoint folder, or `demo` for the bundled model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's folder; it appears whole or not at all.")],
-    engine: Annotated[str, typer.Option("--engine", metavar="onnx|executorch", help="What will run it.")] = "onnx",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine",
+            metavar="onnx|executorch",
+            help="What will run it. Default: the one that was measured faster on machines like this one.",
+        ),
+    ] = None,
     form: Annotated[
         str,
         typer.Option(
@@ -49,8 +56,11 @@ def export_command(
     `edgekv export ./Llama-3.2-1B --out llama.edgekv`
 
     `edgekv export ./Qwen3-0.6B --out qwen.edgekv --weights int8 --form inline`
+
+    `edgekv export ./Qwen3-0.6B --out qwen.edgekv --engine onnx`   for a device where only ONNX Runtime is installed
     """
     from edgekv.export import export_model
+    from edgekv.export.engine import default_engine
 
     console = Console(stderr=True)
     start = time.perf_counter()
@@ -81,3 +91,6 @@ def export_command(
         soft_wrap=True,
         highlight=False,
     )
+    if engine is None:
+        reason = default_engine(form, manifest.weights).reason
+        console.print(escape(f"{manifest.engine}: {reason} (--engine decides)"), soft_wrap=True, highlight=False)

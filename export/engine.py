@@ -1,0 +1,82 @@
+"""Which engine a bundle is exported for when nobody says: the one that was measured fastest on machines of this class.
+
+``engines.json`` beside this file holds the measurements, one row per machine class and weight type: decoding at 2048
+tokens, split form, INT8 pages. `make bench` prints the row of the machine that it runs on, and writes it with --record
+(docs/executorch.md shows the table). What was not measured for both engines gets ONNX Runtime, which runs everywhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+MEASUREMENTS = "engines.json"
+#: What exporting for ExecuTorch imports.
+_EXECUTORCH = ("executorch", "torchao")
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """An engine, and one line that says why it was taken."""
+
+    engine: str
+    reason: str
+
+
+def machine_class() -> str:
+    """Name the class of this machine: its architecture and the widest integer products that it has."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        features = _cpu_features()
+        for flag, name in (("avx512_vnni", "AVX-512 VNNI"), ("avx2", "AVX2")):
+            if flag in features:
+                return f"x86-64, {name}"
+        return "x86-64"
+    if machine in ("aarch64", "arm64"):
+        return "arm64, dotprod" if sys.platform == "darwin" or "asimddp" in _cpu_features() else "arm64"
+    return machine
+
+
+def measurements() -> list[dict[str, Any]]:
+    """Return the rows of the table: machine, weights, onnx and executorch in tokens/s, and what they were measured on."""
+    text = (resources.files("edgekv.export") / MEASUREMENTS).read_text(encoding="utf-8")
+    rows: list[dict[str, Any]] = json.loads(text)
+    return rows
+
+
+def default_engine(form: str, weights: str, machine: str | None = None) -> EngineChoice:
+    """Choose the engine of an export.
+
+    Args:
+        machine: a class as :func:`machine_class` names it; None is this machine.
+    """
+    machine = machine or machine_class()
+    if form == "inline":
+        return EngineChoice("onnx", "the inline form is for any ONNX Runtime")
+    row = next((row for row in measurements() if (row["machine"], row["weights"]) == (machine, weights)), None)
+    if row is None:
+        return EngineChoice("onnx", f"runs everywhere; nothing faster was measured on {machine} with {weights} weights")
+    speeds = {engine: float(row[engine]) for engine in ("onnx", "executorch")}
+    fastest = max(speeds, key=lambda engine: speeds[engine])
+    slower = min(speeds, key=lambda engine: speeds[engine])
+    measured = f"{speeds[fastest]:.0f} tokens/s against {speeds[slower]:.0f} of {slower} on {machine}, {weights}"
+    if fastest == "executorch" and not all(importlib.util.find_spec(name) for name in _EXECUTORCH):
+        return EngineChoice(
+            "onnx", f'executorch is faster ({measured}) but not installed: pip install "edgekv[export,executorch]"'
+        )
+    return EngineChoice(fastest, f"measured fastest: {measured}")
+
+
+def _cpu_features() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return set(found.partition(":")[2].split())
