@@ -63,7 +63,7 @@ def as_stored(matrix: torch.Tensor, engine: str, weights: str, *, embedding: boo
         return executorch_weights.quantise(matrix, weights).dequantise()
     bits = 8 if engine == "executorch" else BITS[weights]
     stored = quantise(matrix.numpy(), bits, symmetric=symmetric)
-    codes, zeros = stored.codes.astype(np.float32), np.float32(2 ** (bits - 1))
+    codes, zeros = stored.codes.astype(np.float32), np.full((), 2 ** (bits - 1), np.float32)
     if bits == 4:
         codes = np.stack([stored.codes & 15, stored.codes >> 4], -1).reshape(*stored.codes.shape[:2], -1)
     if stored.zeros is not None:
@@ -93,7 +93,7 @@ def eager_reference(source: Path, engine: str, form: str, weights: str) -> PreTr
     return model
 
 
-@pytest.mark.parametrize(("engine", "form", "weights", "architecture"), cases())
+@pytest.mark.parametrize(("engine", "form", "weights", "architecture"), list(cases()))
 def test_every_way_through_the_decoder_computes_what_transformers_does(
     engine: str, form: str, weights: str, architecture: str, checkpoint: Callable[[str], Path], bundle: Bundle
 ) -> None:
