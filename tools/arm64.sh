@@ -36,7 +36,7 @@ if [ ! -e "$dir/.ready" ]; then
   # shellcheck disable=SC1091
   suite=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
   [ -n "$mirror" ] && [ -n "$suite" ] || skip "this system's package mirror is not known"
-  keyring=$(ls /usr/share/keyrings/{debian,ubuntu}-archive-keyring.gpg 2>/dev/null | head -1)
+  keyring=/usr/share/keyrings/$(. /etc/os-release && echo "$ID")-archive-keyring.gpg
   echo "deb [signed-by=$keyring] $mirror $suite main" >"$apt/etc/apt/sources.list"
   options=(-o "Dir=$apt" -o "Dir::State::status=$apt/var/lib/dpkg/status" -o APT::Architecture=arm64
     -o APT::Architectures::=arm64 -o "Dir::Etc::parts=$apt/etc/apt/apt.conf.d" -o APT::Sandbox::User=root)
