@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from edgekv.errors import UsageError
@@ -55,32 +56,32 @@ class PageSpec:
         if self.page_size > 128:
             raise UsageError(f"page_size {self.page_size} is above 128; use 16, 32, 64 or 128")
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Number of key elements in a page (the values have as many)."""
         return self.n_kv_heads * self.page_size * self.head_dim
 
-    @property
+    @cached_property
     def hot_bytes(self) -> int:
         """Bytes of an fp16 page."""
         return 4 * self.elements
 
-    @property
+    @cached_property
     def warm_bytes(self) -> int:
         """Bytes of an INT8 page with its scales, without padding."""
         return 2 * self.elements + 2 * self.n_kv_heads * (self.head_dim + self.page_size)
 
-    @property
+    @cached_property
     def warm_slot_bytes(self) -> int:
         """Bytes that an INT8 page takes in the arena."""
         return round_up(self.warm_bytes, PAGE_ALIGN_BYTES)
 
-    @property
+    @cached_property
     def frame_bytes(self) -> int:
         """Bytes of an arena frame: it holds one HOT page or two WARM pages."""
         return max(round_up(self.hot_bytes, PAGE_ALIGN_BYTES), 2 * self.warm_slot_bytes)
 
-    @property
+    @cached_property
     def record_bytes(self) -> int:
         """Bytes of one page on flash: header, INT8 payload, padding."""
         return round_up(RECORD_HEADER_BYTES + self.warm_bytes, RECORD_ALIGN_BYTES)

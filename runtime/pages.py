@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgekv.errors import BudgetError, OutOfPages, WriteLimit
 from edgekv.runtime.arena import Arena
 from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, Kernels
-from edgekv.runtime.policy import CacheOptions, candidates
+from edgekv.runtime.policy import CacheOptions, candidates, pairs
 from edgekv.runtime.stats import CacheStats
 from edgekv.runtime.store import PageStore
 from edgekv.runtime.summary import Summaries
@@ -148,7 +148,7 @@ class PageManager:
             unused = self.table.last_used < (self.step - to_come)[:, None]
             victims = self._candidates(Tier.WARM, unpinned=True, among=unused)
             with contextlib.suppress(WriteLimit):  # without room, pages are attended to from the staging ring
-                self._send(victims[:missing], victims)
+                self._send(pairs(victims[:missing]), victims)
         return min(n_pages, self._room())
 
     def _room(self) -> int:
@@ -207,7 +207,7 @@ class PageManager:
 
     def compress(self, n_pages: int) -> int:
         """Quantise up to ``n_pages`` sealed HOT pages, in the policy's order; returns how many."""
-        victims = self._candidates(Tier.HOT)[:n_pages]
+        victims = pairs(self._candidates(Tier.HOT)[:n_pages])
         for layer, page in victims:
             self.seal(layer, page)
         return len(victims)
@@ -221,9 +221,9 @@ class PageManager:
         if self.store is None:
             return 0
         victims = self._candidates(Tier.WARM)
-        return self._send(victims[:n_pages], victims)
+        return self._send(pairs(victims[:n_pages]), victims)
 
-    def _send(self, chosen: list[tuple[int, int]], following: list[tuple[int, int]]) -> int:
+    def _send(self, chosen: list[tuple[int, int]], following: NDArray[np.int64]) -> int:
         """Move WARM pages to the store; ``following`` may be written ahead with them. Returns how many left RAM.
 
         When the day's writes are used up, pages that are in the store already leave instead.
@@ -233,13 +233,13 @@ class PageManager:
         """
         assert self.store is not None
         if any(self.table.record[victim] == NOTHING for victim in chosen):
-            dirty = [victim for victim in following if self.table.record[victim] == NOTHING]
+            written = self.table.record[following[:, 0], following[:, 1]] != NOTHING
             batch = max(len(chosen), WRITE_BATCH_BYTES // self.spec.record_bytes)
             # Neighbours are written ahead, so that writes stay large; a written page later leaves without a write.
             try:
-                self._write(sorted({*dirty[:batch], *(v for v in chosen if self.table.record[v] == NOTHING)}))
+                self._write(sorted({*pairs(following[~written][:batch]), *(v for v in chosen if self.table.record[v] == NOTHING)}))
             except WriteLimit:
-                clean = [victim for victim in following if self.table.record[victim] != NOTHING][: len(chosen)]
+                clean = pairs(following[written][: len(chosen)])
                 self.counters.pages_held_back += len(chosen) - len(clean)
                 if not clean and not self.options.allow_drop:
                     raise
@@ -252,9 +252,8 @@ class PageManager:
 
     def drop(self, n_pages: int) -> int:
         """Forget up to ``n_pages`` unpinned sealed pages, in the policy's order; returns how many."""
-        victims = [victim for tier in (Tier.HOT, Tier.WARM) for victim in self._candidates(tier, unpinned=True)][
-            :n_pages
-        ]
+        both = [self._candidates(tier, unpinned=True) for tier in (Tier.HOT, Tier.WARM)]
+        victims = pairs(np.concatenate(both)[:n_pages])
         for layer, page in victims:
             record = int(self.table.record[layer, page])
             if record != NOTHING:
@@ -358,7 +357,7 @@ class PageManager:
 
     def _candidates(
         self, tier: Tier, *, unpinned: bool = False, among: NDArray[np.bool_] | None = None
-    ) -> list[tuple[int, int]]:
+    ) -> NDArray[np.int64]:
         return candidates(self.table, self.options, tier, unpinned=unpinned, among=among)
 
     def check(self) -> None:

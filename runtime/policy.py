@@ -127,8 +127,8 @@ def candidates(
     *,
     unpinned: bool = False,
     among: NDArray[np.bool_] | None = None,
-) -> list[tuple[int, int]]:
-    """Return sealed pages of a tier as (layer, page): unpinned ones first, each group in the policy's order."""
+) -> NDArray[np.int64]:
+    """Return sealed pages of a tier, rows (layer, page): unpinned ones first, each group in the policy's order."""
     wanted = (table.tier == tier) & table.sealed()
     layers, pages = np.nonzero(wanted if among is None else wanted & among)
     tail = table.n_slots[layers] // table.spec.page_size
@@ -138,4 +138,9 @@ def candidates(
     use = PageUse(layers, pages, table.last_used[layers, pages], table.mass[layers, pages])
     order = options.policy.order(use)
     order = order[np.argsort(pinned[order], kind="stable")]
-    return [(int(layers[index]), int(pages[index])) for index in order]
+    return np.stack([layers[order], pages[order]], axis=1)
+
+
+def pairs(rows: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return rows (layer, page) [n, 2] one by one."""
+    return [(layer, page) for layer, page in rows.tolist()]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import edgekv
-from edgekv.cli import calibrate, emulate, plan, run, stats, verify
+from edgekv.cli import calibrate, emulate, plan, run, stats, sweep, verify
 from edgekv.cli.export import export_command
 from edgekv.cli.inspect import inspect_command
 from edgekv.cli.offload import app as offload_app
@@ -30,6 +30,7 @@ app.command("run", epilog=run.EPILOG)(run.run_command)
 app.command("inspect")(inspect_command)
 app.command("plan", epilog=plan.EPILOG)(plan.plan_command)
 app.command("emulate", epilog=emulate.EPILOG)(emulate.emulate_command)
+app.command("sweep", epilog=sweep.EPILOG)(sweep.sweep_command)
 app.command("verify", epilog=verify.EPILOG)(verify.verify_command)
 app.command("stats", epilog=stats.EPILOG)(stats.stats_command)
 profiles_app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate_command)

@@ -10,7 +10,7 @@ import numpy as np
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.schema import Compute, DeviceProfile
 from edgekv.device_profiles.work import BITS_PER_WEIGHT
-from edgekv.runtime.kernels import KIND_HOT, Refs
+from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, Refs
 from edgekv.spec import PageSpec
 
 
@@ -53,9 +53,9 @@ class StepCost:
         return self.dense(self.model.head_weights, rows) if rows else 0.0
 
     @functools.cached_property
-    def slot_bytes(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def slot_bytes(self) -> tuple[float, float]:
         """Bytes of one slot of a page of one layer, by the kind of page: KIND_HOT, KIND_WARM."""
-        return np.array([self.pages.hot_bytes, self.pages.warm_bytes]) / self.pages.page_size
+        return self.pages.hot_bytes / self.pages.page_size, self.pages.warm_bytes / self.pages.page_size
 
     def attention(self, n_tokens: int, kv_bytes: float, pairs: float) -> float:
         """Return the seconds in which one layer attends.
@@ -75,8 +75,6 @@ class StepCost:
         wanted = refs["data"] != 0
         if first_position > 0:
             wanted &= refs["position"] + self.pages.page_size > first_position
-        slots = refs["n_slots"] * wanted
-        hot = int(slots[refs["kind"] == KIND_HOT].sum())
-        total = int(slots.sum())
-        kv_bytes = hot * float(self.slot_bytes[0]) + (total - hot) * float(self.slot_bytes[1])
-        return self.attention(n_tokens, kv_bytes, float(n_tokens) * total), int(np.count_nonzero(wanted))
+        hot, warm = np.bincount(refs["kind"], refs["n_slots"] * wanted, 2).tolist()
+        kv_bytes = hot * self.slot_bytes[KIND_HOT] + warm * self.slot_bytes[KIND_WARM]
+        return self.attention(n_tokens, kv_bytes, n_tokens * (hot + warm)), int(np.count_nonzero(wanted))

@@ -32,7 +32,8 @@ class AppMemory:
     peak_bytes: int = 0
     _cache: KVCache | None = None
     _staging_bytes: int = 0
-    _touched_bytes: int = 0
+    _touched_frames: int = 0
+    _frame_bytes: int = 0
     _abandon: Callable[[], None] = field(default=lambda: None)
 
     @property
@@ -47,8 +48,8 @@ class AppMemory:
         if cache is None:
             return 0
         arena = cache.manager.arena
-        self._touched_bytes = min(max(self._touched_bytes, arena.used_bytes), arena.n_frames * arena.spec.frame_bytes)
-        return self._touched_bytes + self._staging_bytes
+        self._touched_frames = min(max(self._touched_frames, arena.n_frames - arena.free_frames), arena.n_frames)
+        return self._touched_frames * self._frame_bytes + self._staging_bytes
 
     @property
     def cache(self) -> KVCache | None:
@@ -58,7 +59,7 @@ class AppMemory:
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
         """The app has a new cache."""
         self._cache, self._staging_bytes, self._abandon = cache, plan.staging_bytes, abandon
-        self._touched_bytes = 0
+        self._touched_frames, self._frame_bytes = 0, cache.spec.frame_bytes
 
     def check(self) -> None:
         """Note the peak, and enforce the limit.
@@ -67,7 +68,8 @@ class AppMemory:
             AppKilled: the app is above it, on a system that kills.
         """
         rss_bytes = self.rss_bytes
-        self.peak_bytes = max(self.peak_bytes, rss_bytes)
+        if rss_bytes > self.peak_bytes:
+            self.peak_bytes = rss_bytes
         if rss_bytes > self.limit_bytes and self.profile.kill != "swap":
             self.kill(
                 f"{self.profile.kill}: {format_bytes(rss_bytes)} are above the limit of {format_bytes(self.limit_bytes)}"
@@ -85,7 +87,7 @@ class AppMemory:
 
     def end(self) -> None:
         """The process is gone."""
-        self._cache, self.weights_bytes, self._staging_bytes, self._touched_bytes = None, 0, 0, 0
+        self._cache, self.weights_bytes, self._staging_bytes, self._touched_frames = None, 0, 0, 0
         self._abandon = lambda: None
 
     def arena_bytes(self, limit_bytes: int, least_bytes: int) -> int:

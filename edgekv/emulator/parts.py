@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edgekv.emulator.clock import Clock
 from edgekv.emulator.cost import StepCost
 from edgekv.runtime.engines.base import InlineEngine, SegmentEngine, StepBuffers
-from edgekv.runtime.kernels import Float, Int64, PagedAttention, Refs
+from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, Float, Int64, PagedAttention, Refs
 
 
 class EmulatedSegments:
@@ -67,7 +67,7 @@ class EmulatedInline:
         for layer in range(model.n_layers):
             warm = feeds[f"key_pages.{layer}"].shape[0] * size
             hot = feeds[f"recent_keys.{layer}"].shape[0]
-            kv_bytes = warm * float(self._cost.slot_bytes[1]) + hot * float(self._cost.slot_bytes[0])
+            kv_bytes = warm * self._cost.slot_bytes[KIND_WARM] + hot * self._cost.slot_bytes[KIND_HOT]
             pairs = n_tokens * (warm + hot) + n_tokens * (n_tokens + 1) / 2
             seconds += self._cost.attention(n_tokens, kv_bytes, pairs)
         self._clock.compute(seconds)

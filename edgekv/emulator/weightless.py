@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.bundle import read_manifest
 from edgekv.device_profiles import kv_budget
 from edgekv.device_profiles.flash import streamed_seconds
 from edgekv.device_profiles.geometry import Geometry
@@ -68,6 +69,17 @@ def read_shape(path: Path, *, engine: str = "onnx", weights: str = "int4", page_
     if engine not in BITS_PER_WEIGHT or weights not in BITS_PER_WEIGHT[engine]:
         raise UsageError(f"no weights {weights!r} for engine {engine!r}; engines are {', '.join(BITS_PER_WEIGHT)}")
     return Shape(Geometry.from_config(config), str(config.get("model_type", "decoder")), engine, weights, page_size)
+
+
+def shape_of(bundle: Path) -> Shape:
+    """Return the shape of a bundle, without its weights.
+
+    Raises:
+        BundleError: it is none.
+    """
+    manifest = read_manifest(bundle)
+    model = Geometry.from_spec(manifest.model)
+    return Shape(model, manifest.model.architecture, manifest.engine, manifest.weights, manifest.page_size)
 
 
 class WeightlessApp:

@@ -1,0 +1,104 @@
+"""Sweeps: every case once, whatever interrupts them; the same table from CSV and Parquet."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from edgekv.emulator.sweep import all_cases, run_case, sweep
+from edgekv.emulator.sweep_page import to_html
+from edgekv.emulator.sweep_table import read_rows, write_rows
+from edgekv.emulator.weightless import Shape, read_shape
+from edgekv.errors import UsageError
+from tests.emulator.test_scenarios import CONFIG
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def shape(config: Path) -> Shape:
+    return read_shape(config)
+
+
+def test_a_sweep_that_was_killed_goes_on_where_it_was(config: Path, shape: Shape, tmp_path: Path) -> None:
+    out = tmp_path / "sweep.csv"
+    journal = tmp_path / "sweep.csv.partial"
+    lists = [
+        "--contexts",
+        "1024,2048,4096",
+        "--policies",
+        "lru,heavy,window",
+        "--budgets",
+        "device,4MiB,8MiB",
+        "-n",
+        "200",
+    ]
+    command = [sys.executable, "-m", "edgekv", "sweep", str(config), "--profiles", "android-low-4gb", *lists]
+    command += ["--workers", "1", "--out", str(out)]
+    first = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while first.poll() is None and not (journal.exists() and journal.read_text(encoding="utf-8").count("\n") >= 2):
+            time.sleep(0.02)
+        assert first.poll() is None, "it was done before it could be killed"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    held = journal.read_text(encoding="utf-8").count("\n")
+    with journal.open("a", encoding="utf-8") as stream:
+        stream.write('{"key": "cut sho')
+    assert 2 <= held < 27
+    assert not out.exists()
+    second = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert f"27 cases, {held} of them done before" in second.stderr.replace("\n", " ")
+    rows = json.loads(second.stdout)
+    assert len({row["key"] for row in rows}) == 27
+    assert not journal.exists()
+    cases = all_cases(
+        ["android-low-4gb"],
+        [1024, 2048, 4096],
+        ["lru", "heavy", "window"],
+        ["device", "4MiB", "8MiB"],
+        ["exact"],
+        max_tokens=200,
+        seed=0,
+    )
+    assert rows[13] == run_case(shape, cases[13])  # a worker's row is that of a plain call
+
+
+def test_a_table_comes_back_as_it_was_written(shape: Shape, tmp_path: Path) -> None:
+    cases = all_cases(["android-low-4gb"], [512], ["lru"], ["device", "1KiB"], ["exact"], max_tokens=8, seed=0)
+    rows = [run_case(shape, case) for case in cases]
+    assert rows[0]["error"] is None
+    assert "too small" in rows[1]["error"]
+    for name in ("table.csv", "table.parquet"):
+        write_rows(tmp_path / name, rows)
+        assert read_rows(tmp_path / name) == rows
+        # Nothing is missing, so no cluster starts.
+        assert sweep(shape, cases, tmp_path / name) == rows
+    assert "android-low-4gb" in to_html("two cases", rows)
+
+
+def test_a_table_of_something_else_is_never_overwritten(shape: Shape, tmp_path: Path) -> None:
+    cases = all_cases(["android-low-4gb"], [512], ["lru"], ["device"], ["exact"], max_tokens=8, seed=0)
+    other = tmp_path / "other.csv"
+    with other.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["a", "b"], ["1", "2"]])
+    with pytest.raises(UsageError, match="not a table of a sweep"):
+        sweep(shape, cases, other)
+    with pytest.raises(UsageError, match="must end in"):
+        sweep(shape, cases, tmp_path / "sweep.xlsx")
