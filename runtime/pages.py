@@ -237,7 +237,8 @@ class PageManager:
             batch = max(len(chosen), WRITE_BATCH_BYTES // self.spec.record_bytes)
             # Neighbours are written ahead, so that writes stay large; a written page later leaves without a write.
             try:
-                self._write(sorted({*pairs(following[~written][:batch]), *(v for v in chosen if self.table.record[v] == NOTHING)}))
+                ahead = pairs(following[~written][:batch])
+                self._write(sorted({*ahead, *(v for v in chosen if self.table.record[v] == NOTHING)}))
             except WriteLimit:
                 clean = pairs(following[written][: len(chosen)])
                 self.counters.pages_held_back += len(chosen) - len(clean)
