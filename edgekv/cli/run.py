@@ -289,5 +289,6 @@ def _summary(generator: Generator) -> Table:
                 "", "[yellow]the day's writes to flash are used up (--max-write-per-day): pages stayed in RAM[/yellow]"
             )
         if moved.pages_dropped:
-            table.add_row("", "[yellow]pages were dropped: the text may differ from a run with more memory[/yellow]")
+            missed = f"{moved.pages_dropped} pages were dropped, and needed {moved.pages_missed} times since"
+            table.add_row("", f"[yellow]{missed}: the text may differ from a run with more memory[/yellow]")
     return table
