@@ -11,7 +11,7 @@ import numpy as np
 import obstore
 import pytest
 
-from edgekv.errors import CorruptPage, EngineMissing, StoreError, StoreFull, UsageError
+from edgekv.errors import CorruptPage, EngineMissing, StoreError, UsageError
 from edgekv.runtime.layered import LayeredStore
 from edgekv.runtime.objects import list_runs, open_objects
 from edgekv.runtime.options import RunOptions, open_offload
@@ -205,18 +205,22 @@ def test_flash_takes_pages_up_to_its_limit_and_the_object_store_the_rest(tmp_pat
     store.close()
 
 
-def test_a_full_medium_sends_pages_on_to_the_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flash, remote = FlashStore(tmp_path / "flash", SPEC), ObjectStore(f"file://{tmp_path}/objects", SPEC)
-
-    def full(tags: list[int], pages: list[np.ndarray]) -> list[int]:
-        raise StoreFull("full")
-
-    monkeypatch.setattr(flash, "write", full)  # a real full disk: tests/runtime/test_store.py
-    store = LayeredStore(flash, remote, 100)
-    records = store.write([0], pages(1))
-    assert store.tier(records[0]) == Tier.REMOTE
-    np.testing.assert_array_equal(read(store, records, [0]), np.stack(pages(1)))
+def test_when_flash_takes_no_more_today_pages_go_on_to_the_object_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = RunOptions(
+        offload=f"file://{tmp_path}/objects", flash_limit="1MiB", max_write_per_day=8 * SPEC.record_bytes
+    )
+    store, scratch = open_offload(options, SPEC)
+    assert isinstance(store, LayeredStore)
+    written = pages(30)
+    records = [r for at in range(0, 30, 5) for r in store.write(list(range(at, at + 5)), written[at : at + 5])]
+    assert [store.tier(record) for record in records] == [Tier.COLD] * 5 + [Tier.REMOTE] * 25
+    np.testing.assert_array_equal(read(store, records, list(range(30))), np.stack(written))
     store.close()
+    assert scratch is not None
+    scratch.cleanup()
 
 
 @pytest.mark.parametrize(
