@@ -18,7 +18,7 @@ from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.types import KVMode, Tier
 
 #: Tokens of the prompt, of a chunk of it, and of the short context; tokens generated at each, of which the median counts.
-PROMPT, CHUNK, SHORT, STEPS = 1536, 256, 64, 24
+PROMPT, CHUNK, SHORT, STEPS = 3072, 256, 64, 32
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,13 @@ PLANNED = [
     "iphone-13-pro-6gb",
     "android-low-4gb",
     "laptop-16gb",
+    "oneplus-12-16gb",
+    "galaxy-s22-8gb",
+    "orange-pi-5-8gb",
+    "iphone-17-pro-12gb",
+    "laptop-i3-1315u-16gb",
+    "laptop-ryzen-ai-5-340-16gb",
+    "mini-pc-n150-16gb",
 ]
 RAM = 'ram_bytes       = { value = "7942MiB", confidence = "high", source = "MemTotal (sbc-bench)" }'
 
