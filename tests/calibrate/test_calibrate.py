@@ -35,6 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         (drive, "FILE_BYTES", 4 << 20),
         (drive, "SECONDS", 0.02),
         (engine, "PROMPT", 512),
+        (engine, "FLASH_PROMPT", 512),
         (engine, "STEPS", 4),
     ):
         monkeypatch.setattr(module, name, value)
@@ -153,7 +154,7 @@ def test_rates_are_recovered_from_the_times_that_they_would_give() -> None:
     shape = Geometry(4, 256, 4, 2, 64, 1000, 4096, 3 * 256 * 768, 3 * 256 * 768, (0,) * 4)
     works = [
         step_work(shape, n_tokens=256, context=start, bits_per_weight=8, kv_bytes_per_token=0, logits=0)
-        for start in range(0, 1536, 256)
+        for start in range(0, engine.PROMPT, engine.CHUNK)
     ]
     times = [0.002 + work.ops / 2e11 + work.attention_ops / 3e11 for work in works]
     gemm, attention = engine._prefill_rates(shape, times, [t * 1.3 for t in times], 0.002)
