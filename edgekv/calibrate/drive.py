@@ -79,7 +79,7 @@ def _measure(handle: int, direct: bool, advance: Callable[[], None]) -> Drive:
         def worker(index: int) -> int:
             offsets = np.random.default_rng(index).permutation(FILE_BYTES // size) * size
             count, buffer = 0, buffers[index].data
-            while time.perf_counter() < end:
+            while not count or time.perf_counter() < end:  # at least one, however busy the machine
                 move(handle, buffer, int(offsets[count % len(offsets)]))
                 count += 1
             return count
