@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     manifest = read_manifest(options.bundle)
     started = time.perf_counter()
-    engine = open_segments(options.bundle, manifest, options.threads, cache_home())
+    engine = open_segments(options.bundle, manifest, options.threads, cache_home(), own_process=True)
     n_layers = manifest.model.n_layers
     for rows in [int(text) for text in options.rows.split(",")]:
         buffers = engine.prepare(rows)

@@ -94,7 +94,10 @@ def memory_limit(generator: Generator, context: int, threads: int) -> float:
 def main(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     settings = RunOptions(
-        kv=KVMode(options.kv), context=options.context + common.GENERATE + 2 * common.SPARE, threads=options.threads
+        kv=KVMode(options.kv),
+        context=options.context + common.GENERATE + 2 * common.SPARE,
+        threads=options.threads,
+        own_process=True,
     )
     generator = Generator.open(options.model, settings)
     load_s = time.perf_counter() - started

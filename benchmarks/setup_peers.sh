@@ -20,13 +20,23 @@ if [ ! -e genai/.ready ]; then
   pip genai install "onnxruntime==1.32.0" "onnxruntime-genai==0.18.0" "transformers>=5" onnx onnx-ir gguf sentencepiece
   touch genai/.ready
 fi
-# llama.cpp, compiled for this machine
+# llama.cpp, compiled for this machine; its source has the converter too
+if [ ! -d llama_source ]; then
+  say "llama.cpp's source"
+  pip genai download --no-deps --no-binary :all: -d sdist "llama-cpp-python==$llama_version"
+  rm -rf llama_source.part
+  mkdir llama_source.part
+  tar -xzf sdist/llama_cpp_python-*.tar.gz -C llama_source.part --strip-components=1
+  mv llama_source.part llama_source
+fi
 if [ ! -e llamacpp/.ready ]; then
   say "llama.cpp (compiles)"
   [ -x llamacpp/bin/python ] || "$python" -m venv llamacpp
   pip llamacpp install numpy
-  CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF" \
-    pip llamacpp install "llama-cpp-python==$llama_version"
+  # GCC 12 takes the stores of the AMX tile configuration for dead and removes them (llama.cpp pull request 26954): it
+  # then crashes at the first product on a processor with AMX.
+  args="-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF"
+  CMAKE_ARGS="$args '-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse'" pip llamacpp install sdist/llama_cpp_python-*.tar.gz
   touch llamacpp/.ready
 fi
 
@@ -51,12 +61,6 @@ builder genai-int4-int4 kv_cache_quant_scheme=int4_per_channel kv_cache_scale_fi
 # llama.cpp: Q4_0
 if [ ! -e models/q4_0.gguf ]; then
   say "models/q4_0.gguf"
-  if [ ! -d llama_source ]; then
-    pip genai download --no-deps --no-binary :all: --no-build-isolation -d sdist "llama-cpp-python==$llama_version" \
-      || pip genai download --no-deps --no-binary :all: -d sdist "llama-cpp-python==$llama_version"
-    mkdir -p llama_source
-    tar -xzf sdist/llama_cpp_python-*.tar.gz -C llama_source --strip-components=1
-  fi
   genai/bin/python "$here/peers/convert_gguf.py" llama_source/vendor/llama.cpp ckpt models/bf16.gguf >models/gguf.log 2>&1
   llamacpp/bin/python "$here/peers/quantise_gguf.py" models/bf16.gguf models/q4_0.gguf >>models/gguf.log 2>&1
   rm models/bf16.gguf

@@ -35,6 +35,7 @@ class Attender:
     """Attends new tokens to a cache. One per sequence: it owns the staging ring.
 
     Args:
+        threads, executor: of the kernels' :meth:`~edgekv.runtime.kernels.Kernels.ThreadPool`.
         piece_pages: pages that are read from flash at a time, a multiple of ``kernels.RUN_PAGES``.
         attend: which pages a step of one token attends to; None means all.
     """
@@ -46,6 +47,7 @@ class Attender:
         kernels: Kernels,
         *,
         threads: int,
+        executor: int,
         max_tokens: int,
         piece_pages: int,
         attend: AttendOptions | None = None,
@@ -62,7 +64,7 @@ class Attender:
             self._selector = make_selector(model, cache, kernels, attend)
         self._run_pages = kernels.RUN_PAGES
         attention = kernels.Attention(
-            kernels.ThreadPool(threads),
+            kernels.ThreadPool(threads, executor),
             model.n_q_heads,
             model.n_kv_heads,
             model.head_dim,

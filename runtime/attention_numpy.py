@@ -46,6 +46,7 @@ class ThreadPool:
     """Stands for the native pool; NumPy's own threads do the work."""
 
     n_threads: int
+    executor: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_threads <= 256:

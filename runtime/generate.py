@@ -71,7 +71,9 @@ class Generator:
         self._planned_context = 0
         self._keeper = self._open_session()  # first: a wrong or a locked one is refused before anything is loaded
         if self.manifest.form == "split":
-            engine = open_segments(folder, self.manifest, options.threads, cache_home())
+            engine = open_segments(
+                folder, self.manifest, options.threads, cache_home(), own_process=options.own_process
+            )
             self._engine = machine.segments(engine, self.manifest)
             assert self.manifest.embedding is not None
             self._embedding = Embedding(folder, self.manifest.embedding, self.manifest.model)
@@ -326,7 +328,13 @@ class Generator:
             from edgekv.runtime.inline import InlineForward
 
             if self._inline is None:
-                inline = open_inline(self.folder, self.manifest, self.options.threads, cache_home())
+                inline = open_inline(
+                    self.folder,
+                    self.manifest,
+                    self.options.threads,
+                    cache_home(),
+                    own_process=self.options.own_process,
+                )
                 self._inline = self._machine.inline(inline, self.manifest)
             self._forward = InlineForward(self._inline, model, self._cache)
         else:
@@ -336,6 +344,7 @@ class Generator:
                 self._cache,
                 self.kernels,
                 threads=self.options.threads,
+                executor=self._engine.executor,
                 max_tokens=self.options.prefill_chunk,
                 # Past the planned context a session's pages may go to its files.
                 piece_pages=max(self._plan.piece_pages, self.kernels.RUN_PAGES if self._keeper is not None else 0),

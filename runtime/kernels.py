@@ -113,8 +113,13 @@ class Kernels(Protocol):
     def available_isas(self) -> tuple[str, ...]:
         """Names that EDGEKV_ISA may have here, the preferred one first."""
 
-    def ThreadPool(self, n_threads: int) -> Pool:
-        """Start a pool of ``n_threads``, the calling thread included."""
+    def ThreadPool(self, n_threads: int, executor: int = 0) -> Pool:
+        """Start a pool of ``n_threads``, the calling thread included.
+
+        Args:
+            executor: address of a function that runs tasks on the threads of an engine (``Executor`` in
+                csrc/thread_pool.h); the pool then starts none of its own.
+        """
 
     def Attention(
         self,

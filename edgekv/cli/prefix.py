@@ -71,7 +71,7 @@ def add(
         tokens = first[:common]
     else:
         tokens = tokenizer.encode(text)
-    options = RunOptions(kv_budget=kv_budget, threads=threads or default_threads())
+    options = RunOptions(kv_budget=kv_budget, threads=threads or default_threads(), own_process=True)
     size = parse_bytes(limit) if limit else None
     path, kept = prefix.add_prefix(bundle, tokens, options, name=file.name, limit=size)
     if as_json:

@@ -107,7 +107,7 @@ def run_command(
         kv_budget=budget, kv=kv, context=context, policy=policy, allow_drop=allow_drop, attend=attend,
         offload=offload if is_url(offload) or offload is None else Path(offload), flash_limit=flash_limit,
         offload_patience_s=offload_patience, encrypt_offload=encrypt and session is None,
-        threads=threads or default_threads(), session=kept, max_write_per_day=max_write_per_day,
+        threads=threads or default_threads(), own_process=True, session=kept, max_write_per_day=max_write_per_day,
     )  # fmt: skip
     text = _read_prompt(prompt, prompt_file)
     if kept is not None:

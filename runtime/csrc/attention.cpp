@@ -13,12 +13,12 @@ constexpr int kDecodeRows = 16;
 // Partial states kept before they are merged: enough for long contiguous shares per thread, small beside the cache.
 constexpr size_t kSlabFloats = 1 << 19;
 
-// Up to this many partial rows are merged by the caller alone: waking a helper would take longer.
-constexpr size_t kInlineMerges = 64;
+// Up to this many partial rows are merged by the caller alone: handing them out would take longer.
+constexpr size_t kInlineMerges = 512;
 
 // One thread decodes a layer of this many bytes in about the time that waking a helper takes (30 to 50 us where the
-// helper's core has gone idle, as it does while an engine runs).
-constexpr size_t kAloneBytes = size_t{1} << 20;
+// helper's core has gone idle, as it does while an engine runs). An engine's thread is awake: 5 to 10 us.
+constexpr size_t kAloneBytes = size_t{1} << 20, kAloneBytesLent = size_t{1} << 17;
 
 State state_in(float* base, size_t rows) { return {base, base + rows, base + 2 * rows}; }
 
@@ -158,7 +158,7 @@ void Attention::pages(const PageRef* refs, int64_t start, int64_t stop) {
             kernels_.decode_run(batch_, refs + first, n, next, partial(run),
                                 mass ? mass + first / kRunPages * mass_stride : nullptr, nullptr);
         };
-        if (2 * g_.elements() * static_cast<size_t>(end - at) <= kAloneBytes) {
+        if (2 * g_.elements() * static_cast<size_t>(end - at) <= (pool_.lent() ? kAloneBytesLent : kAloneBytes)) {
             for (int run = 0; run < runs; ++run) decode(run, 0);
         } else {
             pool_.run(runs, decode);

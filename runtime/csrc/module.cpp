@@ -12,6 +12,7 @@
 
 #include "attention.h"
 #include "kernels.h"
+#include "onnxruntime_threads.h"
 #include "thread_pool.h"
 #include "views.h"
 
@@ -233,18 +234,16 @@ NB_MODULE(_kernels, m) {
     m.def("available_isas", &available_isas);
     m.def("read_bandwidth", &read_bandwidth, nb::arg("pool"), nb::arg("array"));
 
-    m.def("borrow_threads", [](uintptr_t executor) {
-        ThreadPool::borrow(reinterpret_cast<ThreadPool::Executor>(executor));
-    }, nb::arg("executor"));
+    m.def("onnxruntime_executor", [] { return reinterpret_cast<uintptr_t>(onnxruntime_executor()); });
 
     nb::class_<ThreadPool>(m, "ThreadPool")
         .def(
             "__init__",
-            [](ThreadPool* self, int n_threads) {
+            [](ThreadPool* self, int n_threads, uintptr_t executor) {
                 if (n_threads < 1 || n_threads > 256) throw nb::value_error("n_threads must be 1..256");
-                new (self) ThreadPool(n_threads);
+                new (self) ThreadPool(n_threads, reinterpret_cast<ThreadPool::Executor>(executor));
             },
-            nb::arg("n_threads"))
+            nb::arg("n_threads"), nb::arg("executor") = 0)
         .def_prop_ro("n_threads", &ThreadPool::size);
 
     nb::class_<PyAttention>(m, "Attention")

@@ -35,9 +35,9 @@ bool spin(Ready&& ready) {
 
 }  // namespace
 
-std::atomic<ThreadPool::Executor> ThreadPool::borrowed_{nullptr};
-
-ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads < 1 ? 1 : n_threads), shares_(new Share[n_threads_]) {
+ThreadPool::ThreadPool(int n_threads, Executor executor)
+    : n_threads_(n_threads < 1 ? 1 : n_threads), executor_(executor), shares_(new Share[n_threads_]) {
+    if (executor_) return;
     for (int thread = 1; thread < n_threads_; ++thread) helpers_.emplace_back([this, thread] { helper(thread); });
 }
 
@@ -60,6 +60,12 @@ void ThreadPool::dispatch(int n_items, void* context, Invoke invoke) {
         const uint64_t first = static_cast<uint64_t>(n_items) * thread / n_threads_;
         const uint64_t end = static_cast<uint64_t>(n_items) * (thread + 1) / n_threads_;
         shares_[thread].range.store(first | end << 32, std::memory_order_release);
+    }
+    if (executor_) {
+        const auto task = [](void* pool, size_t thread) { static_cast<ThreadPool*>(pool)->work(static_cast<int>(thread)); };
+        // When it cannot, this thread does it all: whoever works takes what the others left.
+        if (!executor_(task, this, static_cast<size_t>(n_threads_))) work(0);
+        return;
     }
     generation_.fetch_add(1);  // seq_cst: ordered against a helper's asleep_ count, so no wake-up is lost
     if (asleep_.load() > 0) {

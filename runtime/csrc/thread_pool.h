@@ -15,20 +15,19 @@ namespace edgekv {
 
 class ThreadPool {
   public:
-    explicit ThreadPool(int n_threads);
+    // Calls task(context, i) for each i in [0, count), in parallel; returns when all are done, or false if it cannot.
+    using Task = void (*)(void* context, size_t i);
+    using Executor = bool (*)(Task task, void* context, size_t count);
+
+    // With an executor the pool has no helpers: it works on the threads of an engine. Those spin between the engine's
+    // calls, so that helpers would find no free core, and the engine's threads would be woken again after each job.
+    explicit ThreadPool(int n_threads, Executor executor = nullptr);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
 
     int size() const { return n_threads_; }
-
-    // Calls task(context, i) for each i in [0, count), in parallel; returns when all are done.
-    using Task = void (*)(void* context, size_t i);
-    using Executor = void (*)(Task task, void* context, size_t count);
-
-    // From now on every pool of this process works on the threads of another one, and its own stay asleep: an engine
-    // whose threads spin between its calls would keep them off the cores. Null takes the own threads again.
-    static void borrow(Executor executor) { borrowed_.store(executor); }
+    bool lent() const { return executor_ != nullptr; }
 
     // Calls fn(item, thread) for every item in [0, n_items). A thread starts on its own contiguous share, in order,
     // and then takes items from the end of the others' shares. Returns when all are done.
@@ -54,13 +53,12 @@ class ThreadPool {
         std::atomic<uint64_t> range{0};  // first item in the low half, end in the high half
     };
 
-    static std::atomic<Executor> borrowed_;
-
     void dispatch(int n_items, void* context, Invoke invoke);
     void work(int thread);
     void helper(int thread);
 
     int n_threads_;
+    Executor executor_;
     std::unique_ptr<Share[]> shares_;
     std::mutex job_mutex_;  // one job at a time, whoever calls
 

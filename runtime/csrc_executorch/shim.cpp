@@ -119,8 +119,9 @@ int edgekv_et_set_threads(int n_threads) {
 }
 
 // Calls task(context, i) for each i in [0, count) on the runtime's threads; for others who need threads between calls.
-void edgekv_et_parallel(void (*task)(void*, size_t), void* context, size_t count) {
+bool edgekv_et_parallel(void (*task)(void*, size_t), void* context, size_t count) {
     pthreadpool_parallelize_1d(executorch::extension::threadpool::get_pthreadpool(), task, context, count, 0);
+    return true;
 }
 
 // Opens a program, mapped into memory. packed_cache: file for packed weights, or empty for none.

@@ -35,6 +35,8 @@ class SegmentEngine(Protocol):
 
     #: For messages, such as "onnxruntime 1.32.0".
     description: str
+    #: Address of a function that lends the engine's threads to the kernels (``Executor`` in csrc/thread_pool.h), or 0.
+    executor: int
 
     def prepare(self, n_tokens: int) -> StepBuffers:
         """Return the buffers for steps of ``n_tokens``; the same ones for the same number until another is asked for."""

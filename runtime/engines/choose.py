@@ -8,11 +8,12 @@ from edgekv.bundle import Manifest
 from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
 
 
-def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path) -> SegmentEngine:
+def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path, *, own_process: bool) -> SegmentEngine:
     """Open the segments of a split bundle.
 
     Args:
         cache: folder for what an engine makes once per machine.
+        own_process: the program around us runs nothing else on the engine.
 
     Raises:
         EngineMissing: a package that the bundle needs is not installed. EngineError: the engine refused a graph.
@@ -29,10 +30,10 @@ def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path) -
             return PybindSegments(folder, manifest, threads, str(error))
     from edgekv.runtime.engines.onnx import OnnxSegments
 
-    return OnnxSegments(folder, manifest, threads)
+    return OnnxSegments(folder, manifest, threads, own_process=own_process)
 
 
-def open_inline(folder: Path, manifest: Manifest, threads: int, cache: Path) -> InlineEngine:
+def open_inline(folder: Path, manifest: Manifest, threads: int, cache: Path, *, own_process: bool) -> InlineEngine:
     """Open the graph of an inline bundle; see :func:`open_segments`."""
     if manifest.engine == "executorch":
         from edgekv.runtime.engines.executorch_inline import ExecutorchInline
@@ -40,4 +41,4 @@ def open_inline(folder: Path, manifest: Manifest, threads: int, cache: Path) -> 
         return ExecutorchInline(folder, manifest, threads, cache)
     from edgekv.runtime.engines.onnx_inline import OnnxInline
 
-    return OnnxInline(folder, manifest, threads)
+    return OnnxInline(folder, manifest, threads, own_process=own_process)

@@ -45,6 +45,7 @@ class ExecutorchSegments:
         """
         self._library = load_library(cache)
         self._library.set_threads(threads)
+        self.executor = self._library.executor
         self._model = manifest.model
         self.description = f"executorch {version()}"
         self._packed = PackedCache(cache, manifest, version())

@@ -39,6 +39,7 @@ class PybindSegments:
         except RuntimeError as error:
             raise EngineError(f"executorch {version()} cannot load {path}: {error}; export the bundle again") from error
         self.description = f"executorch {version()} through torch, slower ({reason})"
+        self.executor = 0
         self._model = manifest.model
         self._methods: dict[str, Any] = {}
         self._prepared: dict[int, tuple[StepBuffers, StepBuffers, list[tuple[int, int]]]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -86,17 +85,17 @@ class Library:
             setattr(self.functions, name, function)
 
     def set_threads(self, threads: int) -> None:
-        """Set the number of threads of every program of this process; the native kernels work on them too.
-
-        ExecuTorch's threads spin for about half a millisecond after each call, longer than a kernel takes: threads of
-        its own would find no free core.
-        """
+        """Set the number of threads of every program of this process."""
         if self.functions.set_threads(threads):
             raise EngineError(f"executorch: {self._reason()}")
-        with contextlib.suppress(ImportError, AttributeError):
-            from edgekv.runtime import _kernels
 
-            _kernels.borrow_threads(ctypes.cast(self._c.edgekv_et_parallel, ctypes.c_void_p).value or 0)
+    @property
+    def executor(self) -> int:
+        """Address of the function that lends ExecuTorch's threads to the kernels.
+
+        They spin for about half a millisecond after each call, longer than a kernel takes: others find no free core.
+        """
+        return ctypes.cast(self._c.edgekv_et_parallel, ctypes.c_void_p).value or 0
 
     def open(self, path: Path, packed_cache: Path | None) -> Program:
         """Open a program, mapped into memory.

@@ -10,7 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekv.bundle import Manifest
-from edgekv.runtime.engines.onnx import open_session, session_options
+from edgekv.runtime.engines.onnx import lend_threads, open_session, session_options, share_threads
 
 
 class OnnxInline:
@@ -18,9 +18,12 @@ class OnnxInline:
 
     max_tokens: int | None = None
 
-    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, threads: int, *, own_process: bool) -> None:
         self.description = f"onnxruntime {ort.__version__}"
-        self._session = open_session(folder / manifest.graphs[0], session_options(threads))
+        if own_process:
+            share_threads(threads)
+        options = session_options(threads, shared=own_process or lend_threads() != 0)
+        self._session = open_session(folder / manifest.graphs[0], options)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
