@@ -77,12 +77,17 @@ def run(command: list[str]) -> list[Line]:
     return lines
 
 
+def read_lines(path: Path) -> list[Line]:
+    """Return the lines of a results.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def measure(options: argparse.Namespace) -> Iterator[Line]:
     """Yield the lines of the whole run."""
-    if not options.only:
+    if options.kernels != "none":
         wait_for_quiet(QUIET, options.wait)
         yield from run([sys.executable, str(HERE / "bench_attention.py"), "--threads", str(options.threads)])
-    for configuration, context in schedule(options):
+    for configuration, context in schedule(options) if options.kernels != "only" else ():
         command = configuration.command(options.peers, context, threads=options.threads, own_python=sys.executable)
         wait_for_quiet(QUIET, options.wait)
         lines = run(command)
@@ -103,15 +108,18 @@ def main() -> int:
     parser.add_argument("--wait", type=float, default=30, help="seconds to wait for a quiet machine before each")
     parser.add_argument("--only", default="", help="only contestants whose name contains this; no kernels")
     parser.add_argument("--record", action="store_true", help="write this machine's row of export/engines.json")
+    parser.add_argument("--append", action="store_true", help="add to results.jsonl, for rounds in several sittings")
+    parser.add_argument("--kernels", choices=["first", "only", "none"], help="the attention kernels")
     parser.add_argument("--report", type=Path, help="measure nothing: the tables of an earlier results.jsonl")
     options = parser.parse_args()
+    options.kernels = options.kernels or ("none" if options.only else "first")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.report:
-        lines = [json.loads(line) for line in options.report.read_text(encoding="utf-8").splitlines()]
+        lines = read_lines(options.report)
     else:
         prepare(options.peers)
-        lines = []
-        with (options.out / "results.jsonl").open("w", encoding="utf-8") as file:
+        lines = read_lines(options.out / "results.jsonl") if options.append else []
+        with (options.out / "results.jsonl").open("a" if options.append else "w", encoding="utf-8") as file:
             for line in measure(options):
                 print(json.dumps(line), flush=True)
                 file.write(json.dumps(line) + "\n")

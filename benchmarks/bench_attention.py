@@ -1,8 +1,9 @@
 """Attention kernels against ONNX Runtime's GroupQueryAttention and against merely reading the bytes.
 
 Prints JSON lines. Decode walks the layers of a model in turn, so that the data comes from memory and not from the
-last cache, as it does between two tokens. The contestants take turns within one run; a figure is the median of the
-rounds. Usage: python benchmarks/bench_attention.py [--rounds N] [--threads N] [--only decode|prefill]
+last cache, as it does between two tokens. The contestants take turns within one run, all of them on ONNX Runtime's one
+pool of threads, as in `edgekv run`; a figure is the median of the rounds.
+Usage: python benchmarks/bench_attention.py [--rounds N] [--threads N] [--only decode|prefill]
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from edgekv.runtime.engines.onnx import lend_threads, share_threads
 from edgekv.runtime.kernels import PAGE_REF, load_kernels
 from edgekv.spec import PageSpec
 
@@ -80,7 +82,13 @@ class Ours:
         rng = np.random.default_rng(1)
         self.pages = pages
         self.attention = kernels.Attention(
-            kernels.ThreadPool(threads), Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, HEAD_DIM**-0.5, max_tokens=512
+            kernels.ThreadPool(threads, lend_threads()),
+            Q_HEADS,
+            KV_HEADS,
+            HEAD_DIM,
+            PAGE,
+            HEAD_DIM**-0.5,
+            max_tokens=512,
         )
         self.q = rng.standard_normal((tokens_new, Q_HEADS, HEAD_DIM), np.float32)
         self.k = rng.standard_normal((tokens_new, KV_HEADS, HEAD_DIM), np.float32)
@@ -99,7 +107,7 @@ class Ours:
 class OrtGqa:
     """One com.microsoft.GroupQueryAttention node, its cache shared between past and present (nothing is copied)."""
 
-    def __init__(self, tokens: int, tokens_new: int, threads: int, *, int8: bool, layers: int) -> None:
+    def __init__(self, tokens: int, tokens_new: int, *, int8: bool, layers: int) -> None:
         import onnx
         import onnxruntime as ort
         from onnx import TensorProto, helper
@@ -142,9 +150,7 @@ class OrtGqa:
         )
         onnx.checker.check_model(model)
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Spin while it runs, but leave the cores to the others between runs.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.use_per_session_threads = False  # the pool that all contestants share
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         rng = np.random.default_rng(1)
         self.bindings = []
@@ -175,7 +181,7 @@ class OrtGqa:
 def read_once(pages: Pages, threads: int) -> Callable[[], float]:
     """Time a mere read of all the pages' bytes, per layer."""
     kernels = load_kernels()
-    pool = kernels.ThreadPool(threads)
+    pool = kernels.ThreadPool(threads, lend_threads())
     return lambda: kernels.read_bandwidth(pool, pages.arena) / pages.layers
 
 
@@ -185,9 +191,9 @@ def decode(tokens: int, rounds: int, threads: int) -> None:
     contestants: dict[str, Callable[[], float]] = {
         "edgekv_int8": Ours(pages, 1, threads),
         "read": read_once(pages, threads),
-        "ort_gqa_int8": OrtGqa(tokens, 1, threads, int8=True, layers=LAYERS),
+        "ort_gqa_int8": OrtGqa(tokens, 1, int8=True, layers=LAYERS),
         # fp32 takes four times the bytes; a third of the layers is still far beyond the last cache
-        "ort_gqa_fp32": OrtGqa(tokens, 1, threads, int8=False, layers=8 if tokens > 2048 else LAYERS),
+        "ort_gqa_fp32": OrtGqa(tokens, 1, int8=False, layers=8 if tokens > 2048 else LAYERS),
     }
     medians = take_turns(contestants, rounds)
     mine = medians["edgekv_int8"]
@@ -209,8 +215,8 @@ def prefill(tokens: int, chunk: int, rounds: int, threads: int) -> None:
     contestants: dict[str, Callable[[], float]] = {
         "edgekv_int8": Ours(Pages(tokens, warm=True, layers=2), chunk, threads),
         "edgekv_fp16": Ours(Pages(tokens, warm=False, layers=2), chunk, threads),
-        "ort_gqa_fp32": OrtGqa(tokens, chunk, threads, int8=False, layers=2),
-        "ort_gqa_int8": OrtGqa(tokens, chunk, threads, int8=True, layers=2),
+        "ort_gqa_fp32": OrtGqa(tokens, chunk, int8=False, layers=2),
+        "ort_gqa_int8": OrtGqa(tokens, chunk, int8=True, layers=2),
     }
     medians = take_turns(contestants, rounds)
     mine = medians["edgekv_int8"]
@@ -234,6 +240,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["decode", "prefill"])
     parser.add_argument("--context", type=int, action="append", help="decode contexts (default 512, 2048, 8192)")
     arguments = parser.parse_args()
+    share_threads(arguments.threads)
     emit(bench="attention_setup", isa=load_kernels().isa(), threads=arguments.threads, rounds=arguments.rounds)
     if arguments.only != "prefill":
         for tokens in arguments.context or [512, 2048, 8192]:
