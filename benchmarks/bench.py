@@ -118,8 +118,9 @@ def main() -> int:
         lines = read_lines(options.report)
     else:
         prepare(options.peers)
-        lines = read_lines(options.out / "results.jsonl") if options.append else []
-        with (options.out / "results.jsonl").open("a" if options.append else "w", encoding="utf-8") as file:
+        path = options.out / "results.jsonl"
+        lines = read_lines(path) if options.append and path.exists() else []
+        with path.open("a" if options.append else "w", encoding="utf-8") as file:
             for line in measure(options):
                 print(json.dumps(line), flush=True)
                 file.write(json.dumps(line) + "\n")

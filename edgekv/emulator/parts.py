@@ -22,6 +22,7 @@ class EmulatedSegments:
 
     def __init__(self, engine: SegmentEngine, cost: StepCost, clock: Clock, began: Callable[[int], None]) -> None:
         self.description = engine.description
+        self.executor = engine.executor
         self._engine = engine
         self._cost = cost
         self._clock = clock

@@ -55,9 +55,9 @@ def lend_threads() -> int:
         from edgekv.runtime import _kernels
 
         ort.SessionOptions().register_custom_ops_library(_kernels.__file__)
+        return _kernels.onnxruntime_executor()
     except Exception:  # no native kernels, or an ONNX Runtime without custom operators
         return 0
-    return _kernels.onnxruntime_executor()
 
 
 @functools.cache
