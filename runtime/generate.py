@@ -71,9 +71,8 @@ class Generator:
         self._planned_context = 0
         self._keeper = self._open_session()  # first: a wrong or a locked one is refused before anything is loaded
         if self.manifest.form == "split":
-            engine = open_segments(
-                folder, self.manifest, options.threads, cache_home(), own_process=options.own_process
-            )
+            threads, own = options.threads, options.own_process
+            engine = open_segments(folder, self.manifest, threads, cache_home(), own_process=own)
             self._engine = machine.segments(engine, self.manifest)
             assert self.manifest.embedding is not None
             self._embedding = Embedding(folder, self.manifest.embedding, self.manifest.model)
@@ -328,13 +327,8 @@ class Generator:
             from edgekv.runtime.inline import InlineForward
 
             if self._inline is None:
-                inline = open_inline(
-                    self.folder,
-                    self.manifest,
-                    self.options.threads,
-                    cache_home(),
-                    own_process=self.options.own_process,
-                )
+                threads, own = self.options.threads, self.options.own_process
+                inline = open_inline(self.folder, self.manifest, threads, cache_home(), own_process=own)
                 self._inline = self._machine.inline(inline, self.manifest)
             self._forward = InlineForward(self._inline, model, self._cache)
         else:

@@ -36,7 +36,7 @@ def matrix_rates(bits: int, threads: int) -> tuple[float, float]:
     """Return the bytes/s at which one token reads weights of so many bits, and the ops/s of a chunk of 256 tokens."""
     layers = PRODUCTS if bits < 32 else PRODUCTS // 4
     session = ort.InferenceSession(
-        matmul_chain(WIDTH, layers, bits), session_options(threads), providers=["CPUExecutionProvider"]
+        matmul_chain(WIDTH, layers, bits), session_options(threads, shared=False), providers=["CPUExecutionProvider"]
     )
 
     def seconds(rows: int) -> float:
