@@ -66,11 +66,16 @@ def default_engine(form: str, weights: str, machine: str | None = None) -> Engin
     fastest = max(speeds, key=lambda engine: speeds[engine])
     slower = min(speeds, key=lambda engine: speeds[engine])
     measured = f"{speeds[fastest]:.0f} tokens/s against {speeds[slower]:.0f} of {slower} on {machine}, {weights}"
-    if fastest == "executorch" and not all(importlib.util.find_spec(name) for name in _EXECUTORCH):
+    if fastest == "executorch" and not executorch_installed():
         return EngineChoice(
             "onnx", f'executorch is faster ({measured}) but not installed: pip install "edgekv[export,executorch]"'
         )
     return EngineChoice(fastest, f"measured fastest: {measured}")
+
+
+def executorch_installed() -> bool:
+    """Whether exporting for ExecuTorch is possible here."""
+    return all(importlib.util.find_spec(name) for name in _EXECUTORCH)
 
 
 def _cpu_features() -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "executorch.md"
 
 @pytest.fixture
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(engine, "executorch_installed", lambda: True)
 
 
 @pytest.mark.usefixtures("_installed")
@@ -45,7 +44,7 @@ def test_what_was_not_measured_gets_the_engine_that_runs_everywhere() -> None:
 def test_a_faster_engine_that_is_not_installed_is_named_with_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"machine": "abacus", "weights": "int4", "onnx": 1.0, "executorch": 2.0}
     monkeypatch.setattr(engine, "measurements", lambda: [row])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engine, "executorch_installed", lambda: False)
     choice = default_engine("split", "int4", "abacus")
     assert choice.engine == "onnx"
     assert "not installed: pip install" in choice.reason
