@@ -9,6 +9,7 @@ It is the exporter that comes with the package (examples/models/llama), with the
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -44,10 +45,11 @@ def main(checkpoint: Path, out: Path, context: int, cache: str) -> None:
             *("--use_kv_cache", "--use_sdpa_with_kv_cache", "--xnnpack", "--xnnpack-extended-ops"),
             *("--quantization_mode", "8da4w", "--group_size", "32", "--embedding-quantize", "8,0", "--dtype", "fp32"),
             *("--max_seq_length", str(context), "--max_context_length", str(context)),
-            *("--output-dir", str(out.parent), "--output_name", out.name),
+            *("--output_name", out.name),
         ]
+        os.chdir(out.parent)  # where the exporter writes, whatever --output-dir says
         export_llama(build_args_parser().parse_args(words + ["--quantize_kv_cache"] * (cache == "int8")))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]).resolve(), int(sys.argv[3]), sys.argv[4])
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve(), int(sys.argv[3]), sys.argv[4])
