@@ -27,6 +27,13 @@ class KVMode(str, enum.Enum):
     INT8 = "int8"  #: as soon as a page is full
 
 
+class PressureMode(str, enum.Enum):
+    """Whether a run answers to a system that runs short of memory."""
+
+    AUTO = "auto"  #: what the system says is watched
+    IGNORE = "ignore"
+
+
 _UNITS = {
     "": 1, "b": 1,
     "k": 1000, "kb": 1000, "kib": 1024,

@@ -79,6 +79,8 @@ class Arena:
     def give_frame(self, offset: int) -> None:
         """Give back a frame that held a HOT page."""
         frame = offset // self.spec.frame_bytes
+        if frame >= self.n_frames:
+            return
         self._whole.remove(frame)
         self._free.append(frame)
 
@@ -102,6 +104,8 @@ class Arena:
     def give_half(self, offset: int) -> None:
         """Give back the room of a WARM page."""
         frame = offset // self.spec.frame_bytes
+        if frame >= self.n_frames:
+            return
         if frame in self._half_free:
             del self._half_free[frame]
             self._free.append(frame)
@@ -123,31 +127,28 @@ class Arena:
         start = frame * self.spec.frame_bytes
         return start if self._half_free[frame] != start else start + self.spec.warm_slot_bytes
 
-    def shrink(self, n_frames: int) -> list[int]:
-        """Withdraw free frames until at most ``n_frames`` are left, highest first, and return their RAM to the OS.
+    def shrink(self, n_frames: int) -> None:
+        """Take all frames from ``n_frames`` up out of use; what gives back their room later is ignored.
 
-        Returns:
-            the frames withdrawn; taken frames stay, so fewer than asked may go. The caller frees first.
+        The caller moves the pages that lie there, and then calls :meth:`release`.
         """
-        withdrawn = sorted(self._free, reverse=True)[: max(0, self.n_frames - n_frames)]
-        gone = set(withdrawn)
-        self._free = [frame for frame in self._free if frame not in gone]
-        self.n_frames -= len(withdrawn)
-        for frame in withdrawn:
-            self._release(frame)
-        return withdrawn
+        self._free = sorted((frame for frame in self._free if frame < n_frames), reverse=True)
+        self._half_free = {frame: offset for frame, offset in self._half_free.items() if frame < n_frames}
+        self._whole = {frame for frame in self._whole if frame < n_frames}
+        self._full_split = {frame for frame in self._full_split if frame < n_frames}
+        self.n_frames = n_frames
 
-    def grow(self, frames: list[int]) -> None:
-        """Put frames that :meth:`shrink` withdrew back into use."""
-        self._free = sorted([*self._free, *frames], reverse=True)
-        self.n_frames += len(frames)
-
-    def _release(self, frame: int) -> None:
-        start = frame * self.spec.frame_bytes
+    def release(self) -> None:
+        """Return the RAM of the frames out of use to the OS."""
+        start = self.n_frames * self.spec.frame_bytes
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = (start + self.spec.frame_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+        if first < len(self._map) and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, len(self._map) - first)
+
+    def grow(self, n_frames: int) -> None:
+        """Put frames that :meth:`shrink` took out of use back, up to ``n_frames`` in all."""
+        self._free = sorted([*self._free, *range(self.n_frames, n_frames)], reverse=True)
+        self.n_frames = n_frames
 
     def check(self) -> None:
         """Assert the invariant of the class."""

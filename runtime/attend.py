@@ -18,8 +18,10 @@ from edgekv.runtime.engines.base import StepBuffers
 from edgekv.runtime.kernels import KIND_WARM, Kernels
 from edgekv.runtime.machine import HOST, Machine
 from edgekv.runtime.pages import tag
+from edgekv.runtime.reader import PageReader
 from edgekv.runtime.select import AttendOptions, Choice, Selector, make_selector, ring_pieces
 from edgekv.runtime.stats import SelectionLog
+from edgekv.runtime.store import PageStore
 from edgekv.runtime.table import offloaded
 from edgekv.spec import RECORD_HEADER_BYTES, ModelSpec
 from edgekv.types import Tier
@@ -74,9 +76,16 @@ class Attender:
         )
         self._attention = machine.attention(attention, model, cache.spec)
         self._piece_pages = piece_pages
-        store = cache.manager.store
-        ring = ring_pieces(self._selector is not None)
-        self._reader = machine.reader(store, cache.spec, piece_pages, ring) if store is not None else None
+        self._machine = machine
+        self._reader: PageReader | None = None
+        if cache.manager.store is not None:
+            self.stream(cache.manager.store)
+
+    def stream(self, store: PageStore) -> int:
+        """Read pages back from a store from now on; returns the bytes of the staging ring."""
+        spec, ring = self._cache.spec, ring_pieces(self._selector is not None)
+        self._reader = self._machine.reader(store, spec, self._piece_pages, ring)
+        return ring * self._piece_pages * spec.record_bytes
 
     def close(self) -> None:
         """End the reader's thread."""

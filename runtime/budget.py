@@ -23,7 +23,7 @@ class BudgetPlan:
     """The parts of a budget; ``arena_bytes + staging_bytes <= budget_bytes``. Staging includes page summaries.
 
     ``fits``: the whole context fits the arena, so that no page needs to leave RAM. ``piece_pages``: pages that are
-    read from flash at a time; the staging ring holds two such pieces.
+    read from flash at a time; the staging ring holds two such pieces, if there is one.
     """
 
     budget_bytes: int
@@ -81,13 +81,12 @@ def plan_budget(
     if budget is None:
         compress = mode == KVMode.INT8
         arena = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
-        return BudgetPlan(arena + summaries, arena, 0, compress, True)
+        return BudgetPlan(arena + summaries, arena, 0, compress, True, _piece_pages(spec, arena, run_pages))
     compress = mode == KVMode.INT8 or (mode == KVMode.AUTO and whole_fp16 > budget)
     whole = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
     if whole + summaries <= budget:
-        return BudgetPlan(budget, whole, 0, compress, True)
-    piece_bytes = min(PIECE_BYTES, budget // 16)
-    piece_pages = max(1, piece_bytes // (spec.record_bytes * run_pages)) * run_pages
+        return BudgetPlan(budget, whole, 0, compress, True, _piece_pages(spec, budget, run_pages))
+    piece_pages = _piece_pages(spec, budget, run_pages)
     staging_bytes = ring_pieces(selective) * piece_pages * spec.record_bytes + summaries
     needed = PageManager.least_bytes(spec) + staging_bytes
     gathered = 2 * spec.n_layers * pages * spec.warm_bytes if inline else 0
@@ -104,3 +103,8 @@ def plan_budget(
             " raise --kv-budget, or export with a smaller --page-size"
         )
     return BudgetPlan(budget, budget - staging_bytes - gathered, staging_bytes, compress, False, piece_pages)
+
+
+def _piece_pages(spec: PageSpec, budget_bytes: int, run_pages: int) -> int:
+    piece_bytes = min(PIECE_BYTES, budget_bytes // 16)
+    return max(1, piece_bytes // (spec.record_bytes * run_pages)) * run_pages

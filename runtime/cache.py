@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from edgekv.codec import unpack_hot, unpack_warm
 from edgekv.errors import EdgeKVError, TokenDropped, TokenNotFound
 from edgekv.runtime.arena import Arena
+from edgekv.runtime.invariants import check_pages
 from edgekv.runtime.kernels import Kernels
 from edgekv.runtime.pages import PageManager
 from edgekv.runtime.policy import CacheOptions
@@ -247,7 +248,7 @@ class KVCache:
 
     def check(self) -> None:
         """Assert the invariants of the cache and its pages."""
-        self.manager.check()
+        check_pages(self.manager)
         table = self.table
         for layer in range(self.spec.n_layers):
             for page in range(table.max_pages):

@@ -26,6 +26,7 @@ from edgekv.runtime.embedding import Embedding
 from edgekv.runtime.engines.base import Float, InlineEngine, SegmentEngine
 from edgekv.runtime.engines.choose import open_inline, open_segments
 from edgekv.runtime.forward import Forward, Rows, SplitForward
+from edgekv.runtime.governor import Governor, Level, Reclaim
 from edgekv.runtime.kernels import Kernels, load_kernels
 from edgekv.runtime.machine import HOST, Machine
 from edgekv.runtime.options import RunOptions as RunOptions
@@ -68,6 +69,7 @@ class Generator:
         self._engine: SegmentEngine | None = None
         self._inline: InlineEngine | None = None
         self._attender: Attender | None = None
+        self._governor: Governor | None = None
         self._planned_context = 0
         self._keeper = self._open_session()  # first: a wrong or a locked one is refused before anything is loaded
         if self.manifest.form == "split":
@@ -101,7 +103,8 @@ class Generator:
         other._policy = make_policy(options.policy)
         other._attend = attend_options(options, self.manifest.form)
         other._tokens = []
-        other._forward = other._cache = other._store = other._scratch = other._attender = None
+        other._forward = other._cache = other._store = other._scratch = None
+        other._attender = other._governor = None
         other._planned_context = 0
         other._keeper = other._open_session()
         return other
@@ -239,16 +242,13 @@ class Generator:
         return np.concatenate(parts)
 
     def _run(self, tokens: Sequence[int], rows: Rows) -> Float:
-        assert self._forward is not None
-        assert self._cache is not None
+        assert self._forward is not None and self._cache is not None and self._governor is not None  # noqa: PT018
+        self._governor.between_steps()
         start = len(self._tokens)
         check_length(self.options, self.manifest.model.max_context, start + len(tokens))
         try:
-            logits = self._forward.step(
-                np.asarray(tokens, np.int64),
-                np.arange(start, start + len(tokens), dtype=np.int64),
-                rows,  # type: ignore[arg-type]
-            )
+            positions = np.arange(start, start + len(tokens), dtype=np.int64)
+            logits = self._forward.step(np.asarray(tokens, np.int64), positions, rows)
         except BaseException:
             # A step that failed half way leaves some layers longer than others: back to what all of them hold.
             kept = self._cache.truncate(start)
@@ -302,24 +302,18 @@ class Generator:
         self._planned_context = context
         spec = model.pages(self.manifest.page_size)
         self._plan = plan_budget(
-            spec,
-            kv_budget=self.options.kv_budget,
-            context=context,
+            spec, kv_budget=self.options.kv_budget, context=context, run_pages=self.kernels.RUN_PAGES,
             mode=self.options.kv if self._keeper is None else KVMode.INT8,
-            run_pages=self.kernels.RUN_PAGES,
-            inline=self.manifest.form == "inline",
-            selective=self._attend.selective,
-        )
+            inline=self.manifest.form == "inline", selective=self._attend.selective,
+        )  # fmt: skip
         if self._keeper is not None:
             self._store = self._keeper.session.store
         elif not self._plan.fits and (self.options.offload is not None or not self.options.allow_drop):
             self._store, self._scratch = open_offload(self.options, spec, self._machine.medium)
         options = CacheOptions(
-            budget_bytes=self._plan.arena_bytes,
-            compress_at_seal=self._plan.compress_at_seal,
-            allow_drop=self.options.allow_drop,
-            policy=self._policy,
-        )
+            budget_bytes=self._plan.arena_bytes, compress_at_seal=self._plan.compress_at_seal,
+            allow_drop=self.options.allow_drop, policy=self._policy,
+        )  # fmt: skip
         max_pages = -(-context // spec.page_size)
         self._cache = KVCache(spec, options, self.kernels, self._store, max_pages=max_pages)
         self._machine.watch(self._cache, self._plan, self._abandon_session)
@@ -334,18 +328,22 @@ class Generator:
         else:
             assert self._engine is not None
             self._attender = Attender(
-                model,
-                self._cache,
-                self.kernels,
-                threads=self.options.threads,
-                executor=self._engine.executor,
+                model, self._cache, self.kernels, threads=self.options.threads, executor=self._engine.executor,
                 max_tokens=self.options.prefill_chunk,
                 # Past the planned context a session's pages may go to its files.
-                piece_pages=max(self._plan.piece_pages, self.kernels.RUN_PAGES if self._keeper is not None else 0),
-                attend=self._attend,
-                machine=self._machine,
-            )
+                piece_pages=max(self._plan.piece_pages, self.kernels.RUN_PAGES), attend=self._attend, machine=self._machine,
+            )  # fmt: skip
             self._forward = SplitForward(self._engine, self._embedding, Rope(model.rope), self._cache, self._attender)
+        self._governor = Governor(self._cache.manager, self._plan, context, self.options, self._machine, self._attender)
+
+    def set_budget(self, kv_budget: int | str) -> Reclaim | None:
+        """Change the KV budget, between two tokens; see :meth:`Governor.set_budget`. Before the first prompt: None."""
+        self.options = replace(self.options, kv_budget=kv_budget) if self._governor is None else self.options
+        return self._governor.set_budget(kv_budget) if self._governor is not None else None
+
+    def on_pressure(self, level: Level | str) -> Reclaim | None:
+        """Tell, between two tokens, how short memory is; see :meth:`Governor.on_pressure`."""
+        return self._governor.on_pressure(Level(level)) if self._governor is not None else None
 
     def report(self) -> RunStats:
         """Return the counters of the run, with what the cache holds now and the peak RSS of the process."""
@@ -354,8 +352,9 @@ class Generator:
             self.stats.cache = replace(self._cache.use(), budget_bytes=self._plan.budget_bytes)
             self.stats.pages = self._cache.manager.counters
             self.stats.selection = self._attender.selection.summary() if self._attender is not None else None
-            if self._store is not None:
-                self.stats.count(self._store.counters)
+            self.stats.pressure = self._governor.stats if self._governor is not None else None
+            if self._cache.manager.store is not None:
+                self.stats.count(self._cache.manager.store.counters)
         return self.stats
 
     def close(self) -> None:
@@ -381,6 +380,9 @@ class Generator:
         if self._attender is not None:
             self._attender.close()
             self._attender = None
+        if self._governor is not None:
+            self._governor.close()
+            self._governor = None
         self._forward = None
         self._cache = None
         self._tokens = []

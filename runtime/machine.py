@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from edgekv.runtime.medium import SYSTEM, Medium
+from edgekv.runtime.pressure import Pressure, SystemPressure
 from edgekv.runtime.reader import PageReader
 from edgekv.runtime.stats import peak_rss_bytes
 
@@ -56,6 +57,10 @@ class Machine(Protocol):
         """A run has a new cache. ``abandon`` lets its session go as the end of the process would: nothing more is saved."""
         ...
 
+    def pressure(self) -> Pressure:
+        """Return what says how short of memory the machine is."""
+        ...
+
     def peak_rss_bytes(self) -> int:
         """Largest resident set of the process so far; 0 where nobody says."""
         ...
@@ -88,6 +93,10 @@ class Host:
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
         """Let it run."""
+
+    def pressure(self) -> Pressure:
+        """Return what the system says."""
+        return SystemPressure()
 
     def peak_rss_bytes(self) -> int:
         """Return what the OS counted."""

@@ -20,7 +20,7 @@ from edgekv.runtime.session_store import SessionStore
 from edgekv.runtime.store import FlashStore, PageStore
 from edgekv.runtime.wear import WearLedger
 from edgekv.spec import PageSpec
-from edgekv.types import KVMode, parse_bytes
+from edgekv.types import KVMode, PressureMode, parse_bytes
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class RunOptions:
     ``max_write_per_day``: bytes, or ``"2GB"``, that all runs with this offload folder may write to flash in a day (UTC).
     ``own_process``: nothing else in this process runs on ONNX Runtime, so that all its sessions may share one pool of
     threads; decoding is then up to a quarter faster, and sessions of others must set ``use_per_session_threads=False``.
+    ``pressure``: ``auto`` gives memory back when the system runs short of it; see :mod:`edgekv.runtime.governor`.
     ``attend``: ``exact``, or ``selective`` and its forms: see :func:`edgekv.runtime.select.parse_attend`.
     """
 
@@ -55,6 +56,7 @@ class RunOptions:
     prefixes: bool = True
     encrypt_offload: bool = False
     own_process: bool = False
+    pressure: PressureMode = PressureMode.AUTO
 
 
 def attend_options(options: RunOptions, form: str) -> AttendOptions:

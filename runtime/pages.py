@@ -19,7 +19,7 @@ from edgekv.runtime.policy import CacheOptions, candidates, pairs
 from edgekv.runtime.stats import CacheStats
 from edgekv.runtime.store import PageStore
 from edgekv.runtime.summary import Summaries
-from edgekv.runtime.table import NOTHING, PageTable, offloaded
+from edgekv.runtime.table import NOTHING, PageTable
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 from edgekv.types import Tier, format_bytes
 
@@ -33,7 +33,8 @@ WRITE_BATCH_BYTES = 1024 * 1024
 class PageManager:
     """Moves the pages of one :class:`PageTable` between the tiers, inside a budget.
 
-    Invariants (``check``): the arena never exceeds its budget; a page is in exactly one tier; HOT and WARM pages own
+    Invariants (:mod:`edgekv.runtime.invariants`):
+    the arena never exceeds its budget; a page is in exactly one tier; HOT and WARM pages own
     exactly the arena room that their ``offset`` names; a COLD or REMOTE page has a record.
 
     Raises (from the constructor):
@@ -63,7 +64,6 @@ class PageManager:
         self.arena = arena(spec, options.budget_bytes)
         self.counters = CacheStats()
         self.step = 0
-        self._withdrawn: list[int] = []
         #: Kept for selective attention, if that was chosen.
         self.summaries: Summaries | None = None
         self._scratch = np.empty(spec.warm_bytes, np.uint8)
@@ -167,10 +167,14 @@ class PageManager:
 
     def warm(self, layer: int, page: int, payload: Bytes) -> bool:
         """Put the payload of a COLD page into RAM if there is room beyond what open pages need; says if it did."""
-        if not self.arena.half_free_frames and self.arena.free_frames <= self.spec.n_layers + 1:
+        if not self.has_room_to_warm():
             return False
         self._place_warm(layer, page, payload)
         return True
+
+    def has_room_to_warm(self) -> bool:
+        """Say whether a page fits beside what open pages need."""
+        return self.arena.half_free_frames > 0 or self.arena.free_frames > self.spec.n_layers + 1
 
     def persist(self, pages: list[tuple[int, int]]) -> None:
         """Write the sealed pages (layer, page) among these that have no record yet; residency does not change.
@@ -189,13 +193,16 @@ class PageManager:
         """Free a page in every tier."""
         table = self.table
         self._leave_ram(layer, page)
-        if table.record[layer, page] != NOTHING:
-            assert self.store is not None
-            self.store.free(int(table.record[layer, page]))
-            table.record[layer, page] = NOTHING
+        self._free_record(layer, page)
         table.tier[layer, page] = Tier.FREE
         table.refs["mask"][layer, page] = 0
         table.marked[layer, page] = False
+
+    def _free_record(self, layer: int, page: int) -> None:
+        if self.table.record[layer, page] != NOTHING:
+            assert self.store is not None
+            self.store.free(int(self.table.record[layer, page]))
+            self.table.record[layer, page] = NOTHING
 
     def _leave_ram(self, layer: int, page: int) -> None:
         table = self.table
@@ -256,11 +263,7 @@ class PageManager:
         both = [self._candidates(tier, unpinned=True) for tier in (Tier.HOT, Tier.WARM)]
         victims = pairs(np.concatenate(both)[:n_pages])
         for layer, page in victims:
-            record = int(self.table.record[layer, page])
-            if record != NOTHING:
-                assert self.store is not None
-                self.store.free(record)
-                self.table.record[layer, page] = NOTHING
+            self._free_record(layer, page)
             self._leave_ram(layer, page)
             self.table.tier[layer, page] = Tier.DROPPED
         self.counters.pages_dropped += len(victims)
@@ -281,11 +284,35 @@ class PageManager:
         target = budget_bytes // self.spec.frame_bytes
         if target < self.arena.n_frames:
             self.make_room(self.arena.n_frames - target)
-            self._withdrawn += self.arena.shrink(target)
+            self.arena.shrink(target)
+            self._move_below(target * self.spec.frame_bytes)
+            self.arena.release()
         else:
-            count = min(target - self.arena.n_frames, len(self._withdrawn))
-            back, self._withdrawn = self._withdrawn[:count], self._withdrawn[count:]
-            self.arena.grow(back)
+            self.arena.grow(min(target, self.options.budget_bytes // self.spec.frame_bytes))
+
+    def _move_below(self, end: int) -> None:
+        """Move the pages that lie at ``end`` or above into free room below it, of which there is enough."""
+        table, arena = self.table, self.arena
+        for layer, page in np.argwhere((table.tier <= Tier.WARM) & (table.offset >= end)).tolist():
+            hot = table.tier[layer, page] == Tier.HOT
+            size = self.spec.hot_bytes if hot else self.spec.warm_bytes
+            offset = arena.take_frame() if hot else arena.take_half()
+            arena.page(offset, size)[:] = arena.page(int(table.offset[layer, page]), size)
+            table.offset[layer, page] = offset
+            table.refs["data"][layer, page] = arena.address + offset
+
+    def refill(self) -> None:
+        """Bring pages back from flash while there is room, those that would leave last first.
+
+        Raises:
+            CorruptPage, StoreError: a page cannot be read; it stays where it is.
+        """
+        row = np.empty((1, self.spec.record_bytes), np.uint8)
+        for layer, page in reversed(self._candidates(Tier.COLD)):
+            if not self.has_room_to_warm():
+                return
+            self.read_records(layer, [page], row)
+            self.warm(layer, page, row[0, RECORD_HEADER_BYTES:])
 
     def make_room(self, n_frames: int) -> None:
         """Free at least ``n_frames`` frames: compress, then offload, then, only if allowed, drop.
@@ -360,22 +387,6 @@ class PageManager:
         self, tier: Tier, *, unpinned: bool = False, among: NDArray[np.bool_] | None = None
     ) -> NDArray[np.int64]:
         return candidates(self.table, self.options, tier, unpinned=unpinned, among=among)
-
-    def check(self) -> None:
-        """Assert the invariants of the class."""
-        table, arena = self.table, self.arena
-        arena.check()
-        held = arena.n_frames * self.spec.frame_bytes
-        assert arena.used_bytes <= held <= max(self.options.budget_bytes, arena.used_bytes)
-        hot, warm = table.tier == Tier.HOT, table.tier == Tier.WARM
-        assert np.unique(table.offset[hot | warm]).size == np.count_nonzero(hot | warm), "two pages share their room"
-        assert not (warm & ~table.sealed()).any(), "an open page is compressed"
-        assert (table.record[offloaded(table.tier)] != NOTHING).all(), "a page outside RAM has no record"
-        records = table.record[table.record != NOTHING]
-        assert np.unique(records).size == records.size, "two pages share a record"
-        assert np.array_equal(table.refs["data"] != 0, hot | warm)
-        halves = arena.n_frames - arena.free_frames - np.count_nonzero(hot)
-        assert 2 * halves - arena.half_free_frames == np.count_nonzero(warm)
 
 
 def tag(layer: int, page: int) -> int:

@@ -109,6 +109,28 @@ class CacheUse:
 
 
 @dataclass
+class PressureStats:
+    """Changes of the budget while a run went on. ``asked_bytes`` of pages had to leave RAM, ``freed_bytes`` did."""
+
+    changes: int = 0
+    failed: int = 0
+    asked_bytes: int = 0
+    freed_bytes: int = 0
+    seconds: float = 0.0
+    longest_s: float = 0.0
+    budget_bytes: int = 0  #: in force after the last change
+
+    def count(self, asked_bytes: int, freed_bytes: int, seconds: float, budget_bytes: int) -> None:
+        """Add one change."""
+        self.changes += 1
+        self.asked_bytes += asked_bytes
+        self.freed_bytes += freed_bytes
+        self.seconds += seconds
+        self.longest_s = max(self.longest_s, seconds)
+        self.budget_bytes = budget_bytes
+
+
+@dataclass
 class RunStats:
     """What a run did. Times in seconds; ``decode_tokens`` counts tokens after the first."""
 
@@ -126,6 +148,7 @@ class RunStats:
     cache: CacheUse | None = None
     pages: CacheStats | None = None
     selection: SelectionStats | None = None
+    pressure: PressureStats | None = None
 
     def count(self, counters: StoreCounters) -> None:
         """Take over what the store of the run has counted."""

@@ -17,7 +17,7 @@ from rich.table import Table
 from edgekv.bundle import read_manifest
 from edgekv.cli.sessions import continued, end_in_order, remembered, session_facts, session_line, session_options
 from edgekv.errors import EdgeKVError, UsageError
-from edgekv.types import KVMode, format_bytes
+from edgekv.types import KVMode, PressureMode, format_bytes
 
 if TYPE_CHECKING:
     from edgekv.runtime.generate import Generator
@@ -63,6 +63,7 @@ def run_command(
     offload_patience: Annotated[float, typer.Option("--offload-patience", metavar="SECONDS", min=1, help="With --offload URL: give up after so long without an answer, retries included.")] = 60.0,
     allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Forget pages that do not fit, instead of writing them to flash (unless --offload is given). Changes results.")] = False,
     max_write_per_day: Annotated[str | None, typer.Option("--max-write-per-day", metavar="SIZE", help="What all runs with this offload folder (or session) may write to flash in a day, UTC. Beyond it pages stay in RAM as far as they fit. See `edgekv stats`.")] = None,
+    pressure: Annotated[PressureMode, typer.Option("--pressure", help="auto: give memory back when a control group nears its limit or the system stalls for memory (Linux).")] = PressureMode.AUTO,
     session: Annotated[Path | None, typer.Option("--session", metavar="FILE", help="Keep the sequence in FILE (a folder) across runs; what a later prompt shares with it is not computed again. Pages are INT8.")] = None,
     resume: Annotated[bool, typer.Option("--continue", help="Go on with the session where it stopped; a prompt is added to its end.")] = False,
     checkpoint_every: Annotated[str | None, typer.Option("--checkpoint-every", metavar="N|SECONDS", help="Save the session after so many new tokens (64) or seconds (30s), and at the end. Default: 64.")] = None,
@@ -108,6 +109,7 @@ def run_command(
         offload=offload if is_url(offload) or offload is None else Path(offload), flash_limit=flash_limit,
         offload_patience_s=offload_patience, encrypt_offload=encrypt and session is None,
         threads=threads or default_threads(), own_process=True, session=kept, max_write_per_day=max_write_per_day,
+        pressure=pressure,
     )  # fmt: skip
     text = _read_prompt(prompt, prompt_file)
     if kept is not None:
@@ -283,6 +285,13 @@ def _summary(generator: Generator) -> Table:
                 "missed at most",
                 f"of the attention mass, certified: {chosen.missing_mean.mean:.2%} on average over heads and layers"
                 f" (p99 {chosen.missing_mean.p99:.2%}); worst head {chosen.missing_max.max:.2%}",
+            )
+        if stats.pressure is not None and stats.pressure.changes:
+            short = stats.pressure
+            table.add_row(
+                "pressure",
+                f"{short.changes} changes of the budget, now {format_bytes(short.budget_bytes)}; {format_bytes(short.freed_bytes)} given back"
+                f" in {1000 * short.seconds:.0f} ms, {1000 * short.longest_s:.0f} ms at the most",
             )
         if moved.pages_held_back:
             table.add_row(

@@ -30,7 +30,7 @@ class BlankArena(Arena):
         """Return bytes that mean nothing."""
         return self.buffer[:size_bytes]
 
-    def _release(self, frame: int) -> None:
+    def release(self) -> None:
         """Nothing was taken."""
 
 

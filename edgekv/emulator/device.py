@@ -36,6 +36,7 @@ from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
 from edgekv.runtime.generate import Generator
 from edgekv.runtime.kernels import PagedAttention
 from edgekv.runtime.options import RunOptions
+from edgekv.runtime.pressure import Calm, Pressure
 from edgekv.runtime.reader import PageReader
 from edgekv.runtime.store import PageStore
 from edgekv.spec import ModelSpec, PageSpec
@@ -167,6 +168,10 @@ class Device:
         """Count the memory of a new cache."""
         self.memory.watch(cache, plan, abandon)
         self._step_tokens = 0
+
+    def pressure(self) -> Pressure:
+        """Return calm: the scenario says when memory runs short, and what the app answers."""
+        return Calm()
 
     def peak_rss_bytes(self) -> int:
         """Return the largest resident set of the app so far."""

@@ -1,0 +1,177 @@
+"""Keeps the cache of a run within a budget that changes while it runs: by hand, or as the system runs short of memory.
+
+It decides how large the arena may be; the page manager moves the pages. What would change a run's text (compressing fp16
+pages, dropping) is done only where the alternative is to be killed: at the limit of a control group, or when asked for by hand.
+"""
+
+from __future__ import annotations
+
+import enum
+import tempfile
+from dataclasses import dataclass
+
+from edgekv.errors import EdgeKVError, UsageError
+from edgekv.runtime.attend import Attender
+from edgekv.runtime.budget import BudgetPlan, resolve_budget
+from edgekv.runtime.machine import Machine
+from edgekv.runtime.options import RunOptions, open_offload
+from edgekv.runtime.pages import PageManager
+from edgekv.runtime.pressure import Calm, Pressure
+from edgekv.runtime.stats import PressureStats
+from edgekv.runtime.store import PageStore
+from edgekv.types import PressureMode, format_bytes
+
+#: The system is asked at most so often; a decoded token takes longer on most devices.
+CHECK_SECONDS = 0.05
+#: After so long without pressure, a part of what was given back is used again.
+CALM_SECONDS = 10.0
+#: The part of the first arena that a stall costs, or calm brings back.
+STEP_SHARE = 8
+
+
+class Level(str, enum.Enum):
+    """How short memory is, in the words of mobile systems."""
+
+    NONE = "none"  #: the budget of the start is there again
+    MODERATE = "moderate"  #: give back a quarter of what is in use
+    CRITICAL = "critical"  #: keep only what the run needs at the least
+
+
+@dataclass(frozen=True)
+class Reclaim:
+    """What one change of the budget did: how many bytes of pages had to leave RAM, how many did, and how long it took."""
+
+    asked_bytes: int
+    freed_bytes: int
+    seconds: float
+    budget_bytes: int
+
+
+class Governor:
+    """Sets the budget of one cache.
+
+    Args:
+        plan: how its budget was divided at the start.
+        context: tokens that it was made for.
+        attender: reads pages back from a store that is opened later; None in the inline form.
+    """
+
+    def __init__(
+        self,
+        manager: PageManager,
+        plan: BudgetPlan,
+        context: int,
+        options: RunOptions,
+        machine: Machine,
+        attender: Attender | None,
+    ) -> None:
+        self.stats = PressureStats()
+        self._manager = manager
+        self._options = options
+        self._context = context
+        self._most = plan.budget_bytes
+        self._machine = machine
+        self._attender = attender
+        self._pressure: Pressure = machine.pressure() if options.pressure == PressureMode.AUTO else Calm()
+        self._store: PageStore | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._staging = plan.budget_bytes - plan.arena_bytes if not plan.fits else 0
+        #: Reclaim leaves the text as it is: pages are INT8 already, and there is flash to send them to.
+        self._safe = plan.compress_at_seal and (manager.store is not None or not options.allow_drop)
+        self._first = manager.arena.n_frames * manager.spec.frame_bytes
+        self._next = self._calm_since = machine.now()
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget in force: arena and staging."""
+        return self._arena_bytes + self._staging
+
+    @property
+    def _arena_bytes(self) -> int:
+        return self._manager.arena.n_frames * self._manager.spec.frame_bytes
+
+    def set_budget(self, kv_budget: int | str) -> Reclaim:
+        """Change the budget: pages that no longer fit leave RAM, and the RAM goes back to the OS; or they come back.
+
+        Args:
+            kv_budget: bytes, ``"64MiB"``, or ``"25%"`` of the fp16 cache of the context.
+
+        Raises:
+            BudgetError: it is too small; the message says how much is needed. UsageError: it is above that of the start.
+                OutOfPages, StoreError: not enough could be reclaimed, and the old budget stays.
+        """
+        budget_bytes = resolve_budget(kv_budget, self._manager.spec, self._context) or 0
+        if budget_bytes > self._most:
+            raise UsageError(
+                f"the budget cannot grow to {format_bytes(budget_bytes)}: this run began with"
+                f" {format_bytes(self._most)}, and its arena is allocated once"
+            )
+        return self._resize(min(budget_bytes - self._staging, self._first))
+
+    def on_pressure(self, level: Level) -> Reclaim:
+        """Answer to a system that runs short of memory, or no longer does; gives back what can be given.
+
+        Raises:
+            StoreError: flash refused; the pages are still in RAM.
+        """
+        manager = self._manager
+        used = manager.arena.used_bytes
+        target = {Level.NONE: self._first, Level.MODERATE: used - used // 4, Level.CRITICAL: 0}[level]
+        return self._resize(max(target, manager.least_bytes(manager.spec)))
+
+    def between_steps(self) -> None:
+        """Ask the system, unless it was asked just now, and act. A failure is counted; the run goes on."""
+        now = self._machine.now()
+        if now < self._next:
+            return
+        self._next = now + CHECK_SECONDS
+        reading = self._pressure.read()
+        used, least = self._manager.arena.used_bytes, self._manager.least_bytes(self._manager.spec)
+        step = self._first // STEP_SHARE
+        if reading.over_bytes or (reading.stalled and self._safe):
+            self._calm_since = now
+            wanted = max(reading.over_bytes, step if reading.stalled and self._safe else 0)
+            target = max(used - wanted, least)
+            if target < self._arena_bytes:
+                self._try(target)
+        elif now - self._calm_since >= CALM_SECONDS and self._arena_bytes < self._first:
+            self._calm_since = now
+            if reading.spare_bytes is None or reading.spare_bytes > 2 * step:
+                self._try(min(self._arena_bytes + step, self._first))
+
+    def close(self) -> None:
+        """Stop watching, and close the store if one was opened here."""
+        self._pressure.close()
+        if self._store is not None:
+            self._store.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _spill(self) -> None:
+        """Give the page manager a store, if the run was opened without one and may have one."""
+        manager = self._manager
+        if manager.store is None and (self._options.offload is not None or not self._options.allow_drop):
+            self._store, self._scratch = open_offload(self._options, manager.spec, self._machine.medium)
+            manager.store = self._store
+            if self._attender is not None:
+                self._staging += self._attender.stream(self._store)
+
+    def _try(self, arena_bytes: int) -> None:
+        try:
+            self._resize(arena_bytes)
+        except EdgeKVError:
+            self.stats.failed += 1
+
+    def _resize(self, arena_bytes: int) -> Reclaim:
+        manager = self._manager
+        before, started = manager.arena.used_bytes, self._machine.now()
+        if arena_bytes < before:
+            self._spill()
+        grows = arena_bytes > self._arena_bytes
+        manager.set_budget(arena_bytes)
+        if grows:
+            manager.refill()
+        freed = max(0, before - manager.arena.used_bytes)
+        done = Reclaim(max(0, before - arena_bytes), freed, self._machine.now() - started, self.budget_bytes)
+        self.stats.count(done.asked_bytes, done.freed_bytes, done.seconds, done.budget_bytes)
+        return done
