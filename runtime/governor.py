@@ -165,7 +165,7 @@ class Governor:
     def _resize(self, arena_bytes: int) -> Reclaim:
         manager = self._manager
         before, started = manager.arena.used_bytes, self._machine.now()
-        if arena_bytes < before:
+        if arena_bytes < self._first:  # even if all fits now: the pages to come may not
             self._spill()
         grows = arena_bytes > self._arena_bytes
         manager.set_budget(arena_bytes)

@@ -71,6 +71,26 @@ def test_a_flipped_bit_anywhere_in_a_record_is_found(position: int, bit: int) ->
             store.close()
 
 
+def test_no_byte_of_a_record_can_change_unseen(tmp_path: Path) -> None:
+    """Every byte of a small record, the padding included: what is read is refused, or it is what was written."""
+    spec = PageSpec(1, 1, 8, 4)
+    store = FlashStore(tmp_path, spec)
+    page = np.random.default_rng(0).integers(0, 256, spec.warm_bytes, np.uint8)
+    [record] = store.write([5], [page])
+    out, refused = aligned_rows(1, spec.record_bytes), 0
+    for at in range(spec.record_bytes):
+        [byte] = os.pread(store._file, 1, at)
+        os.pwrite(store._file, bytes([byte ^ 1 << at % 8]), at)
+        try:
+            store.read([record], [5], out)
+            np.testing.assert_array_equal(out[0, RECORD_HEADER_BYTES:][: spec.warm_bytes], page)
+        except CorruptPage:
+            refused += 1
+        os.pwrite(store._file, bytes([byte]), at)
+    assert refused == RECORD_HEADER_BYTES + spec.warm_bytes
+    store.close()
+
+
 def test_a_record_in_the_place_of_another_is_refused(store: FlashStore) -> None:
     first, second = store.write([1, 2], pages(2))
     size = SPEC.record_bytes
