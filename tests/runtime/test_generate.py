@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,9 +145,6 @@ def test_the_inline_form_refuses_a_budget_that_cannot_hold_its_inputs(bundle: Bu
 
 
 def test_a_damaged_record_ends_the_run_and_never_reaches_a_token(bundle: Bundle, tmp_path: Path) -> None:
-    import os
-import sys
-
     options = RunOptions(kv_budget="25%", context=700, kv=KVMode.INT8, offload=tmp_path, threads=2)
     with Generator.open(bundle("demo"), options) as generator:
         stream = generator.tokens(prompt(600, 1000), max_tokens=50)
