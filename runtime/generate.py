@@ -200,11 +200,9 @@ class Generator:
         self, prompt: Sequence[int], *, max_tokens: int, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> Float:
         """Bring the cache to hold the prompt and return the logits after its last token [vocab_size] float32."""
-        if not prompt:
-            prompt = [self.manifest.model.bos_token_id or 0]
-        self._keeper = with_prefix(
-            self._keeper, self.options, self.manifest, prompt, fresh=self._cache is None, machine=self._machine
-        )
+        prompt = prompt or [self.manifest.model.bos_token_id or 0]
+        fresh, machine = self._cache is None, self._machine
+        self._keeper = with_prefix(self._keeper, self.options, self.manifest, prompt, fresh=fresh, machine=machine)
         self._make_cache(len(prompt), max_tokens)
         reused = self._reuse(prompt)
         started = self._machine.now()
