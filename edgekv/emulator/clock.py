@@ -41,7 +41,3 @@ class Clock:
             self.now = stop_s
             self._agenda.run(stop_s)
             self._passed()
-
-    def rest(self, seconds: float) -> None:
-        """Do nothing for a while."""
-        self.wait_until(self.now + seconds)

@@ -123,7 +123,12 @@ class Device:
 
     def rest(self, seconds: float) -> None:
         """Let time pass without load."""
-        self.clock.rest(seconds)
+        self.rest_until(self.clock.now + seconds)
+
+    def rest_until(self, moment_s: float) -> None:
+        """Let time pass without load until a virtual time."""
+        self.end_step()
+        self.clock.wait_until(moment_s)
 
     def end(self) -> None:
         """The app is gone, by itself or killed; memory is free again."""

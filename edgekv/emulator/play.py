@@ -117,7 +117,7 @@ class _Player:
             try:
                 self._start()
                 if not asked:
-                    device.clock.wait_until(asked_s)
+                    device.rest_until(asked_s)
                     result.began_s = device.now()
                     result.prompt_tokens = self._app.ask(turn)
                     asked = True

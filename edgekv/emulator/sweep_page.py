@@ -69,4 +69,6 @@ def _chart(rows: Sequence[dict[str, Any]], column: str) -> go.Figure:
         for name, points in lines.items()
     ]
     scale = "linear" if column == "hit_rate" else "log"
-    return figure(traces, height=380, xaxis={"title": "context (tokens)", "type": "log"}, yaxis={"type": scale})
+    drawn = figure(traces, height=380, xaxis={"title": "context (tokens)", "type": "log"}, yaxis={"type": scale})
+    drawn.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "font": {"size": 10}}, margin={"r": 20})
+    return drawn

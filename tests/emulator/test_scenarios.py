@@ -62,6 +62,13 @@ def test_a_kill_in_the_middle_of_an_answer_costs_time_and_no_token(tiny: Path) -
     assert killed.totals["seconds"] > undisturbed.totals["seconds"] + app.restart_s
 
 
+def test_a_pause_between_turns_is_part_of_no_step(tiny: Path) -> None:
+    turns = (Turn(prompt_tokens=50, max_tokens=5), Turn(prompt_tokens=50, max_tokens=5, pause_s=100))
+    result = emulate(tiny, Device("android-low-4gb"), Scenario(turns))
+    assert result.turns[1].began_s > 100
+    assert max(result.samples["step_s"]) < 1
+
+
 def test_an_app_without_a_session_starts_its_answer_over_after_a_kill(tiny: Path) -> None:
     turns = (Turn(prompt_tokens=200, max_tokens=40),)
     undisturbed = emulate(tiny, Device("android-low-4gb"), Scenario(turns))
