@@ -13,6 +13,7 @@ from edgekv.errors import EdgeKVError, TokenDropped, TokenNotFound
 from edgekv.runtime.arena import Arena
 from edgekv.runtime.invariants import check_pages
 from edgekv.runtime.kernels import Kernels
+from edgekv.runtime.merge import merge_pages
 from edgekv.runtime.pages import PageManager
 from edgekv.runtime.policy import CacheOptions
 from edgekv.runtime.stats import CacheUse
@@ -189,6 +190,7 @@ class KVCache:
             for page in np.unique(slots // page_size).tolist():
                 if table.live_slots(layer, page) == 0:
                     self.manager.free_page(layer, page)
+            merge_pages(self.manager, layer)
         self.manager.counters.tokens_pruned += removed
         return removed
 
@@ -221,6 +223,16 @@ class KVCache:
                     self.manager.free_page(layer, cut)
             table.tokens[layer, n_slots : int(table.n_slots[layer])] = NOTHING
             table.n_slots[layer] = n_slots
+            # Tokens that arrived behind the cut, and that a merge has moved before it.
+            late = np.flatnonzero(
+                (table.arrived[layer, :n_slots] >= n_slots) & (table.tokens[layer, :n_slots] != NOTHING)
+            )
+            table.tokens[layer, late] = NOTHING
+            for slot in late.tolist():
+                table.set_live(layer, slot // page_size, slot % page_size, slot % page_size + 1, live=False)
+            for page in np.unique(late // page_size).tolist():
+                if table.live_slots(layer, page) == 0:
+                    self.manager.free_page(layer, page)
         return min(n_slots, int(table.n_slots.max()))
 
     def pin(self, tokens: Int) -> None:

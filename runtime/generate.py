@@ -311,9 +311,9 @@ class Generator:
         options = CacheOptions(
             budget_bytes=self._plan.arena_bytes, compress_at_seal=self._plan.compress_at_seal,
             allow_drop=self.options.allow_drop, policy=self._policy,
+            merge_layers=frozenset(at for at, window in enumerate(model.windows) if not (window or self._keeper)),
         )  # fmt: skip
-        max_pages = -(-context // spec.page_size)
-        self._cache = KVCache(spec, options, self.kernels, self._store, max_pages=max_pages)
+        self._cache = KVCache(spec, options, self.kernels, self._store, max_pages=-(-context // spec.page_size))
         self._machine.watch(self._cache, self._plan, self._abandon_session)
         if self.manifest.form == "inline":
             from edgekv.runtime.inline import InlineForward

@@ -10,16 +10,20 @@ import enum
 import tempfile
 from dataclasses import dataclass
 
+import numpy as np
+
 from edgekv.errors import EdgeKVError, UsageError
 from edgekv.runtime.attend import Attender
 from edgekv.runtime.budget import BudgetPlan, resolve_budget
 from edgekv.runtime.machine import Machine
 from edgekv.runtime.options import RunOptions, open_offload
 from edgekv.runtime.pages import PageManager
+from edgekv.runtime.policy import candidates
 from edgekv.runtime.pressure import Calm, Pressure
 from edgekv.runtime.stats import PressureStats
 from edgekv.runtime.store import PageStore
-from edgekv.types import PressureMode, format_bytes
+from edgekv.spec import RECORD_HEADER_BYTES
+from edgekv.types import PressureMode, Tier, format_bytes
 
 #: The system is asked at most so often; a decoded token takes longer on most devices.
 CHECK_SECONDS = 0.05
@@ -147,6 +151,16 @@ class Governor:
         if self._scratch is not None:
             self._scratch.cleanup()
 
+    def _refill(self) -> None:
+        """Bring pages back from flash while there is room, those that would leave last first."""
+        manager = self._manager
+        row = np.empty((1, manager.spec.record_bytes), np.uint8)
+        for layer, page in reversed(candidates(manager.table, manager.options, Tier.COLD)):
+            if not manager.has_room_to_warm():
+                return
+            manager.read_records(layer, [page], row)
+            manager.warm(layer, page, row[0, RECORD_HEADER_BYTES:])
+
     def _spill(self) -> None:
         """Give the page manager a store, if the run was opened without one and may have one."""
         manager = self._manager
@@ -170,7 +184,7 @@ class Governor:
         grows = arena_bytes > self._arena_bytes
         manager.set_budget(arena_bytes)
         if grows:
-            manager.refill()
+            self._refill()
         freed = max(0, before - manager.arena.used_bytes)
         done = Reclaim(max(0, before - arena_bytes), freed, self._machine.now() - started, self.budget_bytes)
         self.stats.count(done.asked_bytes, done.freed_bytes, done.seconds, done.budget_bytes)

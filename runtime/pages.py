@@ -88,6 +88,8 @@ class PageManager:
         ref["position"] = page * self.spec.page_size
         ref["kind"] = KIND_HOT
         ref["mask"] = 0
+        first = page * self.spec.page_size
+        table.arrived[layer, first : first + self.spec.page_size] = NOTHING
         self._forget(layer, page)
 
     def fetch(self, layer: int, page: int) -> None:
@@ -212,6 +214,13 @@ class PageManager:
             self.arena.give_half(int(table.offset[layer, page]))
         table.refs["data"][layer, page] = 0
 
+    def replace(self, layer: int, page: int, content: Bytes) -> None:
+        """Put a new sealed page in the place of one in RAM, of the same tier; it is not on flash yet."""
+        self.arena.page(int(self.table.offset[layer, page]), content.size)[:] = content
+        self._free_record(layer, page)
+        if self.summaries is not None and self.table.tier[layer, page] == Tier.WARM:
+            self.summaries.add(layer, np.array([page]), self.table.refs[layer, page : page + 1])
+
     def compress(self, n_pages: int) -> int:
         """Quantise up to ``n_pages`` sealed HOT pages, in the policy's order; returns how many."""
         victims = pairs(self._candidates(Tier.HOT)[:n_pages])
@@ -300,19 +309,6 @@ class PageManager:
             arena.page(offset, size)[:] = arena.page(int(table.offset[layer, page]), size)
             table.offset[layer, page] = offset
             table.refs["data"][layer, page] = arena.address + offset
-
-    def refill(self) -> None:
-        """Bring pages back from flash while there is room, those that would leave last first.
-
-        Raises:
-            CorruptPage, StoreError: a page cannot be read; it stays where it is.
-        """
-        row = np.empty((1, self.spec.record_bytes), np.uint8)
-        for layer, page in reversed(self._candidates(Tier.COLD)):
-            if not self.has_room_to_warm():
-                return
-            self.read_records(layer, [page], row)
-            self.warm(layer, page, row[0, RECORD_HEADER_BYTES:])
 
     def make_room(self, n_frames: int) -> None:
         """Free at least ``n_frames`` frames: compress, then offload, then, only if allowed, drop.

@@ -108,7 +108,8 @@ class CacheOptions:
 
     ``compress_at_seal``: quantise a page as soon as it is full. ``threshold``: share of the budget above which pages
     are reclaimed after each append. ``recent_pages`` and the first page are pinned: reclaim offloads
-    them last and never drops them.
+    them last and never drops them. ``merge_layers``: where pages that are mostly pruned may be merged; None: everywhere. A
+    layer with a sliding window is none of them: the kernel takes the slots of a page for consecutive positions.
     """
 
     budget_bytes: int
@@ -117,6 +118,7 @@ class CacheOptions:
     allow_drop: bool = False
     threshold: float = 1.0
     recent_pages: int = 2
+    merge_layers: frozenset[int] | None = None
     policy: Policy = field(default_factory=LRU)
 
 

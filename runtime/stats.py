@@ -25,6 +25,7 @@ class CacheStats:
     pages_held_back: int = 0  #: times that a page stayed in RAM because the day's writes to flash were used up
     pages_missed: int = 0  #: times that a step wanted a page which had been dropped
     tokens_pruned: int = 0
+    pages_merged: int = 0  #: freed since their few tokens moved into another page
 
 
 @dataclass(frozen=True)

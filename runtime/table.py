@@ -45,6 +45,8 @@ class PageTable:
         self.mass = np.zeros((layers, max_pages), np.float32)
         self.marked = np.zeros((layers, max_pages), bool)
         self.tokens = np.full((layers, max_pages * spec.page_size), NOTHING, np.int64)
+        #: Slot in which a token arrived, where a merge has moved it; NOTHING elsewhere.
+        self.arrived = np.full((layers, max_pages * spec.page_size), NOTHING, np.int64)
         self.n_slots = np.zeros(layers, np.int64)
         self.pruned: list[set[int]] = [set() for _ in range(layers)]
 
@@ -63,6 +65,7 @@ class PageTable:
                            ("mass", 0), ("marked", False)):  # fmt: skip
             setattr(self, name, _widened(getattr(self, name), extra, fill))
         self.tokens = _widened(self.tokens, extra * self.spec.page_size, NOTHING)
+        self.arrived = _widened(self.arrived, extra * self.spec.page_size, NOTHING)
 
     def n_pages(self, layer: int) -> int:
         """Pages of a layer, the open one included."""
@@ -85,6 +88,22 @@ class PageTable:
         mask = int(row[0]) | int(row[1]) << 64
         mask = mask | bits if live else mask & ~bits
         row[0], row[1] = mask & 0xFFFFFFFFFFFFFFFF, mask >> 64
+
+    def live(self, layer: int, page: int) -> Int:
+        """Return the slots of a page, from 0, that hold a token which was not pruned."""
+        first = page * self.spec.page_size
+        return np.flatnonzero(self.tokens[layer, first : first + self.spec.page_size] != NOTHING)
+
+    def move(self, layer: int, source: Int, target: Int) -> None:
+        """Say that the tokens in some slots of a layer lie in others now, and remember where they arrived."""
+        held, came = self.tokens[layer, source].copy(), self.arrived[layer, source].copy()
+        self.tokens[layer, source] = self.arrived[layer, source] = NOTHING
+        self.tokens[layer, target] = held
+        self.arrived[layer, target] = np.where(came == NOTHING, source, came)
+        size = self.spec.page_size
+        for slots, live in ((source, False), (target, True)):
+            for slot in slots.tolist():
+                self.set_live(layer, slot // size, slot % size, slot % size + 1, live=live)
 
     def find(self, layer: int, tokens: Int) -> Int:
         """Return the slot of each token [n] int64.
