@@ -82,6 +82,7 @@ class MemoryManager:
             allow_drop=allow_drop,
             threshold=memory_threshold_percent / 100,
             policy=make_policy(policy),
+            merge_layers=None,
         )
         if max_write_per_day is not None and offload_dir is None:
             raise UsageError("max_write_per_day counts what goes to a folder over time; give offload_dir with it")

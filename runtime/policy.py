@@ -118,7 +118,7 @@ class CacheOptions:
     allow_drop: bool = False
     threshold: float = 1.0
     recent_pages: int = 2
-    merge_layers: frozenset[int] | None = None
+    merge_layers: frozenset[int] | None = frozenset()
     policy: Policy = field(default_factory=LRU)
 
 
