@@ -10,16 +10,19 @@ page that is on flash becomes resident if a page that was not chosen of late can
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.engines.base import StepBuffers
 from edgekv.runtime.kernels import KIND_WARM, Kernels
+from edgekv.runtime.lookahead import Lookahead, Piece, wanted_records
 from edgekv.runtime.machine import HOST, Machine
-from edgekv.runtime.pages import tag
 from edgekv.runtime.reader import PageReader
-from edgekv.runtime.select import AttendOptions, Choice, Selector, make_selector, ring_pieces
+from edgekv.runtime.record import Wanted
+from edgekv.runtime.select import AttendOptions, Choice, Selector, make_selector
 from edgekv.runtime.stats import SelectionLog
 from edgekv.runtime.store import PageStore
 from edgekv.runtime.table import offloaded
@@ -29,8 +32,6 @@ from edgekv.types import Tier
 Float = NDArray[np.float32]
 #: Queries, keys, values and positions of the new tokens.
 Step = tuple[Float, Float, Float, NDArray[np.int64]]
-#: Pages [start, stop), and those among them that are on flash.
-Piece = tuple[int, int, list[int]]
 
 
 class Attender:
@@ -52,6 +53,7 @@ class Attender:
         executor: int,
         max_tokens: int,
         piece_pages: int,
+        ring_pieces: int,
         attend: AttendOptions | None = None,
         machine: Machine = HOST,
     ) -> None:
@@ -64,7 +66,6 @@ class Attender:
         self._selector: Selector | None = None
         if attend is not None and attend.selective:
             self._selector = make_selector(model, cache, kernels, attend)
-        self._run_pages = kernels.RUN_PAGES
         attention = kernels.Attention(
             kernels.ThreadPool(threads, executor),
             model.n_q_heads,
@@ -76,16 +77,20 @@ class Attender:
         )
         self._attention = machine.attention(attention, model, cache.spec)
         self._piece_pages = piece_pages
+        self._ring_pieces = ring_pieces
+        self._run_pages = kernels.RUN_PAGES
         self._machine = machine
         self._reader: PageReader | None = None
+        self._lookahead: Lookahead | None = None
         if cache.manager.store is not None:
             self.stream(cache.manager.store)
 
     def stream(self, store: PageStore) -> int:
         """Read pages back from a store from now on; returns the bytes of the staging ring."""
-        spec, ring = self._cache.spec, ring_pieces(self._selector is not None)
-        self._reader = self._machine.reader(store, spec, self._piece_pages, ring)
-        return ring * self._piece_pages * spec.record_bytes
+        spec = self._cache.spec
+        self._reader = self._machine.reader(store, spec, self._piece_pages, self._ring_pieces)
+        self._lookahead = Lookahead(self._cache, self._reader, self._piece_pages, self._run_pages)
+        return self._ring_pieces * self._piece_pages * spec.record_bytes
 
     def close(self) -> None:
         """End the reader's thread."""
@@ -159,10 +164,10 @@ class Attender:
         for start in range(0, len(cold), self._piece_pages):
             assert self._reader is not None
             pages = cold[start : start + self._piece_pages]
-            _, rows = self._reader.take_partly(*self._records(layer, pages))
+            _, rows = self._reader.take_partly(self._records(layer, pages))
             following = cold[start + self._piece_pages :][: self._piece_pages]
             if following:
-                self._reader.request(*self._records(layer, following))
+                self._reader.request(self._records(layer, following))
             for page, row in zip(pages, rows, strict=True):
                 manager.admit(layer, page, row[RECORD_HEADER_BYTES:])
             manager.counters.pages_fetched += len(pages)
@@ -173,7 +178,7 @@ class Attender:
         if taken is not None and self._reader is not None:
             cold = np.flatnonzero(taken & offloaded(self._cache.table.tier[layer, : len(taken)])).tolist()
             if cold:
-                self._reader.request(*self._records(layer, cold[: self._piece_pages]))
+                self._reader.request(self._records(layer, cold[: self._piece_pages]))
 
     def _attend_pages(
         self, layer: int, step: Step, out: Float, mass: Float | None, wanted: NDArray[np.bool_], sums: Float | None
@@ -189,44 +194,28 @@ class Attender:
         if not streams:
             self._attention.run(*step, refs, out, window, mass, sums)
             return
-        assert self._reader is not None
+        assert self._lookahead is not None
         self._attention.begin(*step, window, n_pages, mass is not None)
-        pieces = self._pieces(cold)
-        for index, (start, stop, pages) in enumerate(pieces):
-            if pages:
-                take = self._reader.take if whole else self._reader.take_partly
-                refs["data"][pages], _ = take(*self._records(layer, pages))
-                refs["kind"][pages] = KIND_WARM
-                self._cache.manager.counters.pages_fetched += len(pages)
-            self._request_next(layer, pieces[index + 1 :], whole=whole)
-            self._attention.pages(refs, start, stop)
+        walk = self._lookahead.walk(layer, cold) if whole else self._chosen(layer, cold)
+        for piece, addresses in walk:
+            if addresses is not None:
+                refs["data"][piece.pages] = addresses
+                refs["kind"][piece.pages] = KIND_WARM
+                self._cache.manager.counters.pages_fetched += len(piece.pages)
+            self._attention.pages(refs, piece.start, piece.stop)
         self._attention.finish(out, mass, sums)
 
-    def _pieces(self, cold: NDArray[np.bool_]) -> list[Piece]:
-        """Cut the pages of a layer into pieces [start, stop) of whole runs, with the COLD pages of each."""
-        pieces: list[Piece] = []
-        start = 0
-        held: list[int] = []
-        for run in range(0, len(cold), self._run_pages):
-            stop = min(run + self._run_pages, len(cold))
-            in_run = (np.flatnonzero(cold[run:stop]) + run).tolist()
-            if len(held) + len(in_run) > self._piece_pages:
-                pieces.append((start, run, held))
-                start, held = run, []
-            held = held + in_run
-        pieces.append((start, len(cold), held))
-        return pieces
-
-    def _request_next(self, layer: int, rest: list[Piece], *, whole: bool) -> None:
-        """Start to read what is needed next: in this layer, or, if all is needed, at the start of the next one."""
+    def _chosen(self, layer: int, cold: NDArray[np.bool_]) -> Iterator[tuple[Piece, NDArray[np.uint64] | None]]:
+        """Yield the pieces of a layer as :meth:`Lookahead.walk` does, using what was guessed of the choice."""
+        assert self._lookahead is not None
         assert self._reader is not None
-        table, following = self._cache.table, (layer + 1) % self._cache.spec.n_layers
-        cold = offloaded(table.tier[following, : table.n_pages(following)])
-        for at, pieces in ((layer, rest), (following, self._pieces(cold) if whole else [])):
-            for _, _, pages in pieces:
-                if pages:
-                    self._reader.request(*self._records(at, pages))
-                    return
+        pieces = self._lookahead.pieces(layer, cold)
+        for index, piece in enumerate(pieces):
+            addresses = self._reader.take_partly(piece.wanted)[0] if piece.pages else None
+            following = next((piece for piece in pieces[index + 1 :] if piece.pages), None)
+            if following is not None:
+                self._reader.request(following.wanted)
+            yield piece, addresses
 
-    def _records(self, layer: int, pages: list[int]) -> tuple[list[int], list[int]]:
-        return self._cache.table.record[layer, pages].tolist(), [tag(layer, page) for page in pages]
+    def _records(self, layer: int, pages: list[int]) -> Wanted:
+        return wanted_records(self._cache, layer, pages)

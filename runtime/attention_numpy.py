@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.runtime.kernels import Float, Int64, Refs
+from edgekv.runtime.pages_numpy import RowReader as RowReader
 from edgekv.runtime.pages_numpy import check_array, check_refs, decode_page, live_slots
+from edgekv.runtime.pages_numpy import checksums as checksums
 from edgekv.runtime.pages_numpy import gather_int8 as gather_int8
 from edgekv.runtime.pages_numpy import pack_warm as pack_warm
 from edgekv.runtime.pages_numpy import pack_warm_many as pack_warm_many

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from edgekv.errors import BudgetError, UsageError
 from edgekv.runtime.pages import PageManager
-from edgekv.runtime.select import ring_pieces
+from edgekv.runtime.reader import LEAST_PIECES, LEAST_PIECES_SELECTIVE, RING_PIECES
 from edgekv.runtime.summary import summary_bytes
 from edgekv.spec import PageSpec
 from edgekv.types import KVMode, format_bytes, parse_bytes
@@ -15,7 +15,7 @@ from edgekv.types import KVMode, format_bytes, parse_bytes
 RUNTIME_OVERHEAD_BYTES = 160 * 1024 * 1024
 
 #: Reads of this size keep flash near its sequential rate, which levels off between 256 KiB and 1 MiB.
-PIECE_BYTES = 512 * 1024
+PIECE_BYTES = 640 * 1024
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class BudgetPlan:
     """The parts of a budget; ``arena_bytes + staging_bytes <= budget_bytes``. Staging includes page summaries.
 
     ``fits``: the whole context fits the arena, so that no page needs to leave RAM. ``piece_pages``: pages that are
-    read from flash at a time; the staging ring holds two such pieces, if there is one.
+    read from flash at a time; the staging ring, if there is one, holds ``ring_pieces`` of them, in a quarter of the budget
+    where that is enough.
     """
 
     budget_bytes: int
@@ -32,6 +33,7 @@ class BudgetPlan:
     compress_at_seal: bool
     fits: bool
     piece_pages: int = 0
+    ring_pieces: int = LEAST_PIECES_SELECTIVE
 
 
 def resolve_budget(kv_budget: int | str | None, spec: PageSpec, context: int) -> int | None:
@@ -85,9 +87,9 @@ def plan_budget(
     compress = mode == KVMode.INT8 or (mode == KVMode.AUTO and whole_fp16 > budget)
     whole = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
     if whole + summaries <= budget:
-        return BudgetPlan(budget, whole, 0, compress, True, _piece_pages(spec, budget, run_pages))
-    piece_pages = _piece_pages(spec, budget, run_pages)
-    staging_bytes = ring_pieces(selective) * piece_pages * spec.record_bytes + summaries
+        return BudgetPlan(budget, whole, 0, compress, True, *_ring(spec, budget, run_pages, selective))
+    piece_pages, ring_pieces = _ring(spec, budget, run_pages, selective)
+    staging_bytes = ring_pieces * piece_pages * spec.record_bytes + summaries
     needed = PageManager.least_bytes(spec) + staging_bytes
     gathered = 2 * spec.n_layers * pages * spec.warm_bytes if inline else 0
     if inline and budget < needed + gathered:
@@ -102,9 +104,14 @@ def plan_budget(
             f" {spec.page_size} tokens each, one to work with and a staging ring, {format_bytes(needed)} in all;"
             " raise --kv-budget, or export with a smaller --page-size"
         )
-    return BudgetPlan(budget, budget - staging_bytes - gathered, staging_bytes, compress, False, piece_pages)
+    return BudgetPlan(
+        budget, budget - staging_bytes - gathered, staging_bytes, compress, False, piece_pages, ring_pieces
+    )
 
 
-def _piece_pages(spec: PageSpec, budget_bytes: int, run_pages: int) -> int:
-    piece_bytes = min(PIECE_BYTES, budget_bytes // 16)
-    return max(1, piece_bytes // (spec.record_bytes * run_pages)) * run_pages
+def _ring(spec: PageSpec, budget_bytes: int, run_pages: int, selective: bool) -> tuple[int, int]:
+    """Return the pages of a piece, and the pieces of the staging ring."""
+    piece_bytes = min(PIECE_BYTES, budget_bytes // (4 * RING_PIECES))
+    piece_pages = max(1, piece_bytes // (spec.record_bytes * run_pages)) * run_pages
+    least = LEAST_PIECES_SELECTIVE if selective else LEAST_PIECES
+    return piece_pages, max(least, min(RING_PIECES, budget_bytes // 4 // (piece_pages * spec.record_bytes)))

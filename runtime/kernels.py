@@ -102,6 +102,26 @@ class PagedAttention(Protocol):
         """Memory held for intermediate results."""
 
 
+class RowReads(Protocol):
+    """Reads records of page files and checks them, on threads of its own."""
+
+    def submit(self, file: int, places: Int64, rows: Bytes, heads: Bytes, payload_bytes: int, good: Bytes) -> int:
+        """Start to read ``rows`` [n, row_bytes] from ``places`` [n], counted in rows, neighbours in one call.
+
+        ``good`` [n] uint8 becomes 1 where a row is a whole record that begins as ``heads`` [n, 36] says, apart from its
+        checksum, and has the right checksum (:mod:`edgekv.runtime.record`). All arrays must stay until ``wait``.
+        Returns a ticket.
+        """
+        ...
+
+    def wait(self, ticket: int) -> None:
+        """Wait for a request, once.
+
+        Raises:
+            OSError: the system's; ``rows`` must not be used.
+        """
+
+
 class Kernels(Protocol):
     """What ``load_kernels`` returns. A page argument is an address or a uint8 array."""
 
@@ -173,6 +193,12 @@ class Kernels(Protocol):
 
         low and high [n, n_kv_heads, head_dim]; zeros for a page without a live slot.
         """
+
+    def checksums(self, rows: Bytes, start: int, stop: int, out: Addresses) -> None:
+        """XXH3-64 of bytes [start, stop), more than 240, of each row of ``rows`` [n, row_bytes]; ``out`` [n] uint64."""
+
+    def RowReader(self, n_threads: int) -> Any:
+        """Start threads that read rows of files: a :class:`RowReads`."""
 
     def read_bandwidth(self, pool: Any, array: Bytes) -> float:
         """Seconds to merely read ``array`` with all threads."""

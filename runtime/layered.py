@@ -6,10 +6,14 @@ writes than without an object store, and none of a page that is REMOTE.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import StoreError, StoreFull
+from edgekv.runtime.reads import Reads
+from edgekv.runtime.record import Wanted
 from edgekv.runtime.store import PageStore
 from edgekv.types import Tier
 
@@ -67,6 +71,13 @@ class LayeredStore:
                 store, base = self._at(records[start])
                 store.read([record - base for record in records[start:stop]], tags[start:stop], out[start:stop])
                 start = stop
+
+    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
+        """Start to read; see :class:`PageStore`. Records that are all on flash are read there."""
+        stores = {self._at(record)[0] for record in wanted.records}
+        if stores == {self._flash}:
+            return self._flash.start(reads, wanted, out)
+        return reads.call(lambda: self.read(wanted.records, wanted.tags, out))
 
     def free(self, record: int) -> None:
         """Forget a record; room on flash can be used again."""

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.runtime.reads import Reads
+from edgekv.runtime.record import Wanted
 
 
 class Medium(Protocol):
@@ -14,6 +21,12 @@ class Medium(Protocol):
 
     def read(self, file: int, out: memoryview, offset: int) -> int:
         """Read into ``out`` and return how many bytes came."""
+        ...
+
+    def start(
+        self, reads: Reads, file: int, places: NDArray[np.int64], wanted: Wanted, out: NDArray[np.uint8]
+    ) -> Callable[[], list[bool]]:
+        """Start to read records ahead: see :meth:`Reads.rows`."""
         ...
 
     def write(self, file: int, data: memoryview, offset: int) -> int:
@@ -31,6 +44,12 @@ class SystemMedium:
     def read(self, file: int, out: memoryview, offset: int) -> int:
         """Read as preadv does."""
         return os.preadv(file, [out], offset)
+
+    def start(
+        self, reads: Reads, file: int, places: NDArray[np.int64], wanted: Wanted, out: NDArray[np.uint8]
+    ) -> Callable[[], list[bool]]:
+        """Start to read records ahead."""
+        return reads.rows(file, places, wanted, out)
 
     def write(self, file: int, data: memoryview, offset: int) -> int:
         """Write as pwrite does."""

@@ -251,9 +251,10 @@ class PageManager:
         if any(self.table.record[victim] == NOTHING for victim in chosen):
             written = self.table.record[following[:, 0], following[:, 1]] != NOTHING
             batch = max(len(chosen), WRITE_BATCH_BYTES // self.spec.record_bytes)
-            # Neighbours are written ahead, so that writes stay large; a written page later leaves without a write.
+            # Written ahead, so that writes stay large, and layer by layer, so that reads will: what lies side by side comes
+            # back in one request. A written page later leaves without a write.
             try:
-                ahead = pairs(following[~written][:batch])
+                ahead = pairs(by_layer(following[~written])[:batch])
                 self._write(sorted({*ahead, *(v for v in chosen if self.table.record[v] == NOTHING)}))
             except WriteLimit:
                 clean = pairs(following[written][: len(chosen)])
@@ -383,6 +384,12 @@ class PageManager:
         self, tier: Tier, *, unpinned: bool = False, among: NDArray[np.bool_] | None = None
     ) -> NDArray[np.int64]:
         return candidates(self.table, self.options, tier, unpinned=unpinned, among=among)
+
+
+def by_layer(victims: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sort victims [n, 2] by page within each layer, the layers in the order of their first victims."""
+    _, first, layer = np.unique(victims[:, 0], return_index=True, return_inverse=True)
+    return victims[np.lexsort((victims[:, 1], first[layer]))]
 
 
 def tag(layer: int, page: int) -> int:

@@ -6,10 +6,13 @@ The twins of the native functions of the same names; :mod:`edgekv.runtime.attent
 from __future__ import annotations
 
 import ctypes
+import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from edgekv import codec
@@ -141,6 +144,44 @@ def _pack(hot: Bytes, out: Bytes, spec: PageSpec, live: Bools) -> None:
     keys, values = codec.unpack_hot(hot, spec.n_kv_heads, spec.head_dim, spec.page_size)
     plain = [np.where(live[:, None], x, 0).transpose(1, 0, 2) for x in (keys, values)]
     codec.pack_warm(np.ascontiguousarray(plain[0]), np.ascontiguousarray(plain[1]), out)
+
+
+def checksums(rows: Bytes, start: int, stop: int, out: Addresses) -> None:
+    """XXH3-64 of bytes [start, stop) of each row; see :class:`edgekv.runtime.kernels.Kernels`."""
+    if start < 0 or stop > rows.shape[1] or stop - start <= 240:
+        raise ValueError("start and stop must name more than 240 bytes of a row")
+    check_array("out", out, np.uint64, (len(rows),), writable=True)
+    for index, row in enumerate(rows):
+        out[index] = xxhash.xxh3_64_intdigest(row[start:stop].data)
+
+
+class RowReader:
+    """Reads records on threads; see :class:`edgekv.runtime.kernels.RowReads`."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._threads = ThreadPoolExecutor(n_threads, thread_name_prefix="edgekv-rows")
+        self._open: dict[int, Future[None]] = {}
+        self._next = 0
+
+    def submit(self, file: int, places: Int64, rows: Bytes, heads: Bytes, payload_bytes: int, good: Bytes) -> int:
+        """Start to read."""
+        self._next += 1
+        self._open[self._next] = self._threads.submit(_read_rows, file, places, rows, heads, payload_bytes, good)
+        return self._next
+
+    def wait(self, ticket: int) -> None:
+        """Wait for a request."""
+        self._open.pop(ticket).result()
+
+
+def _read_rows(file: int, places: Int64, rows: Bytes, heads: Bytes, payload_bytes: int, good: Bytes) -> None:
+    good[:] = 0
+    sums = np.empty(1, np.uint64)
+    for index, row in enumerate(rows):
+        if os.preadv(file, [row.data], int(places[index]) * row.size) == row.size:
+            checksums(row[None], 16, 64 + payload_bytes, sums)
+            same = np.array_equal(row[:8], heads[index, :8]) and np.array_equal(row[16:36], heads[index, 16:])
+            good[index] = same and row[8:16].view(np.uint64)[0] == sums[0]
 
 
 def decode_page(ref: np.void, spec: PageSpec) -> tuple[Float, Float]:

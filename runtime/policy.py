@@ -46,13 +46,13 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class LRU:
-    """Least recently used first; ties go to the oldest tokens, evenly over the layers."""
+    """Least recently used first; ties go to one layer after the other: what leaves together is read back in one request."""
 
     name: str = "lru"
 
     def order(self, use: PageUse) -> NDArray[np.int64]:
-        """Sort by last use, then page, then layer."""
-        return np.lexsort((use.layer, use.page, use.last_used))
+        """Sort by last use, then layer, then page."""
+        return np.lexsort((use.page, use.layer, use.last_used))
 
 
 @dataclass(frozen=True)

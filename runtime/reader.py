@@ -1,58 +1,85 @@
 """Reads pages from flash ahead of need, on threads of its own.
 
-Two buffers: while the kernel attends to the pages in one, the next pages are read into the other. A request is a guess
-that costs nothing when it was wrong: what is taken is compared with what was asked for, and read again if need be. A third
-buffer lets a guess be right in part: what it lacks is read beside it.
+A staging ring of a few slots: while the kernel attends to the pages in one, the others are being filled, so that the medium
+always has something to do. A request is a guess that costs nothing when it was wrong: what is taken is compared with what was
+asked for, and read again if need be.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import StoreError
+from edgekv.runtime.reads import Reads
+from edgekv.runtime.record import Wanted
 from edgekv.runtime.store import PageStore, aligned_rows
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 
 Bytes = NDArray[np.uint8]
 
-#: Reads in flight: flash needs several to be busy all the time.
-QUEUE_DEPTH = 4
+#: Requests that the staging ring holds where the budget allows: one is attended to, the others are on their way.
+RING_PIECES = 6
+#: At the least: one is attended to, one on its way; a third lets guesses be right in part.
+LEAST_PIECES, LEAST_PIECES_SELECTIVE = 2, 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """Records on their way into a slot."""
+
+    wanted: Wanted
+    slot: int
+    wait: Callable[[], None]
 
 
 class PageReader:
-    """Brings records into a small staging ring, one request ahead.
+    """Brings records into a staging ring, ahead of who takes them.
 
     Args:
         capacity: pages per request at the most.
-        ring: requests that the staging ring holds, 2 or 3; with 3, guesses may be right in part.
+        ring: requests that the staging ring holds, those included that were taken last; 2 or more.
+        reads: the threads that read; None starts its own.
     """
 
-    def __init__(self, store: PageStore, spec: PageSpec, capacity: int, ring: int = 2) -> None:
+    def __init__(
+        self, store: PageStore, spec: PageSpec, capacity: int, ring: int = 2, reads: Reads | None = None
+    ) -> None:
         self._store = store
         self._buffers = [aligned_rows(capacity, spec.record_bytes) for _ in range(ring)]
-        self._payload = spec.warm_bytes
-        self._next = 0
-        self._pending: tuple[list[int], list[int], Bytes, list[Future[None]]] | None = None
-        self._threads = ThreadPoolExecutor(QUEUE_DEPTH, thread_name_prefix="edgekv-reader")
+        self._free = list(range(ring))
+        self._held: list[int] = []
+        self._pending: deque[Request] = deque()
+        self._addresses = [_payloads(buffer) for buffer in self._buffers]
+        self._reads = reads or Reads()
 
-    def request(self, records: list[int], tags: list[int]) -> None:
-        """Start to read records; an earlier request that was not taken is forgotten."""
-        self._settle()
-        rows = self._buffers[self._next][: len(records)]
-        self._next = (self._next + 1) % len(self._buffers)
-        reads = [
-            self._threads.submit(self._store.read, records[part], tags[part], rows[part])
-            for part in in_flight(len(records))
-        ]
-        self._pending = (records, tags, rows, reads)
+    @property
+    def ahead(self) -> int:
+        """Requests that have not been taken."""
+        return len(self._pending)
 
-    def take(self, records: list[int], tags: list[int]) -> tuple[NDArray[np.uint64], Bytes]:
-        """Return where the records are, waiting for them if need be; valid until the request after the next.
+    @property
+    def has_room(self) -> bool:
+        """Whether another request can be made without forgetting one."""
+        return bool(self._free)
+
+    def request(self, wanted: Wanted) -> None:
+        """Start to read records; without room, the oldest request that was not taken is forgotten."""
+        if not self._free:
+            self._forget(self._pending.popleft())
+        slot = self._free.pop()
+        rows = self._buffers[slot][: len(wanted.records)]
+        self._pending.append(Request(wanted, slot, self._store.start(self._reads, wanted, rows)))
+
+    def take(self, wanted: Wanted) -> tuple[NDArray[np.uint64], Bytes]:
+        """Return where the records are, waiting for them if need be; valid until the next take.
+
+        Requests made before the one for these records are forgotten.
 
         Returns:
             addresses [n] uint64 of the payloads, and the rows they are in.
@@ -60,13 +87,18 @@ class PageReader:
         Raises:
             CorruptPage, StoreError: a record cannot be read; nothing may be used.
         """
-        if self._pending is None or self._pending[:2] != (records, tags):
-            self.request(records, tags)
-        rows = self._finish()
-        return _payloads(rows), rows
+        self._release()
+        while self._pending and self._pending[0].wanted != wanted:
+            self._forget(self._pending.popleft())
+        if not self._pending:
+            self.request(wanted)
+        request = self._pending.popleft()
+        self._finish(request)
+        count = len(wanted.records)
+        return self._addresses[request.slot][:count], self._buffers[request.slot][:count]
 
-    def take_partly(self, records: list[int], tags: list[int]) -> tuple[NDArray[np.uint64], list[Bytes]]:
-        """Do :meth:`take`, but use what was guessed right, and read only the rest; for a ring of 3.
+    def take_partly(self, wanted: Wanted) -> tuple[NDArray[np.uint64], list[Bytes]]:
+        """Do :meth:`take`, but use what was guessed right, and read only the rest.
 
         Returns:
             addresses [n] uint64 of the payloads, and the rows, one by one.
@@ -74,48 +106,53 @@ class PageReader:
         Raises:
             CorruptPage, StoreError: a record cannot be read; nothing may be used.
         """
+        self._release()
+        names = list(zip(wanted.records, wanted.tags, strict=True))
         found: dict[tuple[int, int], tuple[np.uint64, Bytes]] = {}
-
-        def arrived(names: Iterable[tuple[int, int]]) -> None:
-            rows = self._finish()
-            found.update(zip(names, zip(_payloads(rows), rows, strict=True), strict=True))
-
-        if self._pending is not None:
+        while self._pending:
+            guess = self._pending.popleft()
+            if set(names).isdisjoint(zip(guess.wanted.records, guess.wanted.tags, strict=True)):
+                self._forget(guess)
+                continue
             # A guess that failed is read again if it is needed, and fails again.
             with contextlib.suppress(StoreError):
-                arrived(list(zip(*self._pending[:2], strict=True)))
-        names = list(zip(records, tags, strict=True))
+                self._finish(guess)
+                found.update(self._rows(guess))
         missing = [name for name in names if name not in found]
         if missing:
-            self.request([record for record, _ in missing], [tag for _, tag in missing])
-            arrived(missing)
+            self.request(Wanted([name[0] for name in missing], [name[1] for name in missing], wanted.payload_bytes))
+            request = self._pending.popleft()
+            self._finish(request)
+            found.update(self._rows(request))
         return np.array([found[name][0] for name in names], np.uint64), [found[name][1] for name in names]
-
-    def _finish(self) -> Bytes:
-        """Wait for what was requested and return its rows."""
-        assert self._pending is not None
-        _, _, rows, reads = self._pending
-        wait(reads)
-        self._pending = None
-        for read in reads:
-            read.result()
-        return rows
 
     def close(self) -> None:
         """End the threads."""
-        self._settle()
-        self._threads.shutdown()
+        while self._pending:
+            self._forget(self._pending.popleft())
+        self._reads.close()
 
-    def _settle(self) -> None:
-        if self._pending is not None:
-            wait(self._pending[3])  # an error of a read that nobody needs is nobody's error
-            self._pending = None
+    def _rows(self, request: Request) -> dict[tuple[int, int], tuple[np.uint64, Bytes]]:
+        """Return where each record of a finished request is; it stays there until the next take."""
+        names = zip(request.wanted.records, request.wanted.tags, strict=True)
+        places = zip(self._addresses[request.slot], self._buffers[request.slot], strict=True)
+        return dict(zip(names, places, strict=False))
 
+    def _finish(self, request: Request) -> None:
+        """Wait for a request; its rows stay as they are until the next take."""
+        self._held.append(request.slot)
+        request.wait()
 
-def in_flight(count: int) -> list[slice]:
-    """Cut a request for ``count`` records into the reads that are in flight at a time."""
-    share = -(-count // QUEUE_DEPTH)
-    return [slice(start, start + share) for start in range(0, count, share)]
+    def _release(self) -> None:
+        """Give back the slots of what was taken last."""
+        self._free += self._held
+        self._held = []
+
+    def _forget(self, request: Request) -> None:
+        """Let a request go: an error of a read that nobody needs is nobody's error."""
+        with contextlib.suppress(StoreError):
+            request.wait()
+        self._free.append(request.slot)
 
 
 def _payloads(rows: Bytes) -> NDArray[np.uint64]:

@@ -14,17 +14,24 @@ A record is (little endian), padded to ``PageSpec.record_bytes``::
 
 from __future__ import annotations
 
+import functools
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from edgekv.runtime.kernels import load_kernels
 from edgekv.runtime.session_cipher import NONCE_BYTES, TAG_BYTES, Cipher
 from edgekv.spec import RECORD_HEADER_BYTES
 
 MAGIC = b"EKVPAGE1"
 _HEADER = struct.Struct("<8sQQQI")
+_HEADER_DTYPE = np.dtype(
+    [("magic", "S8"), ("checksum", "<u8"), ("record", "<u8"), ("tag", "<u8"), ("payload_bytes", "<u4")]
+)
+_CHECKED = 16  # the checksum covers what comes from here on
 _SEAL = _HEADER.size
 assert _SEAL + NONCE_BYTES + TAG_BYTES == RECORD_HEADER_BYTES
 
@@ -41,30 +48,64 @@ def pack_record(row: Bytes, record: int, tag: int, page: Bytes, payload_bytes: i
     row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + page.size] = page
     _HEADER.pack_into(row, 0, MAGIC, 0, record, tag, payload_bytes)
     if cipher is not None:
-        sealed = cipher.seal(row[RECORD_HEADER_BYTES:stop].tobytes(), row[16:_SEAL].tobytes())
+        sealed = cipher.seal(row[RECORD_HEADER_BYTES:stop].tobytes(), row[_CHECKED:_SEAL].tobytes())
         parts = np.frombuffer(sealed, np.uint8)
         row[_SEAL:RECORD_HEADER_BYTES] = np.concatenate([parts[:NONCE_BYTES], parts[-TAG_BYTES:]])
         row[RECORD_HEADER_BYTES:stop] = parts[NONCE_BYTES:-TAG_BYTES]
-    struct.pack_into("<Q", row, 8, xxhash.xxh3_64_intdigest(row[16:stop].data))
+    struct.pack_into("<Q", row, 8, xxhash.xxh3_64_intdigest(row[_CHECKED:stop].data))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Records that are to be read, and what identifies each; made once, read many times."""
+
+    records: list[int]
+    tags: list[int]
+    payload_bytes: int
+
+    @functools.cached_property
+    def places(self) -> NDArray[np.int64]:
+        """The records as [n] int64."""
+        return np.array(self.records, np.int64)
+
+    @functools.cached_property
+    def heads(self) -> Bytes:
+        """What the records begin with [n, 36] uint8, the checksum left out."""
+        return _heads(self.records, self.tags, self.payload_bytes)
 
 
 def open_record(row: Bytes, record: int, tag: int, payload_bytes: int, cipher: Cipher | None) -> bool:
     """Check one record and decrypt it in place; returns whether it is what :func:`pack_record` wrote there."""
+    good = bool(check_records(row[None], [record], [tag], payload_bytes)[0])
+    return good and (cipher is None or decrypt(row, payload_bytes, cipher))
+
+
+def check_records(rows: Bytes, records: list[int], tags: list[int], payload_bytes: int) -> NDArray[np.bool_]:
+    """Return which of ``rows`` [n, record_bytes] uint8 are what :func:`pack_record` wrote, [n] bool."""
+    heads = _heads(records, tags, payload_bytes)
+    sums = np.empty(len(rows), np.uint64)
+    load_kernels().checksums(rows, _CHECKED, RECORD_HEADER_BYTES + payload_bytes, sums)
+    heads[:, 8:_CHECKED] = sums[:, None].view(np.uint8)
+    good: NDArray[np.bool_] = np.all(rows[:, :_SEAL] == heads, axis=1)
+    return good
+
+
+def _heads(records: list[int], tags: list[int], payload_bytes: int) -> Bytes:
+    heads = np.empty(len(records), _HEADER_DTYPE)
+    for name, value in zip(_HEADER_DTYPE.names or (), (MAGIC, 0, records, tags, payload_bytes), strict=True):
+        heads[name] = value
+    return heads.view(np.uint8).reshape(len(records), _SEAL)
+
+
+def decrypt(row: Bytes, payload_bytes: int, cipher: Cipher) -> bool:
+    """Decrypt one checked record in place; returns whether the key and the place are those it was sealed with."""
     stop = RECORD_HEADER_BYTES + payload_bytes
-    magic, check, *rest = _HEADER.unpack_from(row)
-    if (
-        magic != MAGIC
-        or tuple(rest) != (record, tag, payload_bytes)
-        or check != xxhash.xxh3_64_intdigest(row[16:stop].data)
-    ):
+    nonce, tag_bytes = row[_SEAL : _SEAL + NONCE_BYTES], row[_SEAL + NONCE_BYTES : RECORD_HEADER_BYTES]
+    sealed = nonce.tobytes() + row[RECORD_HEADER_BYTES:stop].tobytes() + tag_bytes.tobytes()
+    plain = cipher.open(sealed, row[_CHECKED:_SEAL].tobytes())
+    if plain is None:
         return False
-    if cipher is not None:
-        nonce, tag_bytes = row[_SEAL : _SEAL + NONCE_BYTES], row[_SEAL + NONCE_BYTES : RECORD_HEADER_BYTES]
-        sealed = nonce.tobytes() + row[RECORD_HEADER_BYTES:stop].tobytes() + tag_bytes.tobytes()
-        plain = cipher.open(sealed, row[16:_SEAL].tobytes())
-        if plain is None:
-            return False
-        row[RECORD_HEADER_BYTES:stop] = np.frombuffer(plain, np.uint8)
+    row[RECORD_HEADER_BYTES:stop] = np.frombuffer(plain, np.uint8)
     return True
 
 

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from edgekv.errors import CorruptPage, StoreError
 from edgekv.runtime.objects import FIRST_PATIENCE_S, PATIENCE_S, RUN_PREFIX, first_line, open_objects
-from edgekv.runtime.record import open_record, pack_record
+from edgekv.runtime.reads import Reads
+from edgekv.runtime.record import Wanted, open_record, pack_record
 from edgekv.runtime.session_cipher import Cipher
 from edgekv.runtime.store import StoreCounters, neighbours
 from edgekv.spec import PageSpec
@@ -163,6 +164,10 @@ class ObjectStore:
             read.result()
         self.counters.records_read += len(records)
         self.counters.remote_bytes_read += len(sought) * self.spec.record_bytes
+
+    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
+        """Start to read, on a thread; see :class:`PageStore`."""
+        return reads.call(lambda: self.read(wanted.records, wanted.tags, out))
 
     def _runs(self, records: list[int], sought: list[int]) -> Iterator[tuple[_Object, int, int]]:
         """Cut what is sought, indices into records, into runs [start, stop) of one object each."""

@@ -64,11 +64,6 @@ def parse_attend(text: str) -> AttendOptions:
     )
 
 
-def ring_pieces(selective: bool) -> int:
-    """Pieces that the staging ring holds: a third lets guesses be right in part (:mod:`edgekv.runtime.reader`)."""
-    return 3 if selective else 2
-
-
 @dataclass
 class Choice:
     """What a step attends to in one layer. ``left_out`` [n_q_heads]: logarithm of the bound on the rest's softmax sum."""

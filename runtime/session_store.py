@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from edgekv.errors import CorruptPage, StoreError, StoreFull, WriteLimit
 from edgekv.runtime.medium import SYSTEM, Medium
-from edgekv.runtime.record import checksum_of, open_record, pack_record
+from edgekv.runtime.reads import Reads
+from edgekv.runtime.record import Wanted, check_records, checksum_of, decrypt, pack_record
 from edgekv.runtime.session_cipher import Cipher
 from edgekv.runtime.store import StoreCounters, neighbours
 from edgekv.runtime.wear import WearLedger
@@ -30,6 +31,7 @@ from edgekv.types import Tier
 Bytes = NDArray[np.uint8]
 _SEGMENT = re.compile(r"pages-(\d{8})\.bin")
 _BATCH_RECORDS = 128
+_PLACE = 0xFFFFFFFF  # of a record in its segment
 
 
 @dataclass
@@ -159,7 +161,10 @@ class SessionStore:
         Raises:
             CorruptPage: a record is not what the index says; ``out`` must not be used. StoreError: the read failed.
         """
-        for index, good in enumerate(self.try_read(records, tags, out)):
+        self._refuse_bad(records, tags, self.try_read(records, tags, out))
+
+    def _refuse_bad(self, records: list[int], tags: list[int], usable: list[bool]) -> None:
+        for index, good in enumerate(usable):
             if not good:
                 raise CorruptPage(
                     f"record {records[index] & 0xFFFFFFFF} of the session {self.folder} (layer {tags[index] >> 32}, page"
@@ -174,29 +179,48 @@ class SessionStore:
             StoreError: the medium refused (an input/output error counts as a bad record instead).
         """
         size = self.spec.record_bytes
-        good = [True] * len(records)
+        whole = np.zeros(len(records), bool)
         for start, stop in neighbours(records):
             got = 0
             segment = self._segments.get(records[start] >> 32)
             if segment is not None:
                 try:
                     view = out[start:stop].reshape(-1).data
-                    got = self.medium.read(segment.file, view, (records[start] & 0xFFFFFFFF) * size)
+                    got = self.medium.read(segment.file, view, (records[start] & _PLACE) * size)
                 except OSError as error:
                     if error.errno != errno.EIO:
                         raise StoreError(f"cannot read the session {self.folder}: {error.strerror}") from error
-            for index in range(start, stop):
-                whole = got >= (index - start + 1) * size
-                good[index] = whole and self._open(out[index], records[index], tags[index])
-        self.counters.records_read += len(records)
-        self.counters.bytes_read += len(records) * size
-        return good
+            whole[start : start + got // size] = True
+        good = whole & check_records(out[: len(records)], records, tags, self.spec.warm_bytes)
+        return self._usable(records, good.tolist(), out)
 
-    def _open(self, row: Bytes, record: int, tag: int) -> bool:
-        """Check one record and decrypt it in place."""
-        return checksum_of(row) == self._checks.get(record) and open_record(
-            row, record, tag, self.spec.warm_bytes, self.cipher
-        )
+    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
+        """Start to read ``wanted`` into ``out``, and return what waits for it; see :class:`PageStore`."""
+        number = wanted.records[0] >> 32
+        if number not in self._segments or any(record >> 32 != number for record in wanted.records):
+            return reads.call(lambda: self.read(wanted.records, wanted.tags, out))
+        finish = self.medium.start(reads, self._segments[number].file, wanted.places & _PLACE, wanted, out)
+
+        def finished() -> None:
+            try:
+                good = finish()
+            except OSError as error:
+                raise StoreError(f"cannot read the session {self.folder}: {error.strerror}") from error
+            self._refuse_bad(wanted.records, wanted.tags, self._usable(wanted.records, good, out))
+
+        return finished
+
+    def _usable(self, records: list[int], good: list[bool], out: Bytes) -> list[bool]:
+        """Decrypt the good rows, count them, and return which may be used."""
+        self.counters.records_read += len(records)
+        self.counters.bytes_read += len(records) * self.spec.record_bytes
+        # The index has the checksum too: an older record at the same place is whole, and still the wrong one.
+        return [
+            whole
+            and checksum_of(row) == self._checks.get(record)
+            and (self.cipher is None or decrypt(row, self.spec.warm_bytes, self.cipher))
+            for whole, row, record in zip(good, out, records, strict=False)
+        ]
 
     def free(self, record: int) -> None:
         """Forget a record; its place is used again once no commit refers to it."""

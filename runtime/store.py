@@ -12,7 +12,7 @@ import errno
 import mmap
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from edgekv.errors import CorruptPage, StoreError, StoreFull, StoreLocked, WriteLimit
 from edgekv.runtime.medium import SYSTEM, Medium
-from edgekv.runtime.record import open_record, pack_record
+from edgekv.runtime.reads import Reads
+from edgekv.runtime.record import Wanted, check_records, pack_record
 from edgekv.runtime.wear import WearLedger
 from edgekv.spec import RECORD_ALIGN_BYTES, PageSpec
 from edgekv.types import Tier
@@ -58,6 +59,10 @@ class PageStore(Protocol):
 
     def read(self, records: list[int], tags: list[int], out: Bytes) -> None:
         """Read records into out [n, record_bytes] uint8, checked; from any thread."""
+        ...
+
+    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
+        """Start to read, and return what waits for the end and raises what ``read`` would."""
         ...
 
     def free(self, record: int) -> None:
@@ -191,8 +196,7 @@ class FlashStore:
             StoreError: the read failed.
         """
         size = self.spec.record_bytes
-        direct = self._direct is not None and out.ctypes.data % RECORD_ALIGN_BYTES == 0
-        file = self._direct if direct and self._direct is not None else self._file
+        file = self._source(out)
         for start, stop in neighbours(records):
             try:
                 got = self._medium.read(file, out[start:stop].reshape(-1).data, records[start] * size)
@@ -200,10 +204,35 @@ class FlashStore:
                 raise StoreError(f"cannot read from the offload folder {self.folder}: {error.strerror}") from error
             if got != (stop - start) * size:
                 raise CorruptPage(f"the page file in {self.folder} is shorter than what was written to it")
-        for row, record, tag in zip(out, records, tags, strict=False):
-            self._verify(row, record, tag)
+        self._count(records, tags, check_records(out[: len(records)], records, tags, self.spec.warm_bytes).tolist())
+
+    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
+        """Start to read ``wanted`` into ``out``, and return what waits for it; see :class:`PageStore`."""
+        finish = self._medium.start(reads, self._source(out), wanted.places, wanted, out)
+
+        def finished() -> None:
+            try:
+                good = finish()
+            except OSError as error:
+                raise StoreError(f"cannot read from the offload folder {self.folder}: {error.strerror}") from error
+            self._count(wanted.records, wanted.tags, good)
+
+        return finished
+
+    def _source(self, out: Bytes) -> int:
+        direct = self._direct is not None and out.ctypes.data % RECORD_ALIGN_BYTES == 0
+        return self._direct if direct and self._direct is not None else self._file
+
+    def _count(self, records: list[int], tags: list[int], good: list[bool]) -> None:
+        """Count what was read, if all of it is good."""
+        if not all(good):
+            index = good.index(False)
+            raise CorruptPage(
+                f"record {records[index]} in {self.folder} (layer {tags[index] >> 32}, page {tags[index] & 0xFFFFFFFF}) differs"
+                " from its checksum; it was not used. Run the prompt again; if this comes back, the medium is failing"
+            )
         self.counters.records_read += len(records)
-        self.counters.bytes_read += len(records) * size
+        self.counters.bytes_read += len(records) * self.spec.record_bytes
 
     def free(self, record: int) -> None:
         """Let a record be overwritten by a later page."""
@@ -245,10 +274,3 @@ class FlashStore:
                 written = self._medium.write(self._file, view, offset)
             offset += written
             view = view[written:]
-
-    def _verify(self, row: Bytes, record: int, tag: int) -> None:
-        if not open_record(row, record, tag, self.spec.warm_bytes, None):
-            raise CorruptPage(
-                f"record {record} in {self.folder} (layer {tag >> 32}, page {tag & 0xFFFFFFFF}) differs from its checksum;"
-                " it was not used. Run the prompt again; if this comes back, the medium is failing"
-            )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekv.errors import StoreError
-from edgekv.runtime.reader import QUEUE_DEPTH
+from edgekv.runtime.reads import QUEUE_DEPTH
 from edgekv.runtime.store import aligned_rows
 
 FILE_BYTES = 256 * 1024 * 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -13,6 +14,8 @@ from edgekv.emulator.medium import EmulatedMedium
 from edgekv.errors import StoreError, StoreFull
 from edgekv.runtime.arena import Arena
 from edgekv.runtime.kernels import Bytes, Float, Kernels, load_kernels
+from edgekv.runtime.reads import Reads
+from edgekv.runtime.record import Wanted
 from edgekv.runtime.store import StoreCounters, neighbours
 from edgekv.spec import PageSpec
 from edgekv.types import Tier
@@ -98,6 +101,10 @@ class BlankStore:
             if self._medium.draw():
                 raise StoreError(f"cannot read from the offload folder: {os.strerror(errno.EIO)}")
         self.counters.records_read += len(records)
+
+    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
+        """Wait for the drive at once."""
+        return reads.call(lambda: self.read(wanted.records, wanted.tags, out))
 
     def tier(self, record: int) -> Tier:
         """Say where a record is."""

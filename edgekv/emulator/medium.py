@@ -5,24 +5,28 @@ from __future__ import annotations
 import errno
 import os
 import random
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.device_profiles.flash import FlashDevice
 from edgekv.device_profiles.schema import Flash
 from edgekv.emulator.clock import Clock
+from edgekv.errors import EdgeKVError
 from edgekv.runtime.medium import SYSTEM
-from edgekv.runtime.reader import PageReader, in_flight
-from edgekv.runtime.store import Bytes, PageStore, StoreCounters, neighbours
+from edgekv.runtime.reader import PageReader, Request
+from edgekv.runtime.reads import Reads
+from edgekv.runtime.record import Wanted
+from edgekv.runtime.store import Bytes, PageStore, neighbours
 from edgekv.spec import PageSpec
 
 
 class EmulatedMedium:
     """A :class:`~edgekv.runtime.medium.Medium` whose requests take the time of a profile's drive.
 
-    Reads that a :class:`EmulatedReader` makes ahead are charged when they are asked for, by the thread that runs the app; its
-    own threads only move the bytes. So time depends on nothing that a scheduler decides.
+    Reads ahead are charged when they are asked for, by the thread that runs the app; other threads only move the bytes. So time
+    depends on nothing that a scheduler decides.
 
     Attributes:
         full: every write fails. error_rate, damage_rate: share of the requests that fail, or return a flipped bit.
@@ -35,20 +39,37 @@ class EmulatedMedium:
         self.reads = self.writes = self.faults = 0
         self._clock = clock
         self._random = random.Random(seed)
-        self._thread = threading.local()
+        self.asked_until = 0.0
 
     def read(self, file: int, out: memoryview, offset: int) -> int:
-        """Read; wait for it unless it was charged before."""
-        ahead: bool = getattr(self._thread, "ahead", False)
-        fault: str = self._thread.fault if ahead else self.draw()
-        if not ahead:
-            self._clock.wait_until(self.charge_read(self._clock.now, len(out)))
+        """Read, and wait for it."""
+        self._clock.wait_until(self.charge_read(self._clock.now, len(out)))
+        fault = self.draw()
         if fault == "error":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         got = SYSTEM.read(file, out, offset)
         if fault == "damage":
             out[got // 2] ^= 1
         return got
+
+    def start(
+        self, reads: Reads, file: int, places: NDArray[np.int64], wanted: Wanted, out: Bytes
+    ) -> Callable[[], list[bool]]:
+        """Ask the drive, and start to read; ``asked_until`` says when it is done, and who takes it waits until then."""
+        now = self.asked_until = self._clock.now
+        faults = []
+        for start, stop in neighbours(places.tolist()):
+            self.asked_until = max(self.asked_until, self.charge_read(now, out[start:stop].nbytes))
+            faults.append(self.draw())
+        finish = SYSTEM.start(reads, file, places, wanted, out)
+
+        def finished() -> list[bool]:
+            good = finish()
+            if "error" in faults:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return [*good[:-1], good[-1] and "damage" not in faults]
+
+        return finished
 
     def write(self, file: int, data: memoryview, offset: int) -> int:
         """Write, and wait until the drive took it."""
@@ -77,32 +98,21 @@ class EmulatedMedium:
         self.faults += bool(fault)
         return fault
 
-    @contextmanager
-    def charged(self, fault: str) -> Iterator[None]:
-        """Requests of this thread were charged before; ``fault`` is what goes wrong with them."""
-        self._thread.ahead, self._thread.fault = True, fault
+
+class _AtOnce(Reads):
+    """Reads that the drive does not know how to do ahead happen when they are asked for, on the thread that runs the app."""
+
+    def call(self, read: Callable[[], None]) -> Callable[[], None]:
         try:
-            yield
-        finally:
-            self._thread.ahead = False
+            read()
+        except EdgeKVError as error:
+            failed = error
 
+            def fail() -> None:
+                raise failed
 
-class _Ahead:
-    """The store as the reader's threads see it: every read was charged before."""
-
-    counters: StoreCounters
-
-    def __init__(self, store: PageStore, medium: EmulatedMedium) -> None:
-        self.counters = store.counters
-        self.write, self.free, self.close, self.tier = store.write, store.free, store.close, store.tier
-        self._store = store
-        self._medium = medium
-        #: By first record of a request: what goes wrong with it.
-        self.faults: dict[int, str] = {}
-
-    def read(self, records: list[int], tags: list[int], out: Bytes) -> None:
-        with self._medium.charged(self.faults.get(records[0], "")):
-            self._store.read(records, tags, out)
+            return fail
+        return lambda: None
 
 
 class EmulatedReader(PageReader):
@@ -118,30 +128,19 @@ class EmulatedReader(PageReader):
         clock: Clock,
         fetched: Callable[[int], None],
     ) -> None:
-        self._ahead = _Ahead(store, medium)
-        super().__init__(self._ahead, spec, capacity, ring)
+        super().__init__(store, spec, capacity, ring, _AtOnce())
         self._medium = medium
         self._clock = clock
-        self._record_bytes = spec.record_bytes
         self._fetched = fetched
-        self._done_s = 0.0
+        self._done_s = [0.0] * ring  # by slot
 
-    def request(self, records: list[int], tags: list[int]) -> None:
+    def request(self, wanted: Wanted) -> None:
         """Ask the drive, and start to read."""
-        self._settle()  # no thread reads while the faults of the next request are decided
-        self._ahead.faults.clear()
-        now = self._clock.now
-        self._done_s = now
-        for part in in_flight(len(records)):
-            mine, done = records[part], now
-            for start, stop in neighbours(mine):
-                done = self._medium.charge_read(done, (stop - start) * self._record_bytes)
-            self._done_s = max(self._done_s, done)
-            self._ahead.faults[mine[0]] = self._medium.draw()
-        super().request(records, tags)
+        self._medium.asked_until = self._clock.now
+        super().request(wanted)
+        self._done_s[self._pending[-1].slot] = self._medium.asked_until
 
-    def _finish(self) -> Bytes:
-        rows = super()._finish()
-        self._clock.wait_until(self._done_s)
-        self._fetched(len(rows))
-        return rows
+    def _finish(self, request: Request) -> None:
+        super()._finish(request)
+        self._clock.wait_until(self._done_s[request.slot])
+        self._fetched(len(request.wanted.records))

@@ -213,13 +213,14 @@ uint64_t read_bytes(const uint8_t* data, size_t n) {
 #include "isa_pages.h"
 #include "isa_decode.h"
 #include "isa_blocked.h"
+#include "isa_checksum.h"
 #include "isa_codec.h"
 
 namespace edgekv {
 
 const Kernels* avx512_kernels() {
     static const Kernels kernels{"avx512",      decode_run, blocked_pages, blocked_own, merge,
-                                 sum_mass, pack_warm,  to_half,       read_bytes};
+                                 sum_mass, pack_warm,  to_half,       read_bytes, checksum};
     const bool usable = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");

@@ -199,4 +199,5 @@ uint64_t read_bytes(const uint8_t* data, size_t n) {
 #include "isa_pages.h"
 #include "isa_decode.h"
 #include "isa_blocked.h"
+#include "isa_checksum.h"
 #include "isa_codec.h"

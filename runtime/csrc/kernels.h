@@ -126,6 +126,8 @@ struct Kernels {
     void (*to_half)(const float* x, uint16_t* out, size_t n);
     // Sums the bytes, to measure what a mere read costs.
     uint64_t (*read)(const uint8_t* data, size_t n);
+    // XXH3-64 of n > 240 bytes.
+    uint64_t (*checksum)(const uint8_t* data, size_t n);
 };
 
 const Kernels* avx512_kernels();  // null where the processor (or the build) lacks it

@@ -1,12 +1,14 @@
 // Bindings of what is done to single pages.
 #include <nanobind/nanobind.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "codec.h"
 #include "kernels.h"
+#include "row_reader.h"
 #include "thread_pool.h"
 #include "views.h"
 
@@ -172,6 +174,55 @@ void bounds(nb::handle refs, nb::handle low, nb::handle high, int page_size) {
     for (int64_t i = 0; i < n; ++i) page_bounds(g, view.data()[i], least.data() + i * one, most.data() + i * one);
 }
 
+void sum_rows(const Kernels& k, const uint8_t* rows, int64_t n, int64_t row_bytes, int64_t start, int64_t stop,
+              uint64_t* sums) {
+    for (int64_t i = 0; i < n; ++i) {
+        sums[i] = k.checksum(rows + i * row_bytes + start, static_cast<size_t>(stop - start));
+    }
+}
+
+void check_span(int64_t start, int64_t stop, int64_t row_bytes) {
+    if (start < 0 || stop > row_bytes || stop - start <= 240) {
+        throw nb::value_error("start and stop must name more than 240 bytes of a row");
+    }
+}
+
+// XXH3-64 of bytes [start, stop) of each row.
+void checksums(nb::handle rows, int64_t start, int64_t stop, nb::handle out) {
+    View<uint8_t> view(rows, "rows", {-1, -1});
+    View<uint64_t> sums(out, "out", {view.shape(0)}, true);
+    check_span(start, stop, view.shape(1));
+    const Kernels& k = kernels();
+    nb::gil_scoped_release released;
+    sum_rows(k, view.data(), view.shape(0), view.shape(1), start, stop, sums.data());
+}
+
+int64_t submit_rows(RowReader& reader, int file, nb::handle places, nb::handle rows, nb::handle heads,
+                    int64_t payload_bytes, nb::handle good) {
+    View<int64_t> place(places, "places", {-1});
+    const int64_t n = place.shape(0);
+    View<uint8_t> view(rows, "rows", {n, -1}, true);
+    View<uint8_t> head(heads, "heads", {n, kHeadBytes});
+    View<uint8_t> whole(good, "good", {n}, true);
+    check_span(kSummedFrom, kPayloadAt + payload_bytes, view.shape(1));
+    if (n == 0) throw nb::value_error("nothing to read");
+    return reader.submit({file, {place.data(), place.data() + n}, view.data(), view.shape(1), head.data(), payload_bytes,
+                          whole.data()});
+}
+
+void wait_rows(RowReader& reader, int64_t ticket) {
+    int error;
+    {
+        nb::gil_scoped_release released;
+        error = reader.wait(ticket);
+    }
+    if (error) {
+        errno = error;
+        PyErr_SetFromErrno(PyExc_OSError);
+        throw nb::python_error();
+    }
+}
+
 }  // namespace
 
 void bind_pages(nb::module_& m) {
@@ -185,6 +236,13 @@ void bind_pages(nb::module_& m) {
           nb::arg("page_size"));
     m.def("gather_int8", &gather_pages, nb::arg("pool"), nb::arg("refs"), nb::arg("keys"), nb::arg("key_scales"),
           nb::arg("values"), nb::arg("value_scales"));
+    nb::class_<RowReader>(m, "RowReader")
+        .def("__init__", [](RowReader* self, int n_threads) { new (self) RowReader(kernels(), n_threads); },
+             nb::arg("n_threads"))
+        .def("submit", &submit_rows, nb::arg("file"), nb::arg("places"), nb::arg("rows"), nb::arg("heads"),
+             nb::arg("payload_bytes"), nb::arg("good"))
+        .def("wait", &wait_rows, nb::arg("ticket"));
+    m.def("checksums", &checksums, nb::arg("rows"), nb::arg("start"), nb::arg("stop"), nb::arg("out"));
     m.def("page_bounds", &bounds, nb::arg("refs"), nb::arg("low"), nb::arg("high"), nb::arg("page_size"));
 }
 

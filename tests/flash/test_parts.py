@@ -12,6 +12,7 @@ from edgekv.runtime.cache import KVCache
 from edgekv.runtime.kernels import load_kernels
 from edgekv.runtime.policy import CacheOptions
 from edgekv.runtime.reader import PageReader
+from edgekv.runtime.record import Wanted
 from edgekv.runtime.select import AttendOptions, parse_attend
 from edgekv.runtime.store import FlashStore
 from edgekv.runtime.summary import Summaries, summary_bytes
@@ -20,15 +21,19 @@ from edgekv.spec import PageSpec
 SPEC = PageSpec(1, 2, 32, 16)
 
 
+def wanted(records: list[int], tags: list[int] | None = None) -> Wanted:
+    return Wanted(records, records if tags is None else tags, SPEC.warm_bytes)
+
+
 def test_a_guess_that_is_right_in_part_is_completed_and_not_read_twice(tmp_path: Path) -> None:
     store = FlashStore(tmp_path, SPEC)
     pages = list(np.random.default_rng(0).integers(0, 256, (20, SPEC.warm_bytes), np.uint8))
     store.write(list(range(20)), pages)
     reader = PageReader(store, SPEC, 8, ring=3)
-    reader.request([2, 3, 4], [2, 3, 4])
-    addresses, rows = reader.take_partly([3, 4, 9], [3, 4, 9])
+    reader.request(wanted([2, 3, 4]))
+    addresses, rows = reader.take_partly(wanted([3, 4, 9]))
     assert store.counters.records_read == 4
-    reader.request([5, 6], [5, 6])
+    reader.request(wanted([5, 6]))
     for address, row, expected in zip(addresses.tolist(), rows, (pages[3], pages[4], pages[9]), strict=True):
         assert address == row.ctypes.data + 64
         np.testing.assert_array_equal(row[64 : 64 + SPEC.warm_bytes], expected)
@@ -41,11 +46,11 @@ def test_a_guess_that_fails_is_only_an_error_when_it_is_needed(tmp_path: Path) -
     page = np.zeros(SPEC.warm_bytes, np.uint8)
     store.write([0, 1, 2], [page, page, page])
     reader = PageReader(store, SPEC, 8, ring=3)
-    reader.request([0, 1], [0, 7])  # record 1 is not page 7
-    assert len(reader.take_partly([2], [2])[1]) == 1
-    reader.request([0, 1], [0, 7])
+    reader.request(wanted([0, 1], [0, 7]))  # record 1 is not page 7
+    assert len(reader.take_partly(wanted([2]))[1]) == 1
+    reader.request(wanted([0, 1], [0, 7]))
     with pytest.raises(CorruptPage):
-        reader.take_partly([1], [7])
+        reader.take_partly(wanted([1], [7]))
     reader.close()
     store.close()
 

@@ -11,10 +11,15 @@ import pytest
 
 from edgekv.errors import CorruptPage
 from edgekv.runtime.reader import PageReader
+from edgekv.runtime.record import Wanted
 from edgekv.runtime.store import FlashStore
 from edgekv.spec import PageSpec
 
 SPEC = PageSpec(2, 2, 32, 16)
+
+
+def wanted(records: list[int], tags: list[int] | None = None) -> Wanted:
+    return Wanted(records, records if tags is None else tags, SPEC.warm_bytes)
 
 
 @pytest.fixture
@@ -36,17 +41,17 @@ def test_what_was_requested_is_there_and_the_addresses_point_at_the_payload(
     filled: tuple[FlashStore, PageReader, list[np.ndarray]],
 ) -> None:
     _, reader, pages = filled
-    wanted = [3, 4, 5, 11, 12]
-    reader.request(wanted, wanted)
-    addresses, rows = reader.take(wanted, wanted)
-    np.testing.assert_array_equal(payloads(rows), np.stack([pages[i] for i in wanted]))
+    chosen = [3, 4, 5, 11, 12]
+    reader.request(wanted(chosen))
+    addresses, rows = reader.take(wanted(chosen))
+    np.testing.assert_array_equal(payloads(rows), np.stack([pages[i] for i in chosen]))
     assert addresses.tolist() == [row.ctypes.data for row in payloads(rows)]
 
 
 def test_a_wrong_guess_is_read_again(filled: tuple[FlashStore, PageReader, list[np.ndarray]]) -> None:
     _, reader, pages = filled
-    reader.request([0, 1], [0, 1])
-    _, rows = reader.take([7, 8, 9], [7, 8, 9])
+    reader.request(wanted([0, 1]))
+    _, rows = reader.take(wanted([7, 8, 9]))
     np.testing.assert_array_equal(payloads(rows), np.stack(pages[7:10]))
 
 
@@ -54,9 +59,9 @@ def test_rows_that_were_taken_survive_the_next_request(
     filled: tuple[FlashStore, PageReader, list[np.ndarray]],
 ) -> None:
     _, reader, pages = filled
-    _, first = reader.take([0, 1], [0, 1])
-    reader.request([5, 6], [5, 6])
-    _, second = reader.take([5, 6], [5, 6])
+    _, first = reader.take(wanted([0, 1]))
+    reader.request(wanted([5, 6]))
+    _, second = reader.take(wanted([5, 6]))
     np.testing.assert_array_equal(payloads(first), np.stack(pages[:2]))
     np.testing.assert_array_equal(payloads(second), np.stack(pages[5:7]))
 
@@ -66,8 +71,8 @@ def test_damage_is_an_error_for_who_takes_it_and_for_nobody_else(
 ) -> None:
     store, reader, pages = filled
     os.pwrite(store._file, b"\xff\x00\xff", 2 * SPEC.record_bytes + 100)
-    reader.request([2], [2])
-    _, rows = reader.take([4], [4])
+    reader.request(wanted([2]))
+    _, rows = reader.take(wanted([4]))
     np.testing.assert_array_equal(payloads(rows), np.stack(pages[4:5]))
     with pytest.raises(CorruptPage):
-        reader.take([2], [2])
+        reader.take(wanted([2]))

@@ -1,0 +1,50 @@
+"""Reads in flight: rows of page files without the interpreter, anything else on Python threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.runtime.kernels import RowReads, load_kernels
+from edgekv.runtime.record import Wanted
+
+#: Reads that are in flight at a time. Source: benchmarks/bench_flash.py, where fewer leave the medium idle while the
+#: cores compute, and more gain nothing.
+QUEUE_DEPTH = 6
+
+
+class Reads:
+    """Threads that read while the caller computes."""
+
+    def __init__(self) -> None:
+        self._rows: RowReads = load_kernels().RowReader(QUEUE_DEPTH)
+        self._threads = ThreadPoolExecutor(QUEUE_DEPTH, thread_name_prefix="edgekv-reader")
+
+    def rows(
+        self, file: int, places: NDArray[np.int64], wanted: Wanted, out: NDArray[np.uint8]
+    ) -> Callable[[], list[bool]]:
+        """Start to read records from ``places`` of a file into ``out`` [n, record_bytes] uint8.
+
+        Returns:
+            what waits for the end and says for each row whether it is the record that was wanted; it raises the
+            system's OSError.
+        """
+        good = np.empty(len(out), np.uint8)
+        ticket = self._rows.submit(file, places, out, wanted.heads, wanted.payload_bytes, good)
+
+        def finish() -> list[bool]:
+            self._rows.wait(ticket)
+            return good.astype(bool).tolist()
+
+        return finish
+
+    def call(self, read: Callable[[], None]) -> Callable[[], None]:
+        """Start ``read`` on a thread and return what waits for its end and raises what it raised."""
+        return self._threads.submit(read).result
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown()
