@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.edgekv-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench format clean
+.PHONY: help setup demo test test-slow check bench bench-flash format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -32,6 +32,11 @@ format: setup ## format the code
 
 bench: setup ## speed against peers: JSON lines, then a table of every bar with its ratio; exit 1 when one is missed
 	@$(PY) benchmarks/bench.py
+
+BENCH_BUNDLE ?= $(if $(EDGEKV_PEERS),$(EDGEKV_PEERS)/edgekv-int4.edgekv,bench-output/demo.edgekv)
+bench-flash: setup ## the flash tier: exact streaming against compute and the medium; exit 1 when the bar is missed
+	@[ -e $(BENCH_BUNDLE) ] || $(VENV)/bin/edgekv export demo --out $(BENCH_BUNDLE)
+	@$(PY) benchmarks/bench_flash.py $(BENCH_BUNDLE)
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build demo-output bench-output

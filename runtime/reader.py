@@ -69,8 +69,13 @@ class PageReader:
         return bool(self._free)
 
     def request(self, wanted: Wanted) -> None:
-        """Start to read records; without room, the oldest request that was not taken is forgotten."""
+        """Start to read records; without room, the oldest request that was not taken is forgotten.
+
+        When what was taken last fills the ring, nothing is read ahead.
+        """
         if not self._free:
+            if not self._pending:
+                return
             self._forget(self._pending.popleft())
         slot = self._free.pop()
         rows = self._buffers[slot][: len(wanted.records)]
@@ -111,7 +116,10 @@ class PageReader:
         found: dict[tuple[int, int], tuple[np.uint64, Bytes]] = {}
         while self._pending:
             guess = self._pending.popleft()
-            if set(names).isdisjoint(zip(guess.wanted.records, guess.wanted.tags, strict=True)):
+            # The last free slot is for what is missing.
+            if not (self._free or self._pending) or set(names).isdisjoint(
+                zip(guess.wanted.records, guess.wanted.tags, strict=True)
+            ):
                 self._forget(guess)
                 continue
             # A guess that failed is read again if it is needed, and fails again.

@@ -227,6 +227,8 @@ class FlashStore:
         """Count what was read, if all of it is good."""
         if not all(good):
             index = good.index(False)
+            if os.fstat(self._file).st_size < (records[index] + 1) * self.spec.record_bytes:
+                raise CorruptPage(f"the page file in {self.folder} is shorter than what was written to it")
             raise CorruptPage(
                 f"record {records[index]} in {self.folder} (layer {tags[index] >> 32}, page {tags[index] & 0xFFFFFFFF}) differs"
                 " from its checksum; it was not used. Run the prompt again; if this comes back, the medium is failing"
