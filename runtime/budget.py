@@ -83,7 +83,7 @@ def plan_budget(
     if budget is None:
         compress = mode == KVMode.INT8
         arena = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
-        return BudgetPlan(arena + summaries, arena, 0, compress, True, _piece_pages(spec, arena, run_pages))
+        return BudgetPlan(arena + summaries, arena, 0, compress, True, *_ring(spec, arena, run_pages, selective))
     compress = mode == KVMode.INT8 or (mode == KVMode.AUTO and whole_fp16 > budget)
     whole = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
     if whole + summaries <= budget:

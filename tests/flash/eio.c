@@ -1,8 +1,10 @@
-/* Preloaded into a process: once the file EDGEKV_EIO exists, every vectored read at an offset fails with EIO, as a dying medium does. */
+/* Preloaded into a process: once the file EDGEKV_EIO exists, every read of a page file fails with EIO, as a dying medium does. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -25,3 +27,23 @@ READ(preadv, off_t at, NONE, (fd, parts, count, at))
 READ(preadv64, off64_t at, NONE, (fd, parts, count, at))
 READ(preadv2, off_t at, FLAGS, (fd, parts, count, at, flags))
 READ(preadv64v2, off64_t at, FLAGS, (fd, parts, count, at, flags))
+
+/* A plain read is also how weights are loaded: only page files die. */
+static int is_page_file(int fd) {
+  char link[64], path[4096];
+  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+  const ssize_t n = readlink(link, path, sizeof path - 1);
+  if (n < 0) return 0;
+  path[n] = 0;
+  return strstr(path, "/pages-") != NULL;
+}
+
+#define READ_ONE(name, offset)                                       \
+  ssize_t name(int fd, void *into, size_t count, offset at) {        \
+    static __typeof__(name) *next;                                   \
+    if (!next) next = dlsym(RTLD_NEXT, #name);                       \
+    if (dying() && is_page_file(fd)) return errno = EIO, -1;         \
+    return next(fd, into, count, at);                                \
+  }
+READ_ONE(pread, off_t)
+READ_ONE(pread64, off64_t)
