@@ -19,13 +19,13 @@ demo: setup ## the main job: export the bundled model, run it under a phone's me
 	@$(PY) examples/demo.py
 
 test: setup ## the suite, as CI runs it
-	@$(VENV)/bin/pytest -q
+	@$(VENV)/bin/pytest -q -n auto
 
 test-slow: setup ## the slow tests
-	@$(VENV)/bin/pytest -q -m slow
+	@$(VENV)/bin/pytest -q -n auto -m slow
 
 check: setup ## lint, types and quick tests
-	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(VENV)/bin/pytest -q -x
+	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(VENV)/bin/pytest -q -x -n auto
 
 format: setup ## format the code
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .

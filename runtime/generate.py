@@ -328,8 +328,7 @@ class Generator:
             self._attender = Attender(
                 model, self._cache, self.kernels, threads=self.options.threads, executor=self._engine.executor,
                 max_tokens=self.options.prefill_chunk,
-                # Past the planned context a session's pages may go to its files.
-                piece_pages=max(self._plan.piece_pages, self.kernels.RUN_PAGES), ring_pieces=self._plan.ring_pieces,
+                piece_pages=self._plan.piece_pages, ring_pieces=self._plan.ring_pieces,
                 attend=self._attend, machine=self._machine,
             )  # fmt: skip
             self._forward = SplitForward(self._engine, self._embedding, Rope(model.rope), self._cache, self._attender)
