@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from edgekv.runtime.kernels import RowReads, load_kernels
 from edgekv.runtime.record import Wanted, check_records, is_short
 
-#: Reads that are in flight at a time. Source: benchmarks/bench_flash.py, where fewer leave the medium idle while the
-#: cores compute, and more gain nothing.
-QUEUE_DEPTH = 6
+#: Reads that are in flight at a time. Source: benchmarks/bench_flash.py; more threads take cores from the computing.
+QUEUE_DEPTH = 4
 
 
 class Reads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_pages_of_a_layer_lie_side_by_side_on_flash(bundle: Bundle, tmp_path: Pa
 
 
 #: 8 layers, 16 KV heads of 64: 17 KiB of INT8 cache per token beside weights of a few MB.
-WIDE = {
+WIDE: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 256,
     "num_hidden_layers": 8,
@@ -73,6 +74,7 @@ WIDE = {
 CHILD = """
 import sys
 from pathlib import Path
+from typing import Any
 import numpy as np
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.types import KVMode, PressureMode
