@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -200,3 +201,18 @@ def test_a_wrong_page_is_refused(kernels: Kernels) -> None:
 @both
 def test_reading_takes_time(kernels: Kernels) -> None:
     assert kernels.read_bandwidth(kernels.ThreadPool(2), np.zeros(1 << 20, np.uint8)) > 0
+
+
+@pytest.mark.parametrize("size", [241, 256, 300, 1023, 1024, 1025, 1088, 4096, 34_352, 100_001])
+@both
+def test_checksums_are_those_of_the_xxhash_library(kernels: Kernels, size: int) -> None:
+    rows = np.random.default_rng(size).integers(0, 256, (3, size + 21), np.uint8)
+    sums = np.zeros(3, np.uint64)
+    kernels.checksums(rows, 16, 16 + size, sums)
+    assert sums.tolist() == [xxhash.xxh3_64_intdigest(row[16 : 16 + size].tobytes()) for row in rows]
+
+
+@both
+def test_a_row_too_short_for_the_checksum_is_refused(kernels: Kernels) -> None:
+    with pytest.raises(ValueError, match="more than 240 bytes"):
+        kernels.checksums(np.zeros((1, 300), np.uint8), 0, 240, np.zeros(1, np.uint64))
