@@ -16,7 +16,7 @@ from edgekv.runtime.cache import KVCache
 from edgekv.runtime.pages import tag
 from edgekv.runtime.reader import PageReader
 from edgekv.runtime.record import Wanted
-from edgekv.types import Tier
+from edgekv.runtime.table import offloaded
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The pieces of a layer, for these COLD pages with these records."""
+    """The pieces of a layer, for these pages on flash or beyond with these records."""
 
     cold: NDArray[np.bool_]
     records: NDArray[np.int64]
@@ -123,7 +123,7 @@ class Lookahead:
         table, n_layers = self._cache.table, self._cache.spec.n_layers
         idle = 0  # layers in a row without anything on flash
         while idle <= n_layers:
-            pieces = self.pieces(layer, table.tier[layer, : table.n_pages(layer)] == Tier.COLD)
+            pieces = self.pieces(layer, offloaded(table.tier[layer, : table.n_pages(layer)]))
             needed = [piece for piece in pieces[index:] if piece.pages]
             yield from needed
             idle = 0 if needed else idle + 1
