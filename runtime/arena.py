@@ -20,6 +20,15 @@ from edgekv.spec import PageSpec
 HUGE_PAGE_BYTES = 8 * 1024 * 1024
 
 
+def _anonymous(size_bytes: int) -> mmap.mmap:
+    """Memory of this process alone: Linux backs shared mappings, Python's default, with huge pages only where an
+    administrator allows it, and keeps their contents when they are given back.
+    """
+    if hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size_bytes)
+
+
 class Arena:
     """Frames for the resident set.
 
@@ -30,7 +39,7 @@ class Arena:
     def __init__(self, spec: PageSpec, budget_bytes: int) -> None:
         self.spec = spec
         self.n_frames = budget_bytes // spec.frame_bytes
-        self._map = mmap.mmap(-1, max(self.n_frames * spec.frame_bytes, mmap.PAGESIZE))
+        self._map = _anonymous(max(self.n_frames * spec.frame_bytes, mmap.PAGESIZE))
         if hasattr(mmap, "MADV_HUGEPAGE") and self.n_frames * spec.frame_bytes >= HUGE_PAGE_BYTES:
             # Attention walks the arena from end to end: with 4 KiB pages a quarter of its time goes to address lookup.
             with contextlib.suppress(OSError):
