@@ -56,7 +56,8 @@ class Timed:
 
 def profile(generator: Generator, token: int, rounds: int = 16) -> dict[str, float]:
     """Return the median milliseconds of a token: dense, attention, and rest."""
-    forward: Any = generator._forward
+    assert generator.prepared is not None
+    forward: Any = generator.prepared.forward
     dense, attention = Stopwatch(), Stopwatch()
     forward._engine = Timed(forward._engine, dense, ("run", "head"))
     attender = forward._attender

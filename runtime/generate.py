@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,29 +18,23 @@ import numpy as np
 
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.errors import UsageError
-from edgekv.runtime.attend import Attender
-from edgekv.runtime.budget import BudgetPlan, plan_budget
+from edgekv.runtime.budget import BudgetPlan
 from edgekv.runtime.cache import KVCache
-from edgekv.runtime.embedding import Embedding
-from edgekv.runtime.engines.base import Float, InlineEngine, SegmentEngine
-from edgekv.runtime.engines.choose import open_inline, open_segments
-from edgekv.runtime.forward import Forward, Rows, SplitForward
-from edgekv.runtime.governor import Governor, Level, Reclaim
+from edgekv.runtime.engines.base import Float
+from edgekv.runtime.forward import Rows
+from edgekv.runtime.governor import Level, Reclaim
 from edgekv.runtime.kernels import Kernels, load_kernels
 from edgekv.runtime.machine import HOST, Machine
 from edgekv.runtime.options import RunOptions as RunOptions
-from edgekv.runtime.options import attend_options, check_length, open_offload, planned_context, verified_stamp
 from edgekv.runtime.options import cache_home as cache_home
+from edgekv.runtime.options import check_length, planned_context, verified_stamp
 from edgekv.runtime.options import default_threads as default_threads
-from edgekv.runtime.policy import CacheOptions, make_policy
-from edgekv.runtime.rope import Rope
+from edgekv.runtime.prepare import Prepared, Segments, check_options, load_dense, prepare_cache
 from edgekv.runtime.sampling import Sampler, SamplingOptions
 from edgekv.runtime.session import Session, common_prefix
 from edgekv.runtime.session_keeper import SessionKeeper, with_prefix
 from edgekv.runtime.stats import RunStats
-from edgekv.runtime.store import PageStore
 from edgekv.runtime.text import Text, TextStream
-from edgekv.types import KVMode
 
 
 class Generator:
@@ -59,25 +52,12 @@ class Generator:
         self.manifest: Manifest = read_manifest(folder)
         check_files(folder, self.manifest, stamp=verified_stamp(folder))
         self.kernels: Kernels = load_kernels()
-        self._policy = make_policy(options.policy)
-        self._attend = attend_options(options, self.manifest.form)
+        check_options(options, self.manifest.form)
         self._tokens: list[int] = []
-        self._forward: Forward | None = None
-        self._cache: KVCache | None = None
-        self._store: PageStore | None = None
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._engine: SegmentEngine | None = None
-        self._inline: InlineEngine | None = None
-        self._attender: Attender | None = None
-        self._governor: Governor | None = None
-        self._planned_context = 0
-        self._keeper = self._open_session()  # first: a wrong or a locked one is refused before anything is loaded
-        if self.manifest.form == "split":
-            threads, own = options.threads, options.own_process
-            engine = open_segments(folder, self.manifest, threads, cache_home(), own_process=own)
-            self._engine = machine.segments(engine, self.manifest)
-            assert self.manifest.embedding is not None
-            self._embedding = Embedding(folder, self.manifest.embedding, self.manifest.model)
+        #: The cache of the sequence and what runs on it, once a prompt gave it a size.
+        self.prepared: Prepared | None = None
+        self._keeper = self._open_session()  # a wrong or a locked one is refused before anything is loaded
+        self._dense = load_dense(folder, self.manifest, options, machine)
         self.stats = RunStats(load_seconds=machine.now() - started)
 
     @classmethod
@@ -100,12 +80,9 @@ class Generator:
         other = copy.copy(self)
         other.options = options
         other.stats = RunStats()
-        other._policy = make_policy(options.policy)
-        other._attend = attend_options(options, self.manifest.form)
+        check_options(options, self.manifest.form)
         other._tokens = []
-        other._forward = other._cache = other._store = other._scratch = None
-        other._attender = other._governor = None
-        other._planned_context = 0
+        other.prepared = None
         other._keeper = other._open_session()
         return other
 
@@ -128,8 +105,8 @@ class Generator:
 
     def save(self, *, whole: bool = False) -> None:
         """Write a checkpoint of the session now; ``whole`` includes the page that is not full yet."""
-        if self._keeper is not None and self._cache is not None:
-            self._keeper.save(self._cache, self._tokens, whole=whole)
+        if self._keeper is not None and self.prepared is not None:
+            self._keeper.save(self.prepared.cache, self._tokens, whole=whole)
 
     def _open_session(self) -> SessionKeeper | None:
         if self.options.session is None:
@@ -201,9 +178,9 @@ class Generator:
     ) -> Float:
         """Bring the cache to hold the prompt and return the logits after its last token [vocab_size] float32."""
         prompt = prompt or [self.manifest.model.bos_token_id or 0]
-        fresh, machine = self._cache is None, self._machine
+        fresh, machine = self.prepared is None, self._machine
         self._keeper = with_prefix(self._keeper, self.options, self.manifest, prompt, fresh=fresh, machine=machine)
-        self._make_cache(len(prompt), max_tokens)
+        self.prepare(len(prompt), max_tokens)
         reused = self._reuse(prompt)
         started = self._machine.now()
         done, total = reused, len(prompt)
@@ -233,40 +210,42 @@ class Generator:
         """Add tokens and return the logits after each of them [T, vocab_size] (teacher forcing); not with a session."""
         if self._keeper is not None:
             raise UsageError("score() computes every token; use it without a session")
-        self._make_cache(len(self._tokens) + len(tokens), 0)
+        self.prepare(len(self._tokens) + len(tokens), 0)
         parts = []
         for start in range(0, len(tokens), self.options.prefill_chunk):
             parts.append(self._run(tokens[start : start + self.options.prefill_chunk], "all").copy())
         return np.concatenate(parts)
 
     def _run(self, tokens: Sequence[int], rows: Rows) -> Float:
-        assert self._forward is not None and self._cache is not None and self._governor is not None  # noqa: PT018
-        self._governor.between_steps()
+        prepared = self.prepared
+        assert prepared is not None
+        prepared.governor.between_steps()
         start = len(self._tokens)
         check_length(self.options, self.manifest.model.max_context, start + len(tokens))
         try:
             positions = np.arange(start, start + len(tokens), dtype=np.int64)
-            logits = self._forward.step(np.asarray(tokens, np.int64), positions, rows)
+            logits = prepared.forward.step(np.asarray(tokens, np.int64), positions, rows)
         except BaseException:
             # A step that failed half way leaves some layers longer than others: back to what all of them hold.
-            kept = self._cache.truncate(start)
+            kept = prepared.cache.truncate(start)
             del self._tokens[kept:]
             raise
         self._tokens.extend(int(token) for token in tokens)
         if self._keeper is not None:
-            self._keeper.stepped(start, self._cache, self._tokens)
+            self._keeper.stepped(start, prepared.cache, self._tokens)
         return logits
 
     def _reuse(self, prompt: Sequence[int]) -> int:
         """Cut the cache to the longest common prefix; at least the last token is computed again, for its logits."""
-        assert self._cache is not None
+        assert self.prepared is not None
+        cache = self.prepared.cache
         if self._keeper is not None:
-            restored = self._keeper.restore(self._cache, prompt)
+            restored = self._keeper.restore(cache, prompt)
             if restored is not None:
                 self._tokens = restored
         common = common_prefix(self._tokens, prompt[:-1])
         if common < len(self._tokens):
-            common = self._cache.truncate(common)
+            common = cache.truncate(common)
             del self._tokens[common:]
         return common
 
@@ -275,84 +254,67 @@ class Generator:
     @property
     def cache(self) -> KVCache | None:
         """The cache of the sequence, once a prompt gave it a size."""
-        return self._cache
+        return self.prepared.cache if self.prepared is not None else None
 
     @property
     def engine(self) -> str:
         """What computes the dense parts, for messages."""
-        engine = self._engine or self._inline
-        return engine.description if engine is not None else self.manifest.engine
+        dense = self._dense
+        return dense.engine.description if isinstance(dense, Segments) else dense.description
 
     @property
     def budget(self) -> BudgetPlan | None:
         """How the budget was divided, once a prompt gave the cache a size."""
-        return self._plan if self._cache is not None else None
+        return self.prepared.plan if self.prepared is not None else None
 
-    def _make_cache(self, prompt_tokens: int, max_tokens: int) -> None:
-        model = self.manifest.model
-        context = planned_context(self.options, model.max_context, prompt_tokens, max_tokens)
-        if self._cache is not None:
-            if context <= self._planned_context:
-                return
-            # Longer than what the cache was sized for: start over (stats show what was reused: nothing, or the session).
+    def prepare(self, prompt_tokens: int, max_tokens: int) -> BudgetPlan:
+        """Make a cache for a prompt and what follows it, unless there is one that is long enough; return its budget.
+
+        A sequence that becomes longer than its cache was made for starts over with a new one (or from its session).
+
+        Raises:
+            PromptTooLong: more than the context. BudgetError, StoreError: see :func:`prepare_cache`.
+        """
+        context = planned_context(self.options, self.manifest.model.max_context, prompt_tokens, max_tokens)
+        if self.prepared is not None:
+            if context <= self.prepared.context:
+                return self.prepared.plan
             self.save(whole=True)
             self._drop_cache()
-        self._planned_context = context
-        spec = model.pages(self.manifest.page_size)
-        self._plan = plan_budget(
-            spec, kv_budget=self.options.kv_budget, context=context, run_pages=self.kernels.RUN_PAGES,
-            mode=self.options.kv if self._keeper is None else KVMode.INT8,
-            inline=self.manifest.form == "inline", selective=self._attend.selective,
-        )  # fmt: skip
-        if self._keeper is not None:
-            self._store = self._keeper.session.store
-        elif not self._plan.fits and (self.options.offload is not None or not self.options.allow_drop):
-            self._store, self._scratch = open_offload(self.options, spec, self._machine.medium)
-        options = CacheOptions(
-            budget_bytes=self._plan.arena_bytes, compress_at_seal=self._plan.compress_at_seal,
-            allow_drop=self.options.allow_drop, policy=self._policy,
-            merge_layers=frozenset(at for at, window in enumerate(model.windows) if not (window or self._keeper)),
-        )  # fmt: skip
-        self._cache = KVCache(spec, options, self.kernels, self._store, max_pages=-(-context // spec.page_size))
-        self._machine.watch(self._cache, self._plan, self._abandon_session)
-        if self.manifest.form == "inline":
-            from edgekv.runtime.inline import InlineForward
-
-            if self._inline is None:
-                threads, own = self.options.threads, self.options.own_process
-                inline = open_inline(self.folder, self.manifest, threads, cache_home(), own_process=own)
-                self._inline = self._machine.inline(inline, self.manifest)
-            self._forward = InlineForward(self._inline, model, self._cache)
-        else:
-            assert self._engine is not None
-            self._attender = Attender(
-                model, self._cache, self.kernels, threads=self.options.threads, executor=self._engine.executor,
-                max_tokens=self.options.prefill_chunk,
-                piece_pages=self._plan.piece_pages, ring_pieces=self._plan.ring_pieces,
-                attend=self._attend, machine=self._machine,
-            )  # fmt: skip
-            self._forward = SplitForward(self._engine, self._embedding, Rope(model.rope), self._cache, self._attender)
-        self._governor = Governor(self._cache.manager, self._plan, context, self.options, self._machine, self._attender)
+        self.prepared = prepare_cache(
+            self.manifest,
+            self._dense,
+            self.kernels,
+            self.options,
+            self._machine,
+            context=context,
+            session=self.session,
+            abandon=self._abandon_session,
+        )
+        return self.prepared.plan
 
     def set_budget(self, kv_budget: int | str) -> Reclaim | None:
         """Change the KV budget, between two tokens; see :meth:`Governor.set_budget`. Before the first prompt: None."""
-        self.options = replace(self.options, kv_budget=kv_budget) if self._governor is None else self.options
-        return self._governor.set_budget(kv_budget) if self._governor is not None else None
+        if self.prepared is None:
+            self.options = replace(self.options, kv_budget=kv_budget)
+            return None
+        return self.prepared.governor.set_budget(kv_budget)
 
     def on_pressure(self, level: Level | str) -> Reclaim | None:
         """Tell, between two tokens, how short memory is; see :meth:`Governor.on_pressure`."""
-        return self._governor.on_pressure(Level(level)) if self._governor is not None else None
+        return self.prepared.governor.on_pressure(Level(level)) if self.prepared is not None else None
 
     def report(self) -> RunStats:
         """Return the counters of the run, with what the cache holds now and the peak RSS of the process."""
         self.stats.peak_rss_bytes = self._machine.peak_rss_bytes()
-        if self._cache is not None:
-            self.stats.cache = replace(self._cache.use(), budget_bytes=self._plan.budget_bytes)
-            self.stats.pages = self._cache.manager.counters
-            self.stats.selection = self._attender.selection.summary() if self._attender is not None else None
-            self.stats.pressure = self._governor.stats if self._governor is not None else None
-            if self._cache.manager.store is not None:
-                self.stats.count(self._cache.manager.store.counters)
+        if self.prepared is not None:
+            cache, attender = self.prepared.cache, self.prepared.attender
+            self.stats.cache = replace(cache.use(), budget_bytes=self.prepared.plan.budget_bytes)
+            self.stats.pages = cache.manager.counters
+            self.stats.selection = attender.selection.summary() if attender is not None else None
+            self.stats.pressure = self.prepared.governor.stats
+            if cache.manager.store is not None:
+                self.stats.count(cache.manager.store.counters)
         return self.stats
 
     def close(self) -> None:
@@ -375,21 +337,10 @@ class Generator:
             keeper.session.abandon()
 
     def _drop_cache(self) -> None:
-        if self._attender is not None:
-            self._attender.close()
-            self._attender = None
-        if self._governor is not None:
-            self._governor.close()
-            self._governor = None
-        self._forward = None
-        self._cache = None
+        prepared, self.prepared = self.prepared, None
         self._tokens = []
-        if self._store is not None and self._keeper is None:
-            self._store.close()
-        self._store = None
-        if self._scratch is not None:
-            self._scratch.cleanup()
-            self._scratch = None
+        if prepared is not None:
+            prepared.close()
 
     def __enter__(self) -> Generator:
         return self

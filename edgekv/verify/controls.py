@@ -165,9 +165,9 @@ class ShiftedRope:
 
     def before_step(self, generator: Generator, position: int) -> None:
         """Put wrong positions between the loop and the decoder."""
-        forward = generator._forward
-        if position >= self.start and forward is not None and not isinstance(forward, _ShiftedForward):
-            generator._forward = _ShiftedForward(forward, self.by)
+        prepared = generator.prepared
+        if position >= self.start and prepared is not None and not isinstance(prepared.forward, _ShiftedForward):
+            prepared.forward = _ShiftedForward(prepared.forward, self.by)
 
 
 class _ShiftedForward:

@@ -51,10 +51,7 @@ class Lane:
         Raises:
             BudgetError: it is too small.
         """
-        self.generator._make_cache(0, 0)
-        plan = self.generator.budget
-        assert plan is not None
-        return plan
+        return self.generator.prepare(0, 0)
 
     def score(self, tokens: Sequence[int], start: int, stop: int) -> Float:
         """Feed tokens[start:stop] and return the logits after each of them [T, vocab_size]."""

@@ -72,7 +72,7 @@ def test_a_failing_medium_ends_the_run_and_every_token_before_is_right(
     with Generator.open(folder, options) as generator:
         stream = generator.tokens(TOKENS, max_tokens=COUNT)
         said.append(next(stream))
-        store, cache = generator._store, generator.cache
+        store, cache = generator.cache.manager.store, generator.cache  # type: ignore[union-attr]
         assert isinstance(store, FlashStore)
         assert cache is not None
         damage(store, sorted(cache.table.record[cache.table.tier == Tier.COLD].tolist()))

@@ -73,8 +73,8 @@ def broken_off(bundle: Bundle, run: RunOptions, harm: Callable[[ObjectStore], ob
     with Generator.open(bundle("demo"), run) as generator:
         stream = generator.tokens(TOKENS, max_tokens=COUNT)
         said.append(next(stream))
-        assert isinstance(generator._store, ObjectStore)
-        harm(generator._store)
+        assert isinstance(generator.cache.manager.store, ObjectStore)  # type: ignore[union-attr]
+        harm(generator.cache.manager.store)  # type: ignore[union-attr]
         with pytest.raises(StoreError) as caught:
             said.extend(stream)
         generator.cache.check()  # type: ignore[union-attr]

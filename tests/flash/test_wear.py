@@ -71,7 +71,7 @@ def test_a_page_is_written_once_and_in_large_batches(bundle: Bundle, tmp_path: P
                                    context=1700)
     ) as generator:  # fmt: skip
         list(generator.tokens(TOKENS, max_tokens=60))
-        cache, store = generator.cache, generator._store
+        cache, store = generator.cache, generator.cache.manager.store  # type: ignore[union-attr]
         assert cache is not None
         assert store is not None
         on_flash = int((cache.table.record >= 0).sum())

@@ -149,7 +149,7 @@ def test_a_damaged_record_ends_the_run_and_never_reaches_a_token(bundle: Bundle,
     with Generator.open(bundle("demo"), options) as generator:
         stream = generator.tokens(prompt(600, 1000), max_tokens=50)
         next(stream)
-        store = generator._store
+        store = generator.cache.manager.store  # type: ignore[union-attr]
         assert isinstance(store, FlashStore)
         cold = generator.cache.table.record[generator.cache.table.tier == Tier.COLD]  # type: ignore[union-attr]
         at = int(cold[0]) * store.spec.record_bytes + 200
@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up_stops_the_run_keeps_the_cache_whole_and_lets_it_go
     options = RunOptions(kv_budget="25%", context=900, kv=KVMode.INT8, offload=tmp_path, threads=2)
     with Generator.open(bundle("demo"), options) as generator:
         generator.prefill(tokens[:300], max_tokens=0)
-        store = generator._store
+        store = generator.cache.manager.store  # type: ignore[union-attr]
         assert isinstance(store, FlashStore)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         # The kernel refuses to let any file grow beyond what the page file has now.

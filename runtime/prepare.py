@@ -1,0 +1,151 @@
+"""What a sequence runs on, made ready: the dense parts of a bundle once, then a cache of the right size for each sequence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekv.bundle import Manifest
+from edgekv.runtime.attend import Attender
+from edgekv.runtime.budget import BudgetPlan, plan_budget
+from edgekv.runtime.cache import KVCache
+from edgekv.runtime.embedding import Embedding
+from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
+from edgekv.runtime.engines.choose import open_inline, open_segments
+from edgekv.runtime.forward import Forward, SplitForward
+from edgekv.runtime.governor import Governor
+from edgekv.runtime.inline import InlineForward
+from edgekv.runtime.kernels import Kernels
+from edgekv.runtime.machine import Machine
+from edgekv.runtime.options import RunOptions, attend_options, cache_home, open_offload
+from edgekv.runtime.policy import CacheOptions, make_policy
+from edgekv.runtime.rope import Rope
+from edgekv.runtime.session import Session
+from edgekv.runtime.store import PageStore
+from edgekv.types import KVMode
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The dense parts of a split bundle."""
+
+    engine: SegmentEngine
+    embedding: Embedding
+
+
+def load_dense(folder: Path, manifest: Manifest, options: RunOptions, machine: Machine) -> Segments | InlineEngine:
+    """Load the dense parts of a bundle; any number of caches may run on them.
+
+    Raises:
+        BundleError: it cannot be used. EngineMissing: a package that it needs is not installed. EngineError: the engine
+            refused a graph.
+    """
+    threads, own = options.threads, options.own_process
+    if manifest.form == "inline":
+        return machine.inline(open_inline(folder, manifest, threads, cache_home(), own_process=own), manifest)
+    engine = open_segments(folder, manifest, threads, cache_home(), own_process=own)
+    assert manifest.embedding is not None
+    return Segments(machine.segments(engine, manifest), Embedding(folder, manifest.embedding, manifest.model))
+
+
+def check_options(options: RunOptions, form: str) -> None:
+    """Refuse, before anything is loaded, what a bundle of this form could not do.
+
+    Raises:
+        UsageError: ``attend`` or ``policy`` is not understood, or not for this form.
+    """
+    attend_options(options, form)
+    make_policy(options.policy)
+
+
+@dataclass
+class Prepared:
+    """A cache for one sequence of up to ``context`` tokens, and what runs on it; ``attender``: in the split form."""
+
+    context: int
+    plan: BudgetPlan
+    cache: KVCache
+    forward: Forward
+    governor: Governor
+    attender: Attender | None
+    _release: contextlib.ExitStack
+
+    def close(self) -> None:
+        """Free the cache and its file on flash; the files of a session belong to the session."""
+        self._release.close()
+
+
+def prepare_cache(
+    manifest: Manifest,
+    dense: Segments | InlineEngine,
+    kernels: Kernels,
+    options: RunOptions,
+    machine: Machine,
+    *,
+    context: int,
+    session: Session | None,
+    abandon: Callable[[], None],
+) -> Prepared:
+    """Divide the budget and make a cache for a sequence of up to ``context`` tokens.
+
+    Args:
+        session: keeps the pages of the sequence, if there is one.
+        abandon: lets the session go as the end of the process would.
+
+    Raises:
+        BudgetError: the budget is too small. StoreError: there is no room for pages on flash, or the object store refused.
+            EngineMissing: a package for it is not installed. UsageError: the options contradict each other.
+    """
+    model = manifest.model
+    spec = model.pages(manifest.page_size)
+    attend = attend_options(options, manifest.form)
+    plan = plan_budget(
+        spec,
+        kv_budget=options.kv_budget,
+        context=context,
+        run_pages=kernels.RUN_PAGES,
+        mode=options.kv if session is None else KVMode.INT8,
+        inline=manifest.form == "inline",
+        selective=attend.selective,
+    )
+    with contextlib.ExitStack() as release:
+        store: PageStore | None = session.store if session is not None else None
+        if store is None and not plan.fits and (options.offload is not None or not options.allow_drop):
+            store, scratch = open_offload(options, spec, machine.medium)
+            if scratch is not None:
+                release.callback(scratch.cleanup)
+            release.callback(store.close)
+        cache_options = CacheOptions(
+            budget_bytes=plan.arena_bytes,
+            compress_at_seal=plan.compress_at_seal,
+            allow_drop=options.allow_drop,
+            policy=make_policy(options.policy),
+            merge_layers=frozenset(at for at, window in enumerate(model.windows) if not (window or session)),
+        )
+        cache = KVCache(spec, cache_options, kernels, store, max_pages=-(-context // spec.page_size))
+        machine.watch(cache, plan, abandon)
+        attender: Attender | None = None
+        forward: Forward
+        if isinstance(dense, Segments):
+            attender = Attender(
+                model,
+                cache,
+                kernels,
+                threads=options.threads,
+                executor=dense.engine.executor,
+                max_tokens=options.prefill_chunk,
+                piece_pages=plan.piece_pages,
+                ring_pieces=plan.ring_pieces,
+                attend=attend,
+                machine=machine,
+            )
+            forward = SplitForward(dense.engine, dense.embedding, Rope(model.rope), cache, attender)
+        else:
+            forward = InlineForward(dense, model, cache)
+        governor = Governor(cache.manager, plan, context, options, machine, attender)
+        release.callback(governor.close)
+        if attender is not None:
+            release.callback(attender.close)  # before the governor, whose store it may read from
+        return Prepared(context, plan, cache, forward, governor, attender, release.pop_all())
