@@ -51,17 +51,21 @@ def prompt(count: int) -> list[int]:
     return tokens
 
 
-def as_stored(matrix: torch.Tensor, engine: str, weights: str, *, embedding: bool, symmetric: bool) -> torch.Tensor:
-    """Return a matrix as a bundle holds it, dequantised."""
+def as_stored(matrix: torch.Tensor, engine: str, weights: str, *, table: bool, symmetric: bool) -> torch.Tensor:
+    """Return a matrix as a bundle holds it, dequantised.
+
+    Args:
+        table: an embedding that is not the head too: its rows are looked up, so they are INT8 where products are int4.
+    """
     from edgekv.export.quantise import BITS, quantise
 
     if weights in ("fp32", "fp16"):
         return matrix.to(torch.float16 if weights == "fp16" else torch.float32).float()
-    if engine == "executorch" and not embedding:
+    if engine == "executorch" and not table:
         from edgekv.export import executorch_weights
 
         return executorch_weights.quantise(matrix, weights).dequantise()
-    bits = 8 if engine == "executorch" else BITS[weights]
+    bits = 8 if table else BITS[weights]
     stored = quantise(matrix.numpy(), bits, symmetric=symmetric)
     codes, zeros = stored.codes.astype(np.float32), np.full((), 2 ** (bits - 1), np.float32)
     if bits == 4:
@@ -89,7 +93,8 @@ def eager_reference(source: Path, engine: str, form: str, weights: str) -> PreTr
                     parameter.copy_(executorch_weights.quantise(parameter, "int8").dequantise())
                     continue
                 symmetric = weights == "int8" or embedding or (tied and name.startswith("lm_head"))
-                parameter.copy_(as_stored(parameter, engine, weights, embedding=embedding, symmetric=symmetric))
+                table = embedding and (engine == "executorch" or not tied)
+                parameter.copy_(as_stored(parameter, engine, weights, table=table, symmetric=symmetric))
     return model
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekv.bundle import Manifest
-from edgekv.contract import EXECUTORCH_HEAD_ROWS, EXECUTORCH_ROWS, executorch_method
+from edgekv.contract import EXECUTORCH_HEAD_ROWS, EXECUTORCH_ROWS, executorch_method, segment_spec
 from edgekv.errors import EngineError
 from edgekv.runtime.engines.base import Float, StepBuffers
 from edgekv.runtime.engines.executorch_blocks import allocate, plan_blocks, rows_of
@@ -95,7 +95,7 @@ class ExecutorchSegments:
         return _Prepared(rows_of(padded, 0, n_tokens), padded, blocks, {})
 
     def _bind(self, index: int, prepared: _Prepared) -> CallList:
-        calls = []
+        spec, calls = segment_spec(self._model, index), []
         for start, size in prepared.blocks:
             block = rows_of(prepared.padded, start, size)
             inputs = [block.residual[max(index - 1, 0) % 2], block.cos, block.sin]
@@ -104,7 +104,7 @@ class ExecutorchSegments:
                 inputs.insert(1, block.attention)
                 outputs.insert(0, block.residual[index % 2])
             method = self._program.method(executorch_method(f"segment_{index}", size))
-            calls.append(method.bind(inputs, outputs))
+            calls.append(method.bind(spec, inputs, outputs))
         return CallList(self._library, calls)
 
     def _bind_head(self, rows: int) -> tuple[Float, Float, Float, CallList]:
@@ -115,8 +115,9 @@ class ExecutorchSegments:
         attention = np.zeros((padded, model.n_q_heads, model.head_dim), np.float32)
         logits = np.zeros((padded, model.vocab_size), np.float32)
         method = self._program.method(executorch_method(f"segment_{model.n_layers}", size))
+        spec = segment_spec(model, model.n_layers)
         calls: list[Call] = []
         for start in range(0, padded, size):
             part = slice(start, start + size)
-            calls.append(method.bind([residual[part], attention[part]], [logits[part]]))
+            calls.append(method.bind(spec, [residual[part], attention[part]], [logits[part]]))
         return residual, attention, logits, CallList(self._library, calls)

@@ -57,7 +57,7 @@ class ExecutorchInline:
         pages = [self._pad(given, layer) for layer in range(self._n_layers)]
         outputs = self._outputs[name]
         inputs = [np.ascontiguousarray(given[tensor.name]) for tensor in self._spec.inputs]
-        CallList(self._library, [method.bind(inputs, outputs)]).run()
+        CallList(self._library, [method.bind(self._spec, inputs, outputs)]).run()
         results = {}
         for index, (tensor, output) in enumerate(zip(self._spec.outputs, outputs, strict=True)):
             shape = method.output_shape(index)

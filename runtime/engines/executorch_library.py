@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.contract import Dim, GraphSpec
 from edgekv.errors import EngineError
 from edgekv.runtime.engines.executorch_build import build_shim, package_folder, version
 
@@ -163,19 +164,24 @@ class Method:
             found.append((_NAMES.get(struct.dtype, str(struct.dtype)), tuple(struct.sizes[: struct.n_dims])))
         return found
 
-    def bind(self, inputs: Sequence[NDArray[np.generic]], outputs: Sequence[NDArray[np.generic]]) -> Call:
+    def bind(
+        self, spec: GraphSpec, inputs: Sequence[NDArray[np.generic]], outputs: Sequence[NDArray[np.generic]]
+    ) -> Call:
         """Bind the method to arrays that it reads and writes in place.
+
+        Args:
+            spec: the contract that the method keeps, which names inputs and outputs.
 
         Raises:
             EngineError: a dtype or shape that the program does not take.
         """
-        for direction, arrays in (("in", inputs), ("out", outputs)):
-            for (dtype, largest), array in zip(self.describe(direction), arrays, strict=False):
-                fits = len(largest) == array.ndim and all(a <= b for a, b in zip(array.shape, largest, strict=False))
-                if array.dtype.name != dtype or not fits or not array.flags.c_contiguous:
+        for direction, tensors, arrays in (("in", spec.inputs, inputs), ("out", spec.outputs, outputs)):
+            for tensor, (dtype, largest), array in zip(tensors, self.describe(direction), arrays, strict=False):
+                if array.dtype.name != dtype or not _fits(array, largest, tensor.shape):
                     raise EngineError(
-                        f"executorch: {self.name} takes {direction}put {dtype} {list(largest)},"
-                        f" not {array.dtype.name} {list(array.shape)}; export the bundle again"
+                        f"executorch: {self.name} takes {direction}put {tensor.name} as {dtype} {list(largest)},"
+                        f" not {array.dtype.name} {list(array.shape)} (docs/contract.md); if that is what the manifest"
+                        " says, export the bundle again"
                     )
         return Call(self._library, self._handle, inputs, outputs)
 
@@ -222,6 +228,14 @@ class CallList:
         """
         if self._library.functions.run(self._handles, len(self._calls)):
             raise EngineError(f"executorch: {self._library._reason()}")
+
+
+def _fits(array: NDArray[np.generic], largest: tuple[int, ...], contract: tuple[Dim, ...]) -> bool:
+    """Whether an array is laid out as a method takes it: dimensions that the contract names may be smaller."""
+    if array.ndim != len(largest) or array.ndim != len(contract) or not array.flags.c_contiguous:
+        return False
+    sizes = zip(array.shape, largest, contract, strict=True)
+    return all(size == most or (size < most and isinstance(dim, str)) for size, most, dim in sizes)
 
 
 def _structs(arrays: Sequence[NDArray[np.generic]]) -> ctypes.Array[TensorStruct]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import platform
 import weakref
 from pathlib import Path
 
 from edgekv.bundle import Manifest
+
+_log = logging.getLogger(__name__)
 
 #: The longest path that fits XNNPACK's option.
 _MAX_PATH_BYTES = 255
@@ -38,8 +41,6 @@ class PackedCache:
         key = hashlib.sha256(f"{graph} {manifest.weights} {version} {cpu_identity()}".encode()).hexdigest()[:24]
         self.path = (cache / "packed" / f"{key}.bin").resolve()
         self._note = self.path.with_suffix(".json")
-        #: Why the file is made again, for messages; empty if it is not.
-        self.reason = ""
 
     def open(self) -> Path | None:
         """Return the file's path, ready to be used; None if it cannot be: the weights are then packed into RAM.
@@ -51,7 +52,7 @@ class PackedCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and _state(self.path) != _read(self._note):
-                self.reason = f"{self.path} has changed since it was written; the weights are packed again"
+                _log.warning("edgekv: %s is not as it was written; the weights are packed again", self.path)
                 self.path.unlink()
         except OSError:
             return None

@@ -65,7 +65,7 @@ def test_every_segment_computes_what_its_eager_reference_does(
             result = eager(source, index, weights)(*inputs)
         expected = [result] if isinstance(result, torch.Tensor) else list(result)
         outputs = [np.zeros(tuple(tensor.shape), np.float32) for tensor in expected]
-        call = program.method(f"segment_{index}_t1").bind([tensor.numpy() for tensor in inputs], outputs)
+        call = program.method(f"segment_{index}_t1").bind(spec, [tensor.numpy() for tensor in inputs], outputs)
         CallList(library, [call]).run()
         for tensor, output in zip(expected, outputs, strict=True):
             scale = float(tensor.abs().max())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edgekv.bundle import read_manifest
-from edgekv.errors import EngineError, EngineMissing
+from edgekv.errors import EngineError
 from edgekv.runtime.generate import Generator, RunOptions, cache_home
 from edgekv.types import KVMode
 from tests.conftest import VARIANTS
@@ -61,7 +61,7 @@ def test_logits_of_every_row_equal_those_of_onnx(bundle: Bundle) -> None:
 def test_every_kind_of_decoder_gives_the_tokens_of_onnx(
     variant: str, checkpoint: Callable[[str], Path], bundle: Bundle
 ) -> None:
-    source, tokens = checkpoint(variant), prompt(70)
+    source, tokens = checkpoint(variant), prompt(460)  # enough that a quarter of their cache holds a staging ring
     onnx, executorch = (bundle(source, engine=engine) for engine in ("onnx", "executorch"))
     for options in ({}, {"kv_budget": "25%", "kv": KVMode.INT8}):
         expected = generate(onnx, tokens, 40, **{**options, "kv_budget": None})
@@ -128,76 +128,6 @@ def test_a_second_start_maps_the_packed_weights_and_a_changed_file_is_made_again
     data[4096:8192] = b"\xff" * 4096
     packed.path.write_bytes(data)
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == str(expected)
-
-
-def damaged(folder: Path, into: Path, change: Callable[[bytearray], bytes]) -> Path:
-    """Copy a bundle with its program changed and its manifest made to fit."""
-    from edgekv.bundle import write_manifest
-
-    shutil.copytree(folder, into)
-    path = into / "model.pte"
-    path.write_bytes(change(bytearray(path.read_bytes())))
-    write_manifest(into, read_manifest(into))
-    return into
-
-
-@pytest.mark.parametrize("keep", [0, 3, 40, 5000, 1_000_000])
-def test_a_truncated_program_is_one_clear_line(keep: int, bundle: Bundle, tmp_path: Path) -> None:
-    folder = damaged(bundle("demo", engine="executorch"), tmp_path / "b", lambda data: bytes(data[:keep]))
-    with pytest.raises(EngineError, match=r"executorch .* cannot load .*model\.pte") as error:
-        generate(folder, prompt(20), 4)
-    assert "\n" not in str(error.value)
-
-
-def test_a_program_of_another_format_is_one_clear_line(bundle: Bundle, tmp_path: Path) -> None:
-    def other(data: bytearray) -> bytes:
-        data[4:8] = b"ET99"
-        return bytes(data)
-
-    folder = damaged(bundle("demo", engine="executorch"), tmp_path / "b", other)
-    with pytest.raises(EngineError, match=r"cannot load .*export the bundle again"):
-        generate(folder, prompt(20), 4)
-
-
-def test_a_program_without_the_methods_of_the_manifest_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    folder = damaged(bundle("demo", engine="executorch"), tmp_path / "b", lambda data: bytes(data))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["model"]["n_layers"] += 1
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(EngineError, match=r"has no method segment_4_t128; export"):
-        Generator.open(folder)
-
-
-def test_another_geometry_than_the_program_has_is_refused_with_both(bundle: Bundle, tmp_path: Path) -> None:
-    folder = damaged(bundle("demo", engine="executorch"), tmp_path / "b", lambda data: bytes(data))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["model"]["n_kv_heads"] = 4
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(EngineError, match=r"segment_0_t1 takes output float32 \[1, 2, 64\], not float32 \[1, 4, 64\]"):
-        generate(folder, prompt(1), 2)
-
-
-def test_a_missing_package_says_how_to_install_it(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import importlib.util
-
-    from edgekv.runtime.engines import executorch_library as library
-
-    folder = bundle("demo", engine="executorch")
-    library.load_library.cache_clear()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EngineMissing, match="pip install --no-deps executorch"):
-        Generator.open(folder)
-    library.load_library.cache_clear()
-
-
-def test_a_missing_delegate_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgekv.runtime.engines import executorch_library as library
-
-    monkeypatch.setattr(library, "DELEGATE", "AnotherBackend")
-    with pytest.raises(EngineError, match="has no AnotherBackend on this machine"):
-        Generator.open(bundle("demo", engine="executorch"))
 
 
 def test_without_a_compiler_the_python_bindings_run_it_and_say_so(bundle: Bundle, tmp_path: Path) -> None:
