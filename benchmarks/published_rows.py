@@ -7,68 +7,17 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
-import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
+from published_models import FORMATS, HERE, Model, WeightBytes, find_model, format_of, typical_shape, weight_bytes
+
+from edgekv.device_profiles import load
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.work import StepWork, step_work
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-HERE = Path(__file__).parent / "published"
-
-#: Bits per weight, scales included: of the layers, and of the output head, which most formats keep larger. GGUF: llama.cpp's
-#: README of llama-quantize; its mixtures keep the head in Q6_K. GPTQ and AWQ (W4A16): groups of 128, head in fp16. SpinQuant
-#: and QLoRA of ExecuTorch: groups of 32, head in 8 bits. q4f16_1 (MLC) and 4-bit (MLX, MNN): groups of 32 and 64.
-FORMATS: dict[str, tuple[float, float]] = {
-    "Q1_0": (1.125, 1.125),
-    "Q2_K": (3.0, 6.56),
-    "Q3_K": (3.8, 6.56),
-    "Q4_0_4_4": (4.5, 6.56),
-    "Q4_0": (4.5, 6.56),
-    "Q4_K": (4.83, 6.56),
-    "Q5_K": (5.65, 6.56),
-    "Q5_0": (5.5, 6.56),
-    "Q6_K": (6.56, 6.56),
-    "Q8_0": (8.5, 8.5),
-    "16-bit": (16.0, 16.0),
-    "W4A16": (4.15, 16.0),
-    "SpinQuant": (4.5, 8.0),
-    "QLoRA": (4.5, 8.0),
-    "q3f16": (3.5, 3.5),
-    "q4f16": (4.5, 4.5),
-    "8-bit": (8.5, 8.5),
-    "4-bit": (4.5, 4.5),
-    "3-bit": (3.5, 4.5),
-    "2-bit": (2.25, 4.5),
-}
-_FORMAT_PATTERNS = {
-    "Q4_0_4_4": r"q4_0_[48]_[48]",
-    "Q4_K": r"q4_k",
-    "Q4_0": r"q4_0",
-    "Q1_0": r"q1_0",
-    "Q2_K": r"q2_k",
-    "Q3_K": r"q3_k",
-    "Q5_K": r"q5_k",
-    "Q5_0": r"q5_0",
-    "Q6_K": r"q6_k",
-    "Q8_0": r"q8_0",
-    "q4f16": r"q4f16",
-    "q3f16": r"q3f16",
-    "SpinQuant": r"spinquant",
-    "QLoRA": r"qlora|qat\+lora",
-    "W4A16": r"w4a16|gptq|awq",
-    "16-bit": r"\bf16|bf16|fp16|unquantised|unquantized",
-    "8-bit": r"8[- ]?bit|int8",
-    "4-bit": r"4[- ]?bit|int4|\bw4\b",
-    "2-bit": r"2[- ]?bit|\bw2\b|bitnet",
-}
 #: Engines: the first pattern found names the engine; threads stay, since they change its speed.
 _ENGINES = (
     (r"executorch", "ExecuTorch CPU"),
@@ -96,14 +45,26 @@ _ENGINES = (
     (r"embedl", "embedl"),
     (r"coreml|core ml", "CoreML"),
 )
+#: Families whose kernels are not those of Llama and what is shaped like it (Qwen, Mistral, Phi, SmolLM, ...).
+_FAMILIES = ("gemma", "smallthinker", "olmoe", "deepseek-v2", "mpt", "chatglm", "gpt[- ]?oss", "mixtral")
 #: Bytes that Linux needs on a board without a desktop, and the share of the RAM that it reports (sbc-bench: 0.97).
 _IDLE_BYTES, _VISIBLE = 0.5e9, 0.97
-_GB, _GIB, _MIB = 1e9, 2**30, 2**20
+#: The figures of Jetson AI Lab: `vllm bench serve`, 50 random prompts of 2048 tokens and answers of 128, one at a time, after a
+#: warm-up with the same ones, at 0.8 of the memory; tokens of the answers over the time of everything, that until the first
+#: token included (jetson-ai-lab.com/tutorials/genai-benchmarking).
+_SERVED = "jetson-ai-lab/blob/main/src/data/benchmarks.json"
+_SERVED_PROMPT, _SERVED_ANSWER, _SERVED_REQUESTS, _SERVER_MEMORY = 2048, 128, 50, 0.8
+_SERVERS = {"Jetson AGX Orin": "jetson-agx-orin-64gb"}
+_GIB, _MIB = 2**30, 2**20
 
 
 @dataclass(frozen=True)
 class Row:
-    """One published measurement. ``weight_bytes``: read by one token; ``limit_bytes``: RAM for the process, if known."""
+    """One published measurement. ``limit_bytes``: RAM for the process, if known.
+
+    ``prompt_share``: tokens of a prompt whose computing is in the time of each decoded token, as it is in the figures of a
+    server that divides the tokens of an answer by the time of the whole request.
+    """
 
     device: str
     engine: str
@@ -112,12 +73,13 @@ class Row:
     family: str
     format: str
     shape: Geometry
-    weight_bytes: float
+    weights: WeightBytes
     context: int
     prompt: int
     decode: float | None
     prefill: float | None
     limit_bytes: float | None
+    prompt_share: float = 0.0
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -127,12 +89,12 @@ class Row:
     @property
     def kv_token_bytes(self) -> float:
         """Bytes that a token leaves in an fp16 cache, the default of nearly every engine."""
-        return 4.0 * self.shape.n_layers * self.shape.n_kv_heads * self.shape.head_dim
+        return _kv_token_bytes(self.shape)
 
     @property
     def paged(self) -> bool:
         """Whether weights and cache exceed the RAM, so that they come from flash again for every token."""
-        touched = self.weight_bytes + self.kv_token_bytes * self.prompt
+        touched = self.weights.read + self.kv_token_bytes * self.prompt
         return self.limit_bytes is not None and touched > self.limit_bytes
 
     def decode_work(self) -> StepWork:
@@ -152,7 +114,7 @@ class Row:
             kv_bytes_per_token=self.kv_token_bytes,
             logits=logits,
         )
-        read = self.weight_bytes if n_tokens == 1 else counted.weight_bytes * FORMATS[self.format][0] / 8
+        read = self.weights.read if n_tokens == 1 else counted.weight_bytes * FORMATS[self.format][0] / 8
         return StepWork(read, counted.ops, counted.kv_bytes, counted.attention_ops)
 
 
@@ -174,33 +136,59 @@ def _row(record: dict[str, str]) -> Row | str:
     why_not = _excluded(model, record)
     if why_not:
         return why_not
-    weights = _format(model, record)
-    found = _shape(model)
-    shape, base = found if found is not None else (None, _base(model))
-    file_bytes = _file_bytes(model)
+    found, file_bytes = find_model(model), _file_bytes(model)
+    weights = format_of(model, record["engine"], int(_number(record["weight_bits"]) or 4))
     active = re.search(r"([0-9.]+)b active", model.lower())
     parameters = float(active[1]) if active else _number(record["params_b"])
-    if shape is None:
+    if found is None:
         if parameters is None and file_bytes is None:
             return "the size of the model is not stated"
-        shape = typical_shape(parameters * 1e9 if parameters else file_bytes * 8 / FORMATS[weights][0])  # type: ignore[operator]
-    context = _number(record["context"])
+        size = parameters * 1e9 if parameters else file_bytes * 8 / FORMATS[weights][0]  # type: ignore[operator]
+        found = Model(typical_shape(size), _base(model))
+    stored = weight_bytes(found.shape, weights, found.sixteen_bit, file_bytes)
+    device, prompt = _device(record["device"], record["soc"]), int(_number(record["prompt_tokens"]) or 512)
+    served = _SERVED in record["source"]
     return Row(
-        device=_device(record["device"], record["soc"]),
+        device=device,
         engine=_engine(record["engine"]),
         model=model,
-        base=base,
-        family=_family(base),
+        base=found.name,
+        family=_family(found),
         format=weights,
-        shape=shape,
-        weight_bytes=_weight_bytes(shape, weights, file_bytes),
-        # tg128 counts 128 tokens from an empty cache: half of it on average. Where nothing is said, a short chat.
-        context=int(context / 2 if context and context <= 512 else context or 128),
-        prompt=int(_number(record["prompt_tokens"]) or 512),
+        shape=found.shape,
+        weights=stored,
+        context=_SERVED_PROMPT + _SERVED_ANSWER // 2 if served else _context(_number(record["context"])),
+        prompt=prompt,
         decode=_number(record["decode_tok_s"]),
         prefill=_number(record["prefill_tok_s"]),
         limit_bytes=_limit(record["device"], model),
+        prompt_share=_prompt_share(device, found.shape, stored) if served else 0.0,
     )
+
+
+def _context(stated: float | None) -> int:
+    """Return the tokens that a decoded token attends to, as a mean: tg128 counts 128 tokens from an empty cache.
+
+    Where nothing is said, a short chat.
+    """
+    return int(stated / 2 if stated and stated <= 512 else stated or 128)
+
+
+def _prompt_share(device: str, shape: Geometry, weights: WeightBytes) -> float:
+    """Return the tokens of a prompt that a server computes per decoded token.
+
+    The warm-up before asks the same prompts, so that vLLM's prefix cache has them all, unless they do not fit: then, taken in
+    turns, least recently used is what comes next, and every one is computed again.
+    """
+    profile = _SERVERS.get(device)
+    embedding = 2.0 * shape.head_weights
+    memory = _SERVER_MEMORY * load(profile).memory.ram_bytes.value - weights.stored - embedding if profile else math.inf
+    cached = _SERVED_REQUESTS * (_SERVED_PROMPT + _SERVED_ANSWER) * _kv_token_bytes(shape)
+    return 0.0 if cached <= memory else _SERVED_PROMPT / _SERVED_ANSWER
+
+
+def _kv_token_bytes(shape: Geometry) -> float:
+    return 4.0 * shape.n_kv_layers * shape.n_kv_heads * shape.head_dim
 
 
 def _excluded(model: str, record: dict[str, str]) -> str:
@@ -216,59 +204,11 @@ def _excluded(model: str, record: dict[str, str]) -> str:
     return ""
 
 
-@cache
-def _models() -> list[tuple[re.Pattern[str], Geometry]]:
-    entries = tomllib.loads((HERE / "models.toml").read_text(encoding="utf-8"))["model"]
-    return [(re.compile(entry["pattern"], re.IGNORECASE), Geometry.from_config(entry["config"])) for entry in entries]
-
-
-def _shape(model: str) -> tuple[Geometry, str] | None:
-    for pattern, shape in _models():
-        if pattern.search(model):
-            return shape, pattern.pattern
-    return None
-
-
-def typical_shape(parameters: float) -> Geometry:
-    """Return a decoder of so many weights in the proportions of common ones: 12 h^2 per layer, h / 128 layers."""
-    hidden = round((parameters * 128 / 12) ** (1 / 3) / 64) * 64
-    layers = max(1, round(parameters / (12 * hidden**2)))
-    heads = max(1, hidden // 128)
-    mlp = int(parameters / layers - 4 * hidden * 128 * heads)
-    return Geometry(layers, hidden, heads, heads, 128, 1, 1 << 17, mlp, mlp, (0,) * layers)
-
-
-def _weight_bytes(shape: Geometry, weights: str, file_bytes: float | None) -> float:
-    """Return what a token reads; a stated file size corrects the nominal bits, whether it stores the embedding apart or not."""
-    layer_bits, head_bits = FORMATS[weights]
-    layers = shape.n_layers * (shape.attention_weights + shape.mlp_weights) * layer_bits / 8
-    active = shape.n_layers * (shape.attention_weights + shape.mlp_active_weights) * layer_bits / 8
-    head = shape.head_weights * head_bits / 8
-    if file_bytes is None:
-        return active + head
-    stored = [layers + head, layers + head + shape.head_weights * min(layer_bits, head_bits) / 8, layers + 2 * head]
-    factor = min((file_bytes / size for size in stored), key=lambda ratio: abs(ratio - 1))
-    return (active + head) * min(max(factor, 0.75), 1.35)
-
-
 def _file_bytes(model: str) -> float | None:
     match = re.search(r"\[(?:file |pte )?([0-9.]+) ?(gib|gb|mib|mb)", model, re.IGNORECASE)
     if match is None:
         return None
-    return float(match[1]) * {"gib": _GIB, "gb": _GB, "mib": _MIB, "mb": 1e6}[match[2].lower()]
-
-
-def _format(model: str, record: dict[str, str]) -> str:
-    for name, pattern in _FORMAT_PATTERNS.items():
-        if re.search(pattern, model, re.IGNORECASE):
-            return name
-    if "ollama" in record["engine"]:
-        return "Q4_K"  # the default of its tags
-    bits = int(_number(record["weight_bits"]) or 4)
-    engine = record["engine"].lower()
-    if bits == 4 and ("vllm" in engine or "embedl" in engine):
-        return "W4A16"
-    return {16: "16-bit", 8: "8-bit", 3: "3-bit", 2: "2-bit", 1: "Q1_0"}.get(bits, "4-bit")
+    return float(match[1]) * {"gib": _GIB, "gb": 1e9, "mib": _MIB, "mb": 1e6}[match[2].lower()]
 
 
 def _device(text: str, soc: str) -> str:
@@ -291,9 +231,11 @@ def _base(model: str) -> str:
     return re.sub(r"\[.*?\]|\(.*?\)", "", model).strip().lower()
 
 
-def _family(base: str) -> str:
-    match = re.search(r"gemma|smallthinker|olmoe|deepseek-v2|qwen.*a3b|mpt|chatglm", base)
-    return match[0] if match else "llama"
+def _family(model: Model) -> str:
+    for name in _FAMILIES:
+        if name in model.name.lower():
+            return name
+    return "qwen experts" if "a3b" in model.name else "llama"
 
 
 def _limit(device: str, model: str) -> float | None:

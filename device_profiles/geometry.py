@@ -23,11 +23,46 @@ _WINDOW_BY_SWITCH = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3")
 
 
 @dataclass(frozen=True)
+class LinearLayers:
+    """Layers of linear attention (gated DeltaNet): a state of fixed size in the place of a cache.
+
+    ``weights``: projections of one layer. ``state_bytes``: float32 state of one layer, read and written by every step.
+    """
+
+    count: int
+    weights: int
+    state_bytes: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], hidden: int, n_layers: int) -> LinearLayers:
+        """Read the keys of Qwen3-Next and Qwen3.5; models without them have no such layer.
+
+        Raises:
+            UsageError: a number is missing; the message names it.
+        """
+        kinds = config.get("layer_types") or ()
+        every = config.get("full_attention_interval")
+        count = kinds.count("linear_attention") if kinds else n_layers - n_layers // int(every) if every else 0
+        if not count:
+            return NO_LINEAR_LAYERS
+        n_heads, n_key_heads = _count(config, "linear_num_value_heads"), _count(config, "linear_num_key_heads")
+        values = n_heads * _count(config, "linear_value_head_dim")
+        keys = n_key_heads * _count(config, "linear_key_head_dim")
+        # Queries and keys, values and their gate, two numbers per head, the output.
+        weights = hidden * (2 * keys + 2 * values + 2 * n_heads + values)
+        return cls(count, weights, 4 * values * keys // n_key_heads)
+
+
+NO_LINEAR_LAYERS = LinearLayers(0, 0, 0)
+
+
+@dataclass(frozen=True)
 class Geometry:
     """A decoder's shape.
 
-    ``mlp_weights``: weights of one layer's MLP, all experts. ``mlp_active_weights``: those that one token multiplies with.
-    ``windows[l]`` is 0 for full attention in layer l.
+    ``mlp_weights``: weights of one layer's MLP, all experts. ``mlp_active_weights``: those that one token multiplies with;
+    ``mlp_shared_weights``: of a mixture of experts, those that every token reads (router, shared experts). ``windows`` has an
+    entry per layer that attends: 0 for all tokens. ``linear`` counts the layers that do not.
     """
 
     n_layers: int
@@ -41,11 +76,25 @@ class Geometry:
     mlp_active_weights: int
     windows: tuple[int, ...]
     tied_embeddings: bool = False
+    mlp_shared_weights: int = 0
+    gated_attention: bool = False
+    linear: LinearLayers = NO_LINEAR_LAYERS
+
+    @property
+    def n_kv_layers(self) -> int:
+        """Layers that attend to a cache."""
+        return self.n_layers - self.linear.count
 
     @property
     def attention_weights(self) -> int:
-        """Weights of one layer's four projections: queries, keys, values, output."""
-        return 2 * self.hidden_size * self.head_dim * (self.n_q_heads + self.n_kv_heads)
+        """Weights of one attending layer's projections: queries, keys, values, output, and a gate in some models."""
+        gate = self.n_q_heads if self.gated_attention else 0
+        return self.hidden_size * self.head_dim * (2 * (self.n_q_heads + self.n_kv_heads) + gate)
+
+    @property
+    def mixing_weights(self) -> int:
+        """Weights of all layers but their MLPs: the projections of attention, and of linear attention."""
+        return self.n_kv_layers * self.attention_weights + self.linear.count * self.linear.weights
 
     @property
     def head_weights(self) -> int:
@@ -56,7 +105,7 @@ class Geometry:
     def parameters(self) -> int:
         """All weights, norms and biases left out."""
         embeddings = self.head_weights * (1 if self.tied_embeddings else 2)
-        return self.n_layers * (self.attention_weights + self.mlp_weights) + embeddings
+        return self.mixing_weights + self.n_layers * self.mlp_weights + embeddings
 
     @classmethod
     def from_spec(cls, model: ModelSpec) -> Geometry:
@@ -91,7 +140,8 @@ class Geometry:
         one_kv_head = kind == "falcon" and config.get("multi_query")
         n_kv_heads = 1 if one_kv_head else _count(config, "num_key_value_heads", "n_kv_heads", default=n_heads)
         matrices = 2 if kind in _UNGATED else 3
-        mlp, active = _mlp(config, hidden, matrices)
+        mlp, active, shared = _mlp(config, hidden, matrices)
+        linear = LinearLayers.from_config(config, hidden, n_layers)
         return cls(
             n_layers=n_layers,
             hidden_size=hidden,
@@ -102,8 +152,11 @@ class Geometry:
             max_context=_count(config, "max_position_embeddings", "n_positions", "max_seq_len", default=2048),
             mlp_weights=mlp,
             mlp_active_weights=active,
-            windows=_windows(config, kind, n_layers),
+            windows=_windows(config, kind, n_layers - linear.count),
             tied_embeddings=bool(config.get("tie_word_embeddings", kind in _TIED)),
+            mlp_shared_weights=shared,
+            gated_attention=bool(config.get("attn_output_gate", kind == "qwen3_next")),
+            linear=linear,
         )
 
 
@@ -120,17 +173,18 @@ def _count(config: Mapping[str, Any], *names: str, default: int = 0) -> int:
     raise UsageError(f"config.json lacks {names[0]}; the plan needs the config.json of a Hugging Face decoder")
 
 
-def _mlp(config: Mapping[str, Any], hidden: int, matrices: int) -> tuple[int, int]:
-    """Return one layer's MLP weights: stored, and read by one token."""
+def _mlp(config: Mapping[str, Any], hidden: int, matrices: int) -> tuple[int, int, int]:
+    """Return one layer's MLP weights: stored, read by one token, and of a mixture of experts what all tokens read."""
     experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
     dense = _count(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * hidden)
     if not experts:
-        return (matrices * hidden * dense,) * 2
+        return matrices * hidden * dense, matrices * hidden * dense, 0
     width = _count(config, "moe_intermediate_size", default=dense)
     chosen = _count(config, "num_experts_per_tok", "num_experts_per_token", default=1)
-    shared = config.get("shared_expert_intermediate_size") or width * int(config.get("n_shared_experts") or 0)
-    router = hidden * experts
-    return tuple(router + matrices * hidden * (shared + count * width) for count in (experts, chosen))  # type: ignore[return-value]
+    gated = config.get("shared_expert_intermediate_size")  # Qwen gates its shared expert with one row
+    shared = gated or width * int(config.get("n_shared_experts") or 0)
+    expert, common = matrices * hidden * width, hidden * (experts + matrices * shared + (1 if gated else 0))
+    return common + experts * expert, common + chosen * expert, common
 
 
 def _windows(config: Mapping[str, Any], kind: str, n_layers: int) -> tuple[int, ...]:
@@ -139,7 +193,7 @@ def _windows(config: Mapping[str, Any], kind: str, n_layers: int) -> tuple[int, 
         window = 0
     kinds = config.get("layer_types")
     if kinds:
-        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds if kind != "linear_attention")
     # Gemma: every n-th layer sees the whole context (2 in Gemma 2, 6 in Gemma 3).
     every = config.get("sliding_window_pattern") or {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}.get(kind, 0)
     return tuple(0 if every and (layer + 1) % every == 0 else window for layer in range(n_layers))

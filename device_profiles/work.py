@@ -26,7 +26,8 @@ BITS_PER_WEIGHT = {
 class StepWork:
     """What one step asks of a device.
 
-    ``weight_bytes``: weights read, once. ``ops``: 2 per weight and token. ``kv_bytes``: cache read by attention.
+    ``weight_bytes``: weights read, once. ``ops``: 2 per weight and token. ``kv_bytes``: cache read by attention, and states of
+    linear attention, read and written.
     ``attention_ops``: 4 per query head, channel, query and key.
     """
 
@@ -48,8 +49,8 @@ def kv_bytes_per_token(pages: PageSpec, *, compressed: bool) -> float:
 
 
 def kv_tokens(model: Geometry, context: int) -> float:
-    """Return how many of ``context`` tokens a step attends to, as a mean over the layers; fewer under sliding windows."""
-    return sum(min(context, window) if window else context for window in model.windows) / model.n_layers
+    """Return how many of ``context`` tokens a step attends to, as a mean over the layers that attend; fewer under windows."""
+    return sum(min(context, window) if window else context for window in model.windows) / model.n_kv_layers
 
 
 def step_work(
@@ -73,14 +74,15 @@ def step_work(
     # A chunk meets ever more of the experts: at most all of them.
     mlp_read = min(model.mlp_weights, n_tokens * model.mlp_active_weights)
     head = model.head_weights if logits else 0
-    read = model.n_layers * (model.attention_weights + mlp_read) + head
-    multiplied = n_tokens * model.n_layers * (model.attention_weights + model.mlp_active_weights)
+    read = model.mixing_weights + model.n_layers * mlp_read + head
+    multiplied = n_tokens * (model.mixing_weights + model.n_layers * model.mlp_active_weights)
+    state_bytes = 2.0 * model.linear.count * model.linear.state_bytes
     attended = kv_tokens(model, context)
     # New token i also attends to the i before it and to itself.
     pairs = n_tokens * attended + n_tokens * (n_tokens + 1) / 2
     return StepWork(
         weight_bytes=read * bits_per_weight / 8,
         ops=2.0 * (multiplied + logits * model.head_weights),
-        kv_bytes=attended * kv_bytes_per_token,
-        attention_ops=4.0 * model.n_layers * model.n_q_heads * model.head_dim * pairs,
+        kv_bytes=attended * kv_bytes_per_token + state_bytes,
+        attention_ops=4.0 * model.n_kv_layers * model.n_q_heads * model.head_dim * pairs,
     )

@@ -33,24 +33,35 @@ class StepCost:
         Raises:
             ProfileError: the profile has no numbers for the engine.
         """
-        pages = PageSpec(model.n_layers, model.n_kv_heads, model.head_dim, page_size)
+        pages = PageSpec(model.n_kv_layers, model.n_kv_heads, model.head_dim, page_size)
         return cls(model, pages, profile.rates(engine, weights), BITS_PER_WEIGHT[engine][weights])
 
-    def dense(self, weights: int, n_tokens: int) -> float:
-        """Return the seconds to multiply ``n_tokens`` rows with so many weights."""
-        read = weights * self.bits_per_weight / 8 / self.rates.weight_read_bytes_per_s.value
-        return max(read, 2.0 * weights * n_tokens / self.rates.gemm_ops_per_s.value)
+    def dense(self, read: float, multiplied: float, n_tokens: int) -> float:
+        """Return the seconds in which ``n_tokens`` rows are each multiplied with so many weights, of so many that are read."""
+        bytes_read = read * self.bits_per_weight / 8
+        return max(
+            bytes_read / self.rates.weight_read_bytes_per_s.value,
+            2.0 * multiplied * n_tokens / self.rates.gemm_ops_per_s.value,
+        )
 
     def segment(self, n_tokens: int) -> float:
-        """Return the seconds of one segment but the last, with its share of what a step costs whatever the model."""
+        """Return the seconds of one segment but the last, with its share of what a step costs whatever the model.
+
+        A segment ends where a layer attends; layers of linear attention are parts of the segments around them.
+        """
         model = self.model
         mlp = min(model.mlp_weights, n_tokens * model.mlp_active_weights)
-        dense = self.dense(model.attention_weights + mlp, n_tokens)
-        return dense + self.rates.overhead_s.value / model.n_layers
+        read = model.mixing_weights + model.n_layers * mlp
+        multiplied = model.mixing_weights + model.n_layers * model.mlp_active_weights
+        state_s = 2.0 * model.linear.count * model.linear.state_bytes / self.rates.kv_read_bytes_per_s.value
+        step_s = self.rates.overhead_s.value + state_s
+        return (
+            self.dense(read / model.n_kv_layers, multiplied / model.n_kv_layers, n_tokens) + step_s / model.n_kv_layers
+        )
 
     def head(self, rows: int) -> float:
         """Return the seconds of the last segment for ``rows`` of logits."""
-        return self.dense(self.model.head_weights, rows) if rows else 0.0
+        return self.dense(self.model.head_weights, self.model.head_weights, rows) if rows else 0.0
 
     @functools.cached_property
     def slot_bytes(self) -> tuple[float, float]:

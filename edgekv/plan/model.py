@@ -30,7 +30,7 @@ class PlannedModel:
     def pages(self) -> PageSpec:
         """The geometry of its pages."""
         shape = self.geometry
-        return PageSpec(shape.n_layers, shape.n_kv_heads, shape.head_dim, self.page_size)
+        return PageSpec(shape.n_kv_layers, shape.n_kv_heads, shape.head_dim, self.page_size)
 
     @property
     def bits_per_weight(self) -> float:

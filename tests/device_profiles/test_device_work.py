@@ -34,6 +34,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 3, "n_embd": 64, "n_head": 4, "vocab_size": 500, "n_positions": 128},
     "mixtral": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**SMALL, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "qwen3_next": {
+        **SMALL,
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 40,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 8,
+    },
 }
 
 
@@ -44,8 +57,28 @@ def test_the_geometry_counts_the_weights_that_hugging_face_builds(kind: str) -> 
     config = transformers.AutoConfig.for_model(kind, **CONFIGS[kind])
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "wpe" not in name)
+    matrices = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.dim() > 1 and not {"wpe", "conv1d"} & set(name.split("."))
+    )
     assert Geometry.from_config(config.to_dict()).parameters == matrices
+
+
+@pytest.mark.parametrize("stated", ["full_attention_interval", "layer_types"])
+def test_a_layer_of_linear_attention_has_a_state_and_no_cache(stated: str) -> None:
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    config = {**CONFIGS["qwen3_next"], "model_type": "qwen3_next", "full_attention_interval": 4, "layer_types": kinds}
+    del config["full_attention_interval" if stated == "layer_types" else "layer_types"]
+    model = Geometry.from_config(config)
+    assert (model.n_layers, model.n_kv_layers, model.windows) == (4, 1, (0,))
+    near, far = (
+        step_work(model, n_tokens=1, context=context, bits_per_weight=8, kv_bytes_per_token=10) for context in (0, 1000)
+    )
+    state = 4 * 16 * 8 * 4  # value heads x key channels x value channels x float32
+    assert near.kv_bytes == 3 * 2 * state
+    assert far.kv_bytes - near.kv_bytes == 1000 * 10
+    assert far.weight_bytes == near.weight_bytes
 
 
 def test_a_configuration_nested_under_text_config_is_read() -> None:

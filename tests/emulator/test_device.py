@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,30 +21,12 @@ from edgekv.emulator.jail import run_in_jail
 from edgekv.errors import BudgetError, StoreError, StoreFull
 from edgekv.runtime.generate import Generator, RunOptions
 
-GEOMETRY = Geometry.from_config(
-    {
-        "model_type": "llama",
-        "num_hidden_layers": 4,
-        "hidden_size": 512,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "intermediate_size": 1024,
-        "vocab_size": 1000,
-        "max_position_embeddings": 8192,
-    }
-)
-
 
 @pytest.fixture
 def phone() -> Iterator[Device]:
     """A 4 GB Android phone with a slow eMMC that kills at 1.2 GB."""
     with Device("android-low-4gb", app_limit="1.2GB") as device:
         yield device
-
-
-@pytest.fixture(scope="module")
-def tiny(bundle: Callable[..., Path], checkpoint: Callable[[str], Path]) -> Path:
-    return bundle(checkpoint("llama"))
 
 
 def test_a_device_changes_time_and_no_token(phone: Device, tiny: Path) -> None:
@@ -118,17 +101,30 @@ def test_heat_slows_a_device_and_rest_cools_it(phone: Device) -> None:
     assert phone.clock.heat.speed == pytest.approx(1.0, abs=1e-6)
 
 
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+LINEAR = {
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+
+
 @pytest.mark.parametrize(("tokens", "context"), [(1, 2048), (256, 0)])
-def test_the_pieces_of_a_step_cost_what_the_profile_s_formula_says(tokens: int, context: int) -> None:
-    profile = load("galaxy-s24-8gb")
-    cost = StepCost.of(profile, GEOMETRY, "onnx", "int4", 32)
+@pytest.mark.parametrize("parts", [{}, MIXTURE, {**MIXTURE, **LINEAR}], ids=["dense", "experts", "linear attention"])
+def test_the_pieces_of_a_step_cost_what_the_profile_s_formula_says(
+    config_json: dict[str, Any], parts: dict[str, Any], tokens: int, context: int
+) -> None:
+    profile, model = load("galaxy-s24-8gb"), Geometry.from_config({**config_json, **parts})
+    cost = StepCost.of(profile, model, "onnx", "int4", 32)
     per_token = cost.pages.n_layers * cost.slot_bytes[1]
     pairs = tokens * context + tokens * (tokens + 1) / 2
-    pieces = GEOMETRY.n_layers * (
+    pieces = model.n_kv_layers * (
         cost.segment(tokens) + cost.attention(tokens, context * cost.slot_bytes[1], pairs)
     ) + cost.head(1)
     work = step_work(
-        GEOMETRY, n_tokens=tokens, context=context, bits_per_weight=cost.bits_per_weight, kv_bytes_per_token=per_token
+        model, n_tokens=tokens, context=context, bits_per_weight=cost.bits_per_weight, kv_bytes_per_token=per_token
     )
     assert pieces == pytest.approx(step_seconds(work, profile.rates("onnx", "int4")).total, rel=0.02)
 

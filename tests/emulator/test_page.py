@@ -14,18 +14,17 @@ from edgekv.emulator import Device
 from edgekv.emulator.page import to_html
 from edgekv.emulator.play import emulate_shape
 from edgekv.emulator.scenario import AppSettings, Scenario, Turn
-from edgekv.emulator.weightless import Shape
-from tests.emulator.test_device import GEOMETRY
+from edgekv.emulator.weightless import read_shape
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
-def test_a_browser_draws_every_chart_without_a_network(tmp_path: Path) -> None:
+def test_a_browser_draws_every_chart_without_a_network(config: Path, tmp_path: Path) -> None:
     scenario = Scenario(
         (Turn(prompt_tokens=600, max_tokens=30),), app=AppSettings(kv_budget="25%"), title="a <title> & more"
     )
-    result = emulate_shape(Shape(GEOMETRY, "llama"), Device("android-low-4gb"), scenario)
+    result = emulate_shape(read_shape(config), Device("android-low-4gb"), scenario)
     path = tmp_path / "report.html"
     path.write_text(to_html(result), encoding="utf-8")
     assert path.stat().st_size < 3_000_000

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,28 +19,6 @@ from edgekv.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCENARIOS = sorted((ROOT / "examples" / "scenarios").glob("*.toml"))
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 4,
-    "hidden_size": 512,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 1024,
-    "vocab_size": 1000,
-    "max_position_embeddings": 8192,
-}
-
-
-@pytest.fixture(scope="module")
-def tiny(bundle: Callable[..., Path], checkpoint: Callable[[str], Path]) -> Path:
-    return bundle(checkpoint("llama"))
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("shape") / "config.json"
-    path.write_text(json.dumps(CONFIG), encoding="utf-8")
-    return path
 
 
 def kinds(result: Result) -> list[str]:

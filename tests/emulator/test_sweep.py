@@ -19,14 +19,6 @@ from edgekv.emulator.sweep_page import to_html
 from edgekv.emulator.sweep_table import read_rows, write_rows
 from edgekv.emulator.weightless import Shape, read_shape
 from edgekv.errors import UsageError
-from tests.emulator.test_scenarios import CONFIG
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(CONFIG), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
