@@ -23,13 +23,13 @@ alignas(64) constexpr uint8_t kSecret[192] = {
     0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
     0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e};
 
-typedef uint64_t Sums __attribute__((vector_size(kStripe), aligned(kStripe)));
+typedef uint64_t StripeSums __attribute__((vector_size(kStripe), aligned(kStripe)));
 
-inline Sums neighbours(const Sums& x) {
+inline StripeSums neighbours(const StripeSums& x) {
 #ifdef __clang__
     return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
 #else
-    return __builtin_shuffle(x, Sums{1, 0, 3, 2, 5, 4, 7, 6});
+    return __builtin_shuffle(x, StripeSums{1, 0, 3, 2, 5, 4, 7, 6});
 #endif
 }
 
@@ -39,22 +39,22 @@ inline uint64_t word64(const uint8_t* at) {
     return word;
 }
 
-inline void accumulate(Sums& sums, const uint8_t* data, const uint8_t* secret) {
-    Sums words, keys;
+inline void accumulate(StripeSums& sums, const uint8_t* data, const uint8_t* secret) {
+    StripeSums words, keys;
     __builtin_memcpy(&words, data, kStripe);
     __builtin_memcpy(&keys, secret, kStripe);
     keys ^= words;
     sums += (keys & 0xFFFFFFFFu) * (keys >> 32) + neighbours(words);
 }
 
-inline void scramble(Sums& sums) {
-    Sums keys;
+inline void scramble(StripeSums& sums) {
+    StripeSums keys;
     __builtin_memcpy(&keys, kSecret + sizeof kSecret - kStripe, kStripe);
     sums = (sums ^ sums >> 47 ^ keys) * kPrime32[0];
 }
 
 uint64_t checksum(const uint8_t* data, size_t n) {
-    Sums sums = {kPrime32[2], kPrime64[0], kPrime64[1], kPrime64[2], kPrime64[3], kPrime32[1], kPrime64[4], kPrime32[0]};
+    StripeSums sums = {kPrime32[2], kPrime64[0], kPrime64[1], kPrime64[2], kPrime64[3], kPrime32[1], kPrime64[4], kPrime32[0]};
     const size_t block = kStripe * kStripesPerBlock, blocks = (n - 1) / block;
     for (size_t b = 0; b < blocks; ++b) {
         for (int s = 0; s < kStripesPerBlock; ++s) accumulate(sums, data + b * block + s * kStripe, kSecret + 8 * s);
