@@ -17,16 +17,22 @@ from edgekv.errors import OutOfPages
 from edgekv.spec import PageSpec
 
 #: Below this an arena gains nothing from huge pages, and would round its RAM up.
-HUGE_PAGE_BYTES = 8 * 1024 * 1024
+LEAST_HUGE_BYTES = 8 * 1024 * 1024
 
 
-def _anonymous(size_bytes: int) -> mmap.mmap:
-    """Memory of this process alone: Linux backs shared mappings, Python's default, with huge pages only where an
-    administrator allows it, and keeps their contents when they are given back.
+def anonymous(size_bytes: int, *, huge: bool) -> mmap.mmap:
+    """Return zeroed memory of this process alone, in ``huge`` pages where the system grants them.
+
+    Linux backs shared mappings, Python's default, with huge pages only where an administrator allows it, and keeps their
+    contents when they are given back.
     """
-    if hasattr(mmap, "MAP_ANONYMOUS"):
-        return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return mmap.mmap(-1, size_bytes)
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, size_bytes)
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 class Arena:
@@ -39,11 +45,9 @@ class Arena:
     def __init__(self, spec: PageSpec, budget_bytes: int) -> None:
         self.spec = spec
         self.n_frames = budget_bytes // spec.frame_bytes
-        self._map = _anonymous(max(self.n_frames * spec.frame_bytes, mmap.PAGESIZE))
-        if hasattr(mmap, "MADV_HUGEPAGE") and self.n_frames * spec.frame_bytes >= HUGE_PAGE_BYTES:
-            # Attention walks the arena from end to end: with 4 KiB pages a quarter of its time goes to address lookup.
-            with contextlib.suppress(OSError):
-                self._map.madvise(mmap.MADV_HUGEPAGE)
+        size = max(self.n_frames * spec.frame_bytes, mmap.PAGESIZE)
+        # Attention walks the arena from end to end: with 4 KiB pages a quarter of its time goes to address lookup.
+        self._map = anonymous(size, huge=size >= LEAST_HUGE_BYTES)
         self.buffer: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         #: Address of the first byte, for kernels.
         self.address = int(self.buffer.ctypes.data)

@@ -66,8 +66,9 @@ class Attender:
         self._selector: Selector | None = None
         if attend is not None and attend.selective:
             self._selector = make_selector(model, cache, kernels, attend)
+        self._pool = kernels.ThreadPool(threads, executor)
         attention = kernels.Attention(
-            kernels.ThreadPool(threads, executor),
+            self._pool,
             model.n_q_heads,
             model.n_kv_heads,
             model.head_dim,
@@ -88,7 +89,7 @@ class Attender:
     def stream(self, store: PageStore) -> int:
         """Read pages back from a store from now on; returns the bytes of the staging ring."""
         spec = self._cache.spec
-        self._reader = self._machine.reader(store, spec, self._piece_pages, self._ring_pieces)
+        self._reader = self._machine.reader(store, spec, self._piece_pages, self._ring_pieces, self._pool)
         self._lookahead = Lookahead(self._cache, self._reader, self._piece_pages, self._run_pages)
         return self._ring_pieces * self._piece_pages * spec.record_bytes
 

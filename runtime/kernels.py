@@ -103,7 +103,11 @@ class PagedAttention(Protocol):
 
 
 class RowReads(Protocol):
-    """Reads records of page files and checks them, on threads of its own."""
+    """Reads records of page files in the background, and checks them."""
+
+    @property
+    def how(self) -> str:
+        """Who reads: "io_uring", or "threads"."""
 
     def submit(self, file: int, places: Int64, rows: Bytes, heads: Bytes, payload_bytes: int, good: Bytes) -> int:
         """Start to read ``rows`` [n, row_bytes] from ``places`` [n], counted in rows, neighbours in one call.
@@ -197,8 +201,17 @@ class Kernels(Protocol):
     def checksums(self, rows: Bytes, start: int, stop: int, out: Addresses) -> None:
         """XXH3-64 of bytes [start, stop), more than 240, of each row of ``rows`` [n, row_bytes]; ``out`` [n] uint64."""
 
-    def RowReader(self, n_threads: int) -> Any:
-        """Start threads that read rows of files: a :class:`RowReads`."""
+    def RowReader(self, depth: int, pool: Any = None, how: str = "") -> Any:
+        """Return what reads rows of files in the background: a :class:`RowReads`.
+
+        Args:
+            depth: reads in flight at a time, where threads read.
+            pool: checks what came, on the thread that waits for it; None checks on that thread alone.
+            how: "io_uring" or "threads"; "" is the first of them that the system allows.
+
+        Raises:
+            ValueError: ``how`` names what this system does not have.
+        """
 
     def read_bandwidth(self, pool: Any, array: Bytes) -> float:
         """Seconds to merely read ``array`` with all threads."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from edgekv.runtime.medium import SYSTEM, Medium
 from edgekv.runtime.pressure import Pressure, SystemPressure
 from edgekv.runtime.reader import PageReader
+from edgekv.runtime.reads import Reads
 from edgekv.runtime.stats import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from edgekv.runtime.budget import BudgetPlan
     from edgekv.runtime.cache import KVCache
     from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
-    from edgekv.runtime.kernels import PagedAttention
+    from edgekv.runtime.kernels import PagedAttention, Pool
     from edgekv.runtime.store import PageStore
     from edgekv.spec import ModelSpec, PageSpec
 
@@ -49,8 +50,8 @@ class Machine(Protocol):
         """Return what attends to pages."""
         ...
 
-    def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int) -> PageReader:
-        """Return what reads pages ahead; see :class:`PageReader`."""
+    def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int, pool: Pool) -> PageReader:
+        """Return what reads pages ahead; see :class:`PageReader`. ``pool`` checks what came."""
         ...
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
@@ -87,9 +88,9 @@ class Host:
         """Return the kernel."""
         return attention
 
-    def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int) -> PageReader:
+    def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int, pool: Pool) -> PageReader:
         """Return a reader."""
-        return PageReader(store, spec, capacity, ring)
+        return PageReader(store, spec, capacity, ring, Reads(pool))
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
         """Let it run."""

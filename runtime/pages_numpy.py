@@ -158,8 +158,12 @@ def checksums(rows: Bytes, start: int, stop: int, out: Addresses) -> None:
 class RowReader:
     """Reads records on threads; see :class:`edgekv.runtime.kernels.RowReads`."""
 
-    def __init__(self, n_threads: int) -> None:
-        self._threads = ThreadPoolExecutor(n_threads, thread_name_prefix="edgekv-rows")
+    how = "threads"
+
+    def __init__(self, depth: int, pool: object = None, how: str = "") -> None:
+        if how not in ("", self.how):
+            raise ValueError(f"this system does not read rows with {how!r}")
+        self._threads = ThreadPoolExecutor(depth, thread_name_prefix="edgekv-rows")
         self._open: dict[int, Future[None]] = {}
         self._next = 0
 

@@ -24,7 +24,7 @@ from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 Bytes = NDArray[np.uint8]
 
 #: Requests that the staging ring holds where the budget allows: one is attended to, the others are on their way.
-RING_PIECES = 6
+RING_PIECES = 5
 #: At the least: one is attended to, one on its way; a third lets guesses be right in part.
 LEAST_PIECES, LEAST_PIECES_SELECTIVE = 2, 3
 
@@ -51,7 +51,8 @@ class PageReader:
         self, store: PageStore, spec: PageSpec, capacity: int, ring: int = 2, reads: Reads | None = None
     ) -> None:
         self._store = store
-        self._buffers = [aligned_rows(capacity, spec.record_bytes) for _ in range(ring)]
+        rows = aligned_rows(ring * capacity, spec.record_bytes)
+        self._buffers = [rows[slot * capacity : (slot + 1) * capacity] for slot in range(ring)]
         self._free = list(range(ring))
         self._held: list[int] = []
         self._pending: deque[Request] = deque()

@@ -12,15 +12,20 @@ from numpy.typing import NDArray
 from edgekv.runtime.kernels import RowReads, load_kernels
 from edgekv.runtime.record import Wanted, check_records, is_short
 
-#: Reads that are in flight at a time. Source: benchmarks/bench_flash.py; more threads take cores from the computing.
+#: Reads that are in flight at a time, where threads read: more of them take cores from the computing. io_uring has as many in
+#: flight as were asked for. Source: benchmarks/bench_flash.py.
 QUEUE_DEPTH = 4
 
 
 class Reads:
-    """Threads that read while the caller computes."""
+    """Reads that go on while the caller computes.
 
-    def __init__(self) -> None:
-        self._rows: RowReads = load_kernels().RowReader(QUEUE_DEPTH)
+    Args:
+        pool: the kernels' threads, which check what came when it is waited for; None: the thread that waits does.
+    """
+
+    def __init__(self, pool: object = None) -> None:
+        self._rows: RowReads = load_kernels().RowReader(QUEUE_DEPTH, pool)
         self._threads = ThreadPoolExecutor(QUEUE_DEPTH, thread_name_prefix="edgekv-reader")
 
     def rows(

@@ -34,7 +34,7 @@ from edgekv.runtime.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
 from edgekv.runtime.generate import Generator
-from edgekv.runtime.kernels import PagedAttention
+from edgekv.runtime.kernels import PagedAttention, Pool
 from edgekv.runtime.options import RunOptions
 from edgekv.runtime.pressure import Calm, Pressure
 from edgekv.runtime.reader import PageReader
@@ -165,7 +165,7 @@ class Device:
         assert self._cost is not None
         return EmulatedAttention(attention, self._cost, self.clock, self.count_used)
 
-    def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int) -> PageReader:
+    def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int, pool: Pool) -> PageReader:
         """Return a reader, at the speed of the drive."""
         return EmulatedReader(store, spec, capacity, ring, self.medium, self.clock, self.count_fetched)
 

@@ -197,31 +197,45 @@ void checksums(nb::handle rows, int64_t start, int64_t stop, nb::handle out) {
     sum_rows(k, view.data(), view.shape(0), view.shape(1), start, stop, sums.data());
 }
 
-int64_t submit_rows(RowReader& reader, int file, nb::handle places, nb::handle rows, nb::handle heads,
-                    int64_t payload_bytes, nb::handle good) {
-    View<int64_t> place(places, "places", {-1});
-    const int64_t n = place.shape(0);
-    View<uint8_t> view(rows, "rows", {n, -1}, true);
-    View<uint8_t> head(heads, "heads", {n, kHeadBytes});
-    View<uint8_t> whole(good, "good", {n}, true);
-    check_span(kSummedFrom, kPayloadAt + payload_bytes, view.shape(1));
-    if (n == 0) throw nb::value_error("nothing to read");
-    return reader.submit({file, {place.data(), place.data() + n}, view.data(), view.shape(1), head.data(), payload_bytes,
-                          whole.data()});
-}
+class PyRowReader {
+  public:
+    PyRowReader(int depth, nb::object pool, const char* how) : pool_(std::move(pool)) {
+        if (depth < 1) throw nb::value_error("depth must be 1 or more");
+        reader_ = RowReader::open(kernels(), pool_.is_none() ? nullptr : nb::cast<ThreadPool*>(pool_), depth, how);
+        if (!reader_) throw nb::value_error((std::string("this system does not read rows with '") + how + "'").c_str());
+    }
 
-void wait_rows(RowReader& reader, int64_t ticket) {
-    int error;
-    {
-        nb::gil_scoped_release released;
-        error = reader.wait(ticket);
+    const char* how() const { return reader_->how(); }
+
+    int64_t submit(int file, nb::handle places, nb::handle rows, nb::handle heads, int64_t payload_bytes, nb::handle good) {
+        View<int64_t> place(places, "places", {-1});
+        const int64_t n = place.shape(0);
+        View<uint8_t> view(rows, "rows", {n, -1}, true);
+        View<uint8_t> head(heads, "heads", {n, kHeadBytes});
+        View<uint8_t> whole(good, "good", {n}, true);
+        check_span(kSummedFrom, kPayloadAt + payload_bytes, view.shape(1));
+        if (n == 0) throw nb::value_error("nothing to read");
+        return reader_->submit({file, {place.data(), place.data() + n}, view.data(), view.shape(1), head.data(),
+                                payload_bytes, whole.data()});
     }
-    if (error) {
-        errno = error;
-        PyErr_SetFromErrno(PyExc_OSError);
-        throw nb::python_error();
+
+    void wait(int64_t ticket) {
+        int error;
+        {
+            nb::gil_scoped_release released;
+            error = reader_->wait(ticket);
+        }
+        if (error) {
+            errno = error;
+            PyErr_SetFromErrno(PyExc_OSError);
+            throw nb::python_error();
+        }
     }
-}
+
+  private:
+    nb::object pool_;  // kept alive
+    std::unique_ptr<RowReader> reader_;
+};
 
 }  // namespace
 
@@ -236,12 +250,13 @@ void bind_pages(nb::module_& m) {
           nb::arg("page_size"));
     m.def("gather_int8", &gather_pages, nb::arg("pool"), nb::arg("refs"), nb::arg("keys"), nb::arg("key_scales"),
           nb::arg("values"), nb::arg("value_scales"));
-    nb::class_<RowReader>(m, "RowReader")
-        .def("__init__", [](RowReader* self, int n_threads) { new (self) RowReader(kernels(), n_threads); },
-             nb::arg("n_threads"))
-        .def("submit", &submit_rows, nb::arg("file"), nb::arg("places"), nb::arg("rows"), nb::arg("heads"),
+    nb::class_<PyRowReader>(m, "RowReader")
+        .def(nb::init<int, nb::object, const char*>(), nb::arg("depth"), nb::arg("pool") = nb::none(),
+             nb::arg("how") = "")
+        .def_prop_ro("how", &PyRowReader::how)
+        .def("submit", &PyRowReader::submit, nb::arg("file"), nb::arg("places"), nb::arg("rows"), nb::arg("heads"),
              nb::arg("payload_bytes"), nb::arg("good"))
-        .def("wait", &wait_rows, nb::arg("ticket"));
+        .def("wait", &PyRowReader::wait, nb::arg("ticket"));
     m.def("checksums", &checksums, nb::arg("rows"), nb::arg("start"), nb::arg("stop"), nb::arg("out"));
     m.def("page_bounds", &bounds, nb::arg("refs"), nb::arg("low"), nb::arg("high"), nb::arg("page_size"));
 }

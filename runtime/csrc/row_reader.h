@@ -1,15 +1,15 @@
-// Reads records of page files on threads of its own and checks them, without the interpreter.
+// Reads records of page files in the background, and checks them on the threads of a pool, without the interpreter.
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <map>
+#include <memory>
 #include <mutex>
-#include <thread>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
+#include "thread_pool.h"
 
 namespace edgekv {
 
@@ -26,39 +26,60 @@ struct RowRequest {
     uint8_t* good;  // [n]: 1 where the row is the record that was expected
 };
 
+// Who reads: rows that lie side by side in a file come in one read.
 class RowReader {
   public:
-    RowReader(const Kernels& kernels, int n_threads);
-    ~RowReader();
+    // The best that the system allows ("io_uring", "threads"), or the one that is named; null if it cannot be had.
+    // Reads that are in flight at a time: `depth` with threads, all that were submitted with io_uring.
+    static std::unique_ptr<RowReader> open(const Kernels& kernels, ThreadPool* pool, int depth, const std::string& how);
+    virtual ~RowReader() = default;
     RowReader(const RowReader&) = delete;
     RowReader& operator=(const RowReader&) = delete;
 
-    // Starts a request, whose memory must stay until it was waited for; neighbours are read in one call.
+    virtual const char* how() const = 0;
+    // Starts a request, whose memory must stay until it was waited for.
     int64_t submit(RowRequest request);
-    // Waits, and returns 0 or the errno of a read that failed.
+    // Waits, checks what came, and returns 0 or the errno of a read that failed.
     int wait(int64_t ticket);
 
-  private:
+  protected:
     struct Open {
         RowRequest request;
-        int64_t left;
+        int64_t left;  // runs that are not done
         int error;
     };
+    // Rows [start, stop) of a request, neighbours in the file, of which `got` bytes are there.
     struct Run {
-        int64_t ticket, start, stop;
+        Open* open;
+        int64_t start, stop, got;
+
+        uint8_t* at() const { return open->request.rows + start * open->request.row_bytes + got; }
+        int64_t offset() const {
+            return open->request.places[static_cast<size_t>(start)] * open->request.row_bytes + got;
+        }
+        int64_t missing() const { return (stop - start) * open->request.row_bytes - got; }
     };
 
-    void work();
-    static int read_run(const Kernels& kernels, const RowRequest& request, int64_t start, int64_t stop);
+    RowReader(const Kernels& kernels, ThreadPool* pool) : kernels_(kernels), pool_(pool) {}
+    // Starts runs; called with the mutex held.
+    virtual void start(const std::vector<Run>& runs) = 0;
+    // Returns when nothing of a request is left; called with the mutex held.
+    virtual void finish(Open& open, std::unique_lock<std::mutex>& lock) = 0;
+    // Notes that a run came as far as it will; called with the mutex held.
+    static void done(const Run& run, int error);
+
+    std::mutex mutex_;
+
+  private:
+    void check(const RowRequest& request, int64_t row) const;
 
     const Kernels& kernels_;
-    std::mutex mutex_;
-    std::condition_variable work_, done_;
-    std::deque<Run> queue_;
-    std::map<int64_t, Open> open_;
+    ThreadPool* const pool_;
+    std::map<int64_t, Open> open_;  // an entry stays where it is until it was waited for
     int64_t next_ = 0;
-    bool ends_ = false;
-    std::vector<std::thread> threads_;
 };
+
+std::unique_ptr<RowReader> open_uring(const Kernels& kernels, ThreadPool* pool);  // null where the system has none
+std::unique_ptr<RowReader> open_threads(const Kernels& kernels, ThreadPool* pool, int n_threads);
 
 }  // namespace edgekv

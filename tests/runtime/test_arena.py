@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekv.runtime.arena import HUGE_PAGE_BYTES, Arena
+from edgekv.runtime.arena import LEAST_HUGE_BYTES, Arena
 from edgekv.spec import PageSpec
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -32,21 +32,21 @@ def resident_kib(address: int) -> int:
 
 
 def test_a_large_arena_asks_for_huge_pages_of_its_own() -> None:
-    arena = Arena(SPEC, 4 * HUGE_PAGE_BYTES)
+    arena = Arena(SPEC, 4 * LEAST_HUGE_BYTES)
     entry = mapping_of(arena.address)
     assert entry.split()[1] == "rw-p"
     assert "hg" in entry.split("VmFlags:")[1].split()
 
 
 def test_untouched_frames_cost_no_memory() -> None:
-    arena = Arena(SPEC, 4 * HUGE_PAGE_BYTES)
+    arena = Arena(SPEC, 4 * LEAST_HUGE_BYTES)
     before = resident_kib(arena.address)
     arena.buffer[0] = 1
     assert 4 <= resident_kib(arena.address) - before <= 2048, "more than the huge page of the one touched byte"
 
 
 def test_a_shrunken_arena_gives_its_memory_back() -> None:
-    arena = Arena(SPEC, 2 * HUGE_PAGE_BYTES)
+    arena = Arena(SPEC, 2 * LEAST_HUGE_BYTES)
     frames = arena.n_frames
     arena.buffer[:] = 1
     arena.shrink(frames // 2)
