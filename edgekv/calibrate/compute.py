@@ -35,9 +35,8 @@ def read_bandwidth(threads: int) -> float:
 def matrix_rates(bits: int, threads: int) -> tuple[float, float]:
     """Return the bytes/s at which one token reads weights of so many bits, and the ops/s of a chunk of 256 tokens."""
     layers = PRODUCTS if bits < 32 else PRODUCTS // 4
-    session = ort.InferenceSession(
-        matmul_chain(WIDTH, layers, bits), session_options(threads, shared=False), providers=["CPUExecutionProvider"]
-    )
+    options = session_options(threads, "fp32" if bits == 32 else f"int{bits}", shared=False)
+    session = ort.InferenceSession(matmul_chain(WIDTH, layers, bits), options, providers=["CPUExecutionProvider"])
 
     def seconds(rows: int) -> float:
         x = np.ones((rows, WIDTH), np.float32)

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "dense.h"
 #include "kernels.h"
 #include "onnxruntime_threads.h"
 #include "thread_pool.h"
@@ -232,6 +233,7 @@ NB_MODULE(_kernels, m) {
     m.attr("RUN_PAGES") = kRunPages;
     m.def("isa", &isa);
     m.def("available_isas", &available_isas);
+    m.def("dense_names", &dense_names);
     m.def("read_bandwidth", &read_bandwidth, nb::arg("pool"), nb::arg("array"));
 
     m.def("onnxruntime_executor", [] { return reinterpret_cast<uintptr_t>(onnxruntime_executor()); });

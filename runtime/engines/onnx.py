@@ -19,10 +19,13 @@ from edgekv.runtime.engines.mapped import release_mapped_pages
 SPIN_US = 50
 
 
-def session_options(threads: int, *, shared: bool) -> ort.SessionOptions:
+def session_options(threads: int, weights: str, *, shared: bool) -> ort.SessionOptions:
     """Return session options for a process that runs many small sessions in turn.
 
     Args:
+        weights: the bundle's weight type. Products with 4-bit weights run on our kernels where the processor has
+            instructions that they use (AVX-512 VNNI, AMX): twice as fast for a token, five times for a chunk, and the
+            weights stay mapped, where ONNX Runtime's own copy them into another order.
         shared: the process has one pool of threads for all sessions; else each gets its own.
     """
     _share_arena()
@@ -32,6 +35,8 @@ def session_options(threads: int, *, shared: bool) -> ort.SessionOptions:
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.use_per_session_threads = not shared
+    if weights == "int4":
+        _register_operators(options)
     if not shared:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
@@ -51,13 +56,33 @@ def share_threads(threads: int) -> None:
 
 def lend_threads() -> int:
     """Return the address of the function that runs the kernels' tasks on that pool; 0 if there is none."""
+    if not _register_operators(ort.SessionOptions()):
+        return 0
+    from edgekv.runtime import _kernels
+
+    return _kernels.onnxruntime_executor()
+
+
+def describe(weights: str) -> str:
+    """Return what computes a bundle of this weight type, for people."""
+    name = f"onnxruntime {ort.__version__}"
+    if weights != "int4" or not _register_operators(ort.SessionOptions()):
+        return name
+    from edgekv.runtime import _kernels
+
+    ours = _kernels.dense_names()
+    return f"{name}, 4-bit products by edgekv ({ours})" if ours else name
+
+
+def _register_operators(options: ort.SessionOptions) -> bool:
+    """Let sessions use the operators of the native kernels; return whether there are any."""
     try:
         from edgekv.runtime import _kernels
 
-        ort.SessionOptions().register_custom_ops_library(_kernels.__file__)
-        return _kernels.onnxruntime_executor()
+        options.register_custom_ops_library(_kernels.__file__)
     except Exception:  # no native kernels, or an ONNX Runtime without custom operators
-        return 0
+        return False
+    return True
 
 
 @functools.cache
@@ -95,12 +120,12 @@ class OnnxSegments:
         Raises:
             EngineError: ONNX Runtime refused a graph.
         """
-        self.description = f"onnxruntime {ort.__version__}"
+        self.description = describe(manifest.weights)
         self._model = manifest.model
         if own_process:
             share_threads(threads)
         self.executor = lend_threads()
-        options = session_options(threads, shared=own_process or self.executor != 0)
+        options = session_options(threads, manifest.weights, shared=own_process or self.executor != 0)
         weights = manifest.embedding.file if manifest.embedding else ""
         self._sessions = []
         for index, name in enumerate(manifest.graphs):

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekv.bundle import Manifest
-from edgekv.runtime.engines.onnx import lend_threads, open_session, session_options, share_threads
+from edgekv.runtime.engines.onnx import describe, lend_threads, open_session, session_options, share_threads
 
 
 class OnnxInline:
@@ -19,10 +18,10 @@ class OnnxInline:
     max_tokens: int | None = None
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int, *, own_process: bool) -> None:
-        self.description = f"onnxruntime {ort.__version__}"
+        self.description = describe(manifest.weights)
         if own_process:
             share_threads(threads)
-        options = session_options(threads, shared=own_process or lend_threads() != 0)
+        options = session_options(threads, manifest.weights, shared=own_process or lend_threads() != 0)
         self._session = open_session(folder / manifest.graphs[0], options)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
