@@ -118,10 +118,12 @@ def _compute(weights: float, kv: float, gemm: float, attention: float, overhead_
         threads=Quantity(1, "threads", "as published", "medium"),
         weight_read_bytes_per_s=made(weights, "bytes/s"),
         kv_read_bytes_per_s=made(kv, "bytes/s"),
+        kv_fp16_read_bytes_per_s=made(kv, "bytes/s"),
         gemm_ops_per_s=made(gemm, "ops/s"),
         attention_ops_per_s=made(attention, "ops/s"),
         overhead_s=made(overhead_s, "s"),
         page_fetch_s=made(0.0, "s"),
+        piece_fetch_s=made(0.0, "s"),
     )
 
 

@@ -130,7 +130,12 @@ class Compute:
     ]
     kv_read_bytes_per_s: Annotated[
         Quantity[float],
-        Rule("KV cache bytes read by attention in decode. Slower than weights on most CPUs.", "bytes/s", '"5GB/s"'),
+        Rule(
+            "Bytes of INT8 pages read by attention in decode. Slower than weights on most CPUs.", "bytes/s", '"5GB/s"'
+        ),
+    ]
+    kv_fp16_read_bytes_per_s: Annotated[
+        Quantity[float], Rule("Bytes of fp16 pages read by attention in decode.", "bytes/s", '"5GB/s"')
     ]
     gemm_ops_per_s: Annotated[
         Quantity[float],
@@ -150,11 +155,15 @@ class Compute:
     page_fetch_s: Annotated[
         Quantity[float],
         Rule(
-            "Time of the host per page that comes from flash: system call, checksum, hand-over; adds to the kernel's.",
+            "Time of the host per page that comes from flash, beyond the kernel's: checksum, what goes by the byte.",
             "s",
-            "0.0001",
+            "0.00001",
             low_included=True,
         ),
+    ]
+    piece_fetch_s: Annotated[
+        Quantity[float],
+        Rule("Time of the host per piece of pages: system call, waiting, hand-over.", "s", "0.0001", low_included=True),
     ]
     by_weights: Mapping[str, Mapping[str, Quantity[Any]]] = field(default_factory=dict)
 

@@ -3,7 +3,7 @@
 The model is a roofline per engine and weight type, with a rate of its own for each kind of work:
 
     step = max(weight bytes / weight_read_bytes_per_s, ops / gemm_ops_per_s)
-         + max(KV bytes / kv_read_bytes_per_s, attention ops / attention_ops_per_s)
+         + max(KV bytes / kv_read_bytes_per_s + fp16 KV bytes / kv_fp16_read_bytes_per_s, attention ops / attention_ops_per_s)
          + overhead_s
 
 The rates are what an engine reaches, not what a data sheet promises: attention reads the cache at 10-60 % of the bandwidth that
@@ -43,9 +43,9 @@ def step_seconds(work: StepWork, rates: Compute, speed: float = 1.0) -> StepSeco
         speed: share of the cold speed that heat has left; see :mod:`edgekv.device_profiles.thermal`.
     """
     dense = max(work.weight_bytes / rates.weight_read_bytes_per_s.value, work.ops / rates.gemm_ops_per_s.value)
-    attention = max(
-        work.kv_bytes / rates.kv_read_bytes_per_s.value, work.attention_ops / rates.attention_ops_per_s.value
-    )
+    read = work.kv_bytes / rates.kv_read_bytes_per_s.value
+    read += work.kv_fp16_bytes / rates.kv_fp16_read_bytes_per_s.value
+    attention = max(read, work.attention_ops / rates.attention_ops_per_s.value)
     return StepSeconds(dense / speed, attention / speed, rates.overhead_s.value / speed)
 
 

@@ -26,8 +26,8 @@ BITS_PER_WEIGHT = {
 class StepWork:
     """What one step asks of a device.
 
-    ``weight_bytes``: weights read, once. ``ops``: 2 per weight and token. ``kv_bytes``: cache read by attention, and states of
-    linear attention, read and written.
+    ``weight_bytes``: weights read, once. ``ops``: 2 per weight and token. ``kv_bytes``: INT8 cache read by attention, and states
+    of linear attention, read and written; ``kv_fp16_bytes``: fp16 cache.
     ``attention_ops``: 4 per query head, channel, query and key.
     """
 
@@ -35,6 +35,7 @@ class StepWork:
     ops: float
     kv_bytes: float
     attention_ops: float
+    kv_fp16_bytes: float = 0.0
 
 
 def weights_bytes(model: Geometry, bits_per_weight: float) -> int:
@@ -60,6 +61,7 @@ def step_work(
     context: int,
     bits_per_weight: float,
     kv_bytes_per_token: float,
+    fp16_cache: bool = False,
     logits: int = 1,
 ) -> StepWork:
     """Return the work of one step.
@@ -69,6 +71,7 @@ def step_work(
         context: tokens that the cache holds before the step.
         bits_per_weight: with scales; see :data:`BITS_PER_WEIGHT`.
         kv_bytes_per_token: all layers; see :func:`kv_bytes_per_token`.
+        fp16_cache: its pages are fp16, and not INT8.
         logits: rows of logits that are computed; 0 in all chunks of a prompt but the last.
     """
     # A chunk meets ever more of the experts: at most all of them.
@@ -76,13 +79,15 @@ def step_work(
     head = model.head_weights if logits else 0
     read = model.mixing_weights + model.n_layers * mlp_read + head
     multiplied = n_tokens * (model.mixing_weights + model.n_layers * model.mlp_active_weights)
-    state_bytes = 2.0 * model.linear.count * model.linear.state_bytes
     attended = kv_tokens(model, context)
+    cached = attended * kv_bytes_per_token
+    state_bytes = 2.0 * model.linear.count * model.linear.state_bytes
     # New token i also attends to the i before it and to itself.
     pairs = n_tokens * attended + n_tokens * (n_tokens + 1) / 2
     return StepWork(
         weight_bytes=read * bits_per_weight / 8,
         ops=2.0 * (multiplied + logits * model.head_weights),
-        kv_bytes=attended * kv_bytes_per_token + state_bytes,
+        kv_bytes=state_bytes + (0.0 if fp16_cache else cached),
+        kv_fp16_bytes=cached if fp16_cache else 0.0,
         attention_ops=4.0 * model.n_kv_layers * model.n_q_heads * model.head_dim * pairs,
     )

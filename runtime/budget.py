@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from edgekv.errors import BudgetError, UsageError
@@ -34,6 +35,11 @@ class BudgetPlan:
     fits: bool
     piece_pages: int = 0
     ring_pieces: int = LEAST_PIECES_SELECTIVE
+
+
+def pieces_of(cold_pages: float, n_layers: int, piece_pages: int) -> int:
+    """Return in how many pieces a step reads so many pages of all layers from flash; a piece is of one layer."""
+    return n_layers * math.ceil(cold_pages / n_layers / max(piece_pages, 1))
 
 
 def resolve_budget(kv_budget: int | str | None, spec: PageSpec, context: int) -> int | None:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from edgekv.calibrate.onnx_chain import matmul_chain
 from edgekv.runtime.engines.onnx import session_options
-from edgekv.runtime.kernels import KIND_WARM, PAGE_REF, load_kernels
+from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, PAGE_REF, load_kernels
 from edgekv.spec import PageSpec
 
 #: More than any last-level cache of a phone, board or laptop; a server's may be larger still.
@@ -47,22 +47,30 @@ def matrix_rates(bits: int, threads: int) -> tuple[float, float]:
     return read / seconds(1), 2.0 * CHUNK * layers * WIDTH * WIDTH / seconds(CHUNK)
 
 
-def attention_rates(threads: int, spec: PageSpec = KV_SPEC, n_q_heads: int = Q_HEADS) -> tuple[float, float]:
-    """Return the bytes/s at which a token reads INT8 pages, and the ops/s of a chunk that attends to them."""
+def attention_rates(
+    threads: int, spec: PageSpec = KV_SPEC, n_q_heads: int = Q_HEADS, *, kind: int = KIND_WARM
+) -> tuple[float, float]:
+    """Return the bytes/s at which a token reads pages, and the ops/s of a chunk that attends to them.
+
+    Args:
+        kind: of the pages: KIND_WARM (INT8) or KIND_HOT (fp16).
+    """
     kernels = load_kernels()
     n_pages, layers = KV_TOKENS // spec.page_size, spec.n_layers
-    stride = spec.warm_slot_bytes
+    page_bytes, stride = (
+        (spec.hot_bytes, spec.frame_bytes) if kind == KIND_HOT else (spec.warm_bytes, spec.warm_slot_bytes)
+    )
     rng = np.random.default_rng(0)
     memory = np.empty(layers * n_pages * stride + 64, np.uint8)
     arena = memory[-memory.ctypes.data % 64 :][: layers * n_pages * stride].reshape(-1, stride)
     arena[:] = rng.integers(0, 256, stride, np.uint8)
-    arena[:, 2 * spec.elements : spec.warm_bytes].view(np.float16)[:] = 0.01
+    arena[:, 0 if kind == KIND_HOT else 2 * spec.elements : page_bytes].view(np.float16)[:] = 0.01
     refs = np.zeros((layers, n_pages), PAGE_REF)
     addresses = np.arange(layers * n_pages, dtype=np.uint64) * np.uint64(stride) + np.uint64(arena.ctypes.data)
     refs["data"] = rng.permutation(addresses).reshape(layers, n_pages)
     refs["mask"] = np.uint64(2**64 - 1)
     refs["position"] = np.arange(n_pages) * spec.page_size
-    refs["n_slots"], refs["kind"] = spec.page_size, KIND_WARM
+    refs["n_slots"], refs["kind"] = spec.page_size, kind
     attention = kernels.Attention(
         kernels.ThreadPool(threads), n_q_heads, spec.n_kv_heads, spec.head_dim, spec.page_size, spec.head_dim**-0.5,
         max_tokens=CHUNK,
@@ -79,7 +87,7 @@ def attention_rates(threads: int, spec: PageSpec = KV_SPEC, n_q_heads: int = Q_H
 
         return _median(attend)
 
-    read = layers * n_pages * spec.warm_bytes / seconds(1, layers)
+    read = layers * n_pages * page_bytes / seconds(1, layers)
     pairs = CHUNK * KV_TOKENS + CHUNK * (CHUNK + 1) / 2
     few = min(4, layers)
     return read, 4.0 * few * n_q_heads * spec.head_dim * pairs / seconds(CHUNK, few)

@@ -1,47 +1,66 @@
-"""Rates of the real engine with a real bundle: a prompt and some tokens, in RAM as fp16, as INT8, and from flash."""
+"""Rates of the real engine with a real bundle: tokens and chunks at several contexts, in RAM as fp16, as INT8, and from flash.
+
+The cache is filled with random numbers, not computed: attention takes the same time over them, and a context of 8192 tokens is
+there in a second.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from edgekv.bundle import Manifest
 from edgekv.device_profiles.geometry import Geometry
-from edgekv.device_profiles.work import StepWork, kv_bytes_per_token, step_work
+from edgekv.device_profiles.work import kv_bytes_per_token, step_work
 from edgekv.plan.model import read_model
+from edgekv.runtime.budget import pieces_of
+from edgekv.runtime.cache import KVCache
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.types import KVMode, Tier
 
-#: Tokens of the prompt in RAM and with pages on flash, of a chunk, and of the short context; tokens generated, of which the
-#: median counts. Pages are read in pieces: a context of 1024 has as many full and short ones as contexts have on average.
-PROMPT, FLASH_PROMPT, CHUNK, SHORT, STEPS = 3072, 1024, 256, 64, 32
+#: Tokens in the cache when tokens and chunks are timed: in RAM, and with pages on flash (pieces are full in long contexts only).
+CONTEXTS, FLASH_CONTEXTS = (64, 2048, 8192), (512, 2048, 8192)
+#: Tokens of a chunk; chunks and tokens that are timed at each context, of which the fastest and the median count; room for them.
+CHUNK, CHUNKS, STEPS, ROOM = 256, 2, 24, 640
+#: The longest context is shorter where its fp16 cache would exceed this.
+CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class EngineRates:
-    """What a profile says of an engine, measured with one bundle."""
+    """What a profile says of an engine, measured with one bundle. ``streamed_bytes_per_s``: the most that it read from flash."""
 
     weight_read_bytes_per_s: float
     kv_read_bytes_per_s: float
+    kv_fp16_read_bytes_per_s: float
     gemm_ops_per_s: float
     attention_ops_per_s: float
     overhead_s: float
     page_fetch_s: float
+    piece_fetch_s: float
+    streamed_bytes_per_s: float
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Seconds of one token at the short and at the long context, of each chunk, and pages on flash in the end."""
+class Timed:
+    """Seconds of a token, or of a chunk, that meets so many tokens in the cache."""
 
-    short_s: float
-    long_s: float
-    chunks_s: list[float]
-    cold_pages: int
+    context: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """A token that read so many pages from flash, in so many pieces."""
+
+    pages: int
+    pieces: int
+    token: Timed
 
 
 def measure_engine(
@@ -56,90 +75,174 @@ def measure_engine(
     Args:
         folder: where pages go that do not fit.
         weight_read_bytes_per_s: of its matrix products alone, if known: what a token takes beyond that is overhead.
-        advance: called three times.
+        advance: called four times.
     """
     model = read_model(bundle)
-    runs = []
-    ways = ((KVMode.FP16, None, PROMPT), (KVMode.INT8, None, PROMPT), (KVMode.INT8, "25%", FLASH_PROMPT))
-    for mode, budget, prompt in ways:
-        runs.append(_run(bundle, threads, folder, mode, budget, prompt))
+    most = min(model.geometry.max_context - ROOM, CACHE_BYTES // model.pages.fp16_cache_bytes(1))
+    options = RunOptions(threads=threads, offload=folder, prefill_chunk=CHUNK)
+    with Generator.open(bundle, options) as generator:
+        # The drive may be shared: what it can do is the faster of two times that lie apart.
+        before = _fetched(generator, shortened(FLASH_CONTEXTS, most))
         advance()
-    fp16, int8, flash = runs
-    short = min(fp16.short_s, int8.short_s)
+        tokens, chunks = {}, {}
+        for mode in (KVMode.FP16, KVMode.INT8):
+            sequence = _Sequence(generator, mode, None, shortened(CONTEXTS, most)[-1])
+            timed = [(sequence.tokens(), sequence.chunks()) for _ in sequence.filled(shortened(CONTEXTS, most))]
+            tokens[mode], chunks[mode] = ([pair[index] for pair in timed] for index in (0, 1))
+            sequence.close()
+            advance()
+        after = _fetched(generator, shortened(FLASH_CONTEXTS, most))
+        advance()
+    base_s, fp16_s, int8_s = fit_tokens(tokens[KVMode.FP16], tokens[KVMode.INT8])
+    fetches, streamed = [], 0.0
+    for pair in zip(before, after, strict=True):
+        found = min(pair, key=lambda one: one.token.seconds)
+        streamed = max(streamed, found.pages * model.pages.record_bytes / found.token.seconds)
+        fetches.append((found.pages, found.pieces, found.token.seconds - base_s - int8_s * found.token.context))
     dense = step_work(
-        model.geometry, n_tokens=1, context=SHORT, bits_per_weight=model.bits_per_weight, kv_bytes_per_token=0
+        model.geometry, n_tokens=1, context=0, bits_per_weight=model.bits_per_weight, kv_bytes_per_token=0
     )
-    bandwidth = weight_read_bytes_per_s or dense.weight_bytes / short
-    overhead = max(0.0, short - dense.weight_bytes / bandwidth)
-    slopes = []
-    for run, compressed in ((fp16, False), (int8, True)):
-        read = kv_bytes_per_token(model.pages, compressed=compressed) * (PROMPT - SHORT)
-        slopes.append(max(run.long_s - run.short_s, 0.02 * run.short_s) / read)
-    gemm, attention = _prefill_rates(model.geometry, fp16.chunks_s, int8.chunks_s, overhead)
-    # What the flash run would take in RAM, between the two contexts of the INT8 run.
-    share = (FLASH_PROMPT - SHORT) / (PROMPT - SHORT)
-    extra = flash.long_s - int8.short_s - share * max(int8.long_s - int8.short_s, 0.0)
+    bandwidth = weight_read_bytes_per_s or dense.weight_bytes / base_s
+    overhead = max(0.0, base_s - dense.weight_bytes / bandwidth)
+    fastest = [min(pair, key=lambda timed: timed.seconds) for pair in zip(*chunks.values(), strict=True)]
+    gemm, attention = fit_chunks(model.geometry, fastest, overhead)
+    page_s, piece_s = fit_fetches(fetches)
+    per_token = {mode: kv_bytes_per_token(model.pages, compressed=mode == KVMode.INT8) for mode in tokens}
     return EngineRates(
-        weight_read_bytes_per_s=dense.weight_bytes / (short - overhead),
-        kv_read_bytes_per_s=1 / statistics.mean(slopes),
+        weight_read_bytes_per_s=dense.weight_bytes / (base_s - overhead),
+        kv_read_bytes_per_s=per_token[KVMode.INT8] / int8_s,
+        kv_fp16_read_bytes_per_s=per_token[KVMode.FP16] / fp16_s,
         gemm_ops_per_s=gemm,
         attention_ops_per_s=attention,
         overhead_s=overhead,
-        page_fetch_s=max(extra, 0.0) / max(flash.cold_pages, 1),
+        page_fetch_s=page_s,
+        piece_fetch_s=piece_s,
+        streamed_bytes_per_s=streamed,
     )
 
 
-def _run(bundle: Path, threads: int, folder: Path, mode: KVMode, budget: str | None, prompt: int) -> _Run:
-    options = RunOptions(
-        kv=mode, kv_budget=budget, context=prompt + STEPS, threads=threads, offload=folder, prefill_chunk=CHUNK
-    )
-    with Generator.open(bundle, options) as generator:
-        tokens = _tokens(generator.manifest)[:prompt]
-        generator.prefill(tokens[:SHORT], max_tokens=1)  # warms up
-        stamps = [time.perf_counter()]
-        # Another first token each time, so that nothing of the context before is reused.
-        generator.prefill(
-            [*tokens[1:], tokens[0]], max_tokens=STEPS, progress=lambda *_: stamps.append(time.perf_counter())
+def _fetched(loaded: Generator, contexts: Sequence[int]) -> list[_Fetched]:
+    """Time tokens with a quarter of the fp16 cache in RAM."""
+    found = []
+    for context in contexts:
+        sequence = _Sequence(loaded, KVMode.INT8, "25%", context)
+        for _ in sequence.filled([context]):
+            token = sequence.tokens()
+            found.append(_Fetched(*sequence.cold(), token))
+        sequence.close()
+    return found
+
+
+def shortened(contexts: Sequence[int], most: int) -> list[int]:
+    """Return contexts of which the longest is at most ``most``, in the same proportions."""
+    return [max(1, context * min(most, contexts[-1]) // contexts[-1]) for context in contexts]
+
+
+class _Sequence:
+    """A sequence on a loaded bundle whose cache is filled with random numbers."""
+
+    def __init__(self, loaded: Generator, mode: KVMode, budget: str | None, context: int) -> None:
+        options = loaded.options
+        self._generator = loaded.fork(
+            RunOptions(
+                kv=mode,
+                kv_budget=budget,
+                context=context + ROOM,
+                threads=options.threads,
+                offload=options.offload,
+                prefill_chunk=options.prefill_chunk,
+            )
         )
-        long = _steps(generator, tokens)
-        cache = generator.report().cache
-        assert cache is not None
-        generator.prefill(tokens[:SHORT], max_tokens=STEPS)
-        short = _steps(generator, tokens)
-        return _Run(short, long, np.diff(stamps).tolist(), cache.pages_by_tier.get(Tier.COLD.name, 0))
+        self._plan = self._generator.prepare(context, ROOM)
+        self._held = 0
+        self._random = np.random.default_rng(7)
 
+    def filled(self, contexts: Sequence[int]) -> Iterator[int]:
+        """Yield each context when the cache holds it."""
+        cache = self._cache
+        for context in contexts:
+            while self._held < context:
+                count = min(CHUNK, context - self._held)
+                keys = self._random.standard_normal((count, cache.spec.n_kv_heads, cache.spec.head_dim), np.float32)
+                positions = np.arange(self._held, self._held + count)
+                for layer in range(cache.spec.n_layers):
+                    cache.append(layer, keys, keys, positions)
+                self._held += count
+            yield context
 
-def _tokens(manifest: Manifest) -> list[int]:
-    tokens: list[int] = np.random.default_rng(7).integers(2, manifest.model.vocab_size, PROMPT).tolist()
-    return tokens
+    def tokens(self) -> Timed:
+        """Time single tokens; the median of all but the first ones."""
+        times = [self._step(1, "last") for _ in range(STEPS + 3)]
+        return Timed(self._held - STEPS // 2, statistics.median(times[3:]))
 
+    def chunks(self) -> Timed:
+        """Time chunks of a prompt; the fastest."""
+        timed = [Timed(self._held, self._step(CHUNK, "none")) for _ in range(CHUNKS)]
+        return min(timed, key=lambda one: one.seconds)
 
-def _steps(generator: Generator, tokens: list[int]) -> float:
-    times = []
-    for token in tokens[:STEPS]:
+    def cold(self) -> tuple[int, int]:
+        """Return how many pages a token reads from flash, and in how many pieces."""
+        pages = self._cache.use().pages_by_tier.get(Tier.COLD.name, 0)
+        return pages, pieces_of(pages, self._cache.spec.n_layers, self._plan.piece_pages)
+
+    def close(self) -> None:
+        """Free the cache."""
+        self._generator.close()
+
+    @property
+    def _cache(self) -> KVCache:
+        cache = self._generator.cache
+        assert cache is not None  # prepared by the constructor
+        return cache
+
+    def _step(self, count: int, rows: Literal["none", "last"]) -> float:
+        prepared = self._generator.prepared
+        assert prepared is not None
+        ids = self._random.integers(2, self._generator.manifest.model.vocab_size, count)
+        positions = np.arange(self._held, self._held + count)
         start = time.perf_counter()
-        generator.step([token])
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        prepared.forward.step(ids, positions, rows)
+        self._held += count
+        return time.perf_counter() - start
 
 
-def _prefill_rates(shape: Geometry, one: list[float], other: list[float], overhead: float) -> tuple[float, float]:
-    """Fit ``ops / gemm + attention ops / attention + overhead`` to the chunks, each the faster of two runs."""
-    work = [
-        step_work(shape, n_tokens=CHUNK, context=start, bits_per_weight=8, kv_bytes_per_token=0, logits=0)
-        for start in range(0, PROMPT, CHUNK)
-    ]
-    times = np.array([min(pair) for pair in zip(one, other, strict=True)]) - overhead
-    slope = _slope(work, times)
-    gemm_s = statistics.median(float(t) - slope * w.attention_ops for t, w in zip(times, work, strict=True))
-    return work[0].ops / gemm_s, 1 / slope
+def fit_tokens(fp16: Sequence[Timed], int8: Sequence[Timed]) -> tuple[float, float, float]:
+    """Return the seconds of a token without a cache, and per cached token in fp16 and in INT8.
+
+    Least squares on relative errors. A cache so short that noise hides it counts as a fiftieth of the token.
+    """
+    rows = [(1.0, one.context, 0.0) for one in fp16] + [(1.0, 0.0, one.context) for one in int8]
+    seconds = np.array([one.seconds for one in (*fp16, *int8)])
+    base, slope_fp16, slope_int8 = np.linalg.lstsq(np.array(rows) / seconds[:, None], np.ones(len(rows)), rcond=None)[0]
+    base = max(base, 0.5 * seconds.min())
+    least = 0.02 * base / fp16[-1].context
+    return float(base), float(max(slope_fp16, least)), float(max(slope_int8, least))
 
 
-def _slope(work: list[StepWork], times: np.ndarray) -> float:
-    """Return the seconds per attention operation, by the median slope between chunks (Theil-Sen)."""
-    slopes = [
-        float(times[j] - times[i]) / (work[j].attention_ops - work[i].attention_ops)
-        for i in range(len(work))
-        for j in range(i + 1, len(work))
-    ]
-    return max(statistics.median(slopes), 1e-15)
+def fit_chunks(shape: Geometry, chunks: Sequence[Timed], overhead: float) -> tuple[float, float]:
+    """Return the operations per second of matrices and of attention, by least squares on relative errors."""
+    seconds = np.array([one.seconds for one in chunks])
+    rows = []
+    for one in chunks:
+        work = step_work(shape, n_tokens=CHUNK, context=one.context, bits_per_weight=8, kv_bytes_per_token=0, logits=0)
+        rows.append((work.ops, work.attention_ops))
+    targets = np.maximum(seconds - overhead, 0.1 * seconds)
+    matrix_s, attention_s = np.linalg.lstsq(np.array(rows) / targets[:, None], np.ones(len(rows)), rcond=None)[0]
+    fastest = (targets / np.array(rows)[:, 0]).min()
+    return 1 / max(float(matrix_s), 0.1 * fastest), 1 / max(float(attention_s), 1e-15)
+
+
+def fit_fetches(fetches: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
+    """Return the seconds per page and per piece from (pages, pieces, seconds); neither is below zero."""
+    known = [(pages, pieces, seconds) for pages, pieces, seconds in fetches if pages and seconds > 0]
+    if not known:
+        return 0.0, 0.0
+    table = np.array(known)
+    scaled = table[:, :2] / table[:, 2:]
+    ones = np.ones(len(table))
+    page_s, piece_s = np.linalg.lstsq(scaled, ones, rcond=None)[0] if len(table) > 1 else (0.0, -1.0)
+    if page_s < 0:
+        return 0.0, float(np.median(table[:, 2] / table[:, 1]))
+    if piece_s < 0:
+        return float(np.median(table[:, 2] / table[:, 0])), 0.0
+    return float(page_s), float(piece_s)

@@ -12,7 +12,7 @@ from edgekv.calibrate.compute import attention_rates, matrix_rates, read_bandwid
 from edgekv.calibrate.drive import SIZES, Drive, measure_drive
 from edgekv.calibrate.engine import EngineRates, measure_engine
 from edgekv.plan.model import read_model
-from edgekv.runtime.kernels import load_kernels
+from edgekv.runtime.kernels import KIND_HOT, load_kernels
 
 #: Bits of the matrices that are measured, by the weight type that they stand for.
 WEIGHT_BITS = {"int4": 4, "int8": 8, "fp32": 32}
@@ -33,6 +33,7 @@ class Calibration:
     read_bytes_per_s: dict[int, float]
     matrices: dict[str, tuple[float, float]]
     kv_read_bytes_per_s: float
+    kv_fp16_read_bytes_per_s: float
     attention_ops_per_s: float
     drive: Drive
     engine: str | None = None
@@ -58,7 +59,7 @@ def calibrate(
     """
     model = read_model(bundle) if bundle is not None else None
     counts = sorted({1, threads, *(n for n in (2, 4, 8) if n <= (os.cpu_count() or 1))})
-    total = len(counts) + len(WEIGHT_BITS) + 1 + _DRIVE_STEPS + (3 if bundle is not None else 0)
+    total = len(counts) + len(WEIGHT_BITS) + 1 + _DRIVE_STEPS + (4 if bundle is not None else 0)
     done = 0
 
     def advance(what: str) -> None:
@@ -76,6 +77,7 @@ def calibrate(
         matrices[weights] = matrix_rates(bits, threads)
     advance("attention")
     kv, attention = attention_rates(threads)
+    kv_fp16, _ = attention_rates(threads, kind=KIND_HOT)
     drive = measure_drive(folder, lambda: advance("the drive"))
     rates = None
     if bundle is not None and model is not None:
@@ -93,6 +95,7 @@ def calibrate(
         read_bytes_per_s=read,
         matrices=matrices,
         kv_read_bytes_per_s=kv,
+        kv_fp16_read_bytes_per_s=kv_fp16,
         attention_ops_per_s=attention,
         drive=drive,
         engine=model.engine if model else None,

@@ -42,7 +42,7 @@ def profile_toml(found: Calibration, *, name: str, title: str, kind: str, date: 
         *_compute(found, measured, entry),
         "[flash]",
         entry("read_t0_s", latency(drive.read_s), f"fitted to {_sizes()}: {flash}"),
-        entry("read_bytes_per_s", drive.read_bytes_per_s, f"1 MiB, four requests in flight: {flash}"),
+        entry("read_bytes_per_s", *_read_rate(found, flash)),
         entry("write_t0_s", latency(drive.write_s), f"fitted to {_sizes()}: {flash}"),
         entry("write_bytes_per_s", drive.write_bytes_per_s, f"1 MiB, four requests in flight: {flash}"),
         entry("queue_depth", 16, f"requests in flight when the limit was measured: {measured}"),
@@ -58,6 +58,14 @@ def profile_toml(found: Calibration, *, name: str, title: str, kind: str, date: 
     return "\n".join(lines) + "\n"
 
 
+def _read_rate(found: Calibration, flash: str) -> tuple[float, str]:
+    """Return the bytes/s of the drive: a run may have had more than the drive alone, if others used it then."""
+    alone = found.drive.read_bytes_per_s
+    if found.engine_rates is not None and found.engine_rates.streamed_bytes_per_s > alone:
+        return found.engine_rates.streamed_bytes_per_s, f"a token that streams its pages: {flash}"
+    return alone, f"1 MiB, four requests in flight: {flash}"
+
+
 def _compute(found: Calibration, measured: str, entry: Callable[..., str]) -> list[str]:
     rates, lines = found.engine_rates, []
     engine = found.engine or "onnx"
@@ -68,11 +76,15 @@ def _compute(found: Calibration, measured: str, entry: Callable[..., str]) -> li
             f"[compute.{engine}]",
             threads,
             entry("weight_read_bytes_per_s", rates.weight_read_bytes_per_s, source),
-            entry("kv_read_bytes_per_s", rates.kv_read_bytes_per_s, f"two contexts, fp16 and INT8 pages: {source}"),
+            entry("kv_read_bytes_per_s", rates.kv_read_bytes_per_s, f"contexts to 8192, INT8 pages: {source}"),
+            entry(
+                "kv_fp16_read_bytes_per_s", rates.kv_fp16_read_bytes_per_s, f"contexts to 8192, fp16 pages: {source}"
+            ),
             entry("gemm_ops_per_s", rates.gemm_ops_per_s, source),
             entry("attention_ops_per_s", rates.attention_ops_per_s, source),
             entry("overhead_s", rates.overhead_s, f"a token beyond its weights: {source}"),
-            entry("page_fetch_s", rates.page_fetch_s, f"a token with a quarter of the budget: {source}"),
+            entry("page_fetch_s", rates.page_fetch_s, f"tokens with a quarter of the fp16 cache in RAM: {source}"),
+            entry("piece_fetch_s", rates.piece_fetch_s, f"tokens with a quarter of the fp16 cache in RAM: {source}"),
             "",
         ]
     if engine == "onnx":
@@ -84,10 +96,14 @@ def _compute(found: Calibration, measured: str, entry: Callable[..., str]) -> li
                 threads,
                 entry("weight_read_bytes_per_s", read, f"{weights} products alone: {measured}"),
                 entry("kv_read_bytes_per_s", found.kv_read_bytes_per_s, f"INT8 pages, 4096 tokens: {measured}"),
+                entry(
+                    "kv_fp16_read_bytes_per_s", found.kv_fp16_read_bytes_per_s, f"fp16 pages, 4096 tokens: {measured}"
+                ),
                 entry("gemm_ops_per_s", gemm, f"{weights} products alone: {measured}"),
                 entry("attention_ops_per_s", found.attention_ops_per_s, f"INT8 pages, 4096 tokens: {measured}"),
                 entry("overhead_s", 0.005, "estimate: calls between 24 layers; measure with --bundle", "low"),
-                entry("page_fetch_s", 1e-4, "estimate, from one x86 CPU; measure with --bundle", "low"),
+                entry("page_fetch_s", 1e-5, "estimate, from one x86 CPU; measure with --bundle", "low"),
+                entry("piece_fetch_s", 1e-4, "estimate, from one x86 CPU; measure with --bundle", "low"),
                 "",
             ]
         for other, (read, gemm) in found.matrices.items():

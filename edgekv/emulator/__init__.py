@@ -2,6 +2,7 @@
 
 from edgekv.emulator.device import Device
 from edgekv.emulator.events import Event
+from edgekv.emulator.link import Link
 from edgekv.emulator.memory import AppKilled
 
-__all__ = ["AppKilled", "Device", "Event"]
+__all__ = ["AppKilled", "Device", "Event", "Link"]

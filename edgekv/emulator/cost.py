@@ -68,14 +68,20 @@ class StepCost:
         """Bytes of one slot of a page of one layer, by the kind of page: KIND_HOT, KIND_WARM."""
         return self.pages.hot_bytes / self.pages.page_size, self.pages.warm_bytes / self.pages.page_size
 
-    def attention(self, n_tokens: int, kv_bytes: float, pairs: float) -> float:
+    def attention(self, hot: float, warm: float, pairs: float) -> float:
         """Return the seconds in which one layer attends.
 
         Args:
-            kv_bytes: read from the cache. pairs: of a query and a key.
+            hot, warm: slots that are read of fp16 and of INT8 pages. pairs: of a query and a key.
         """
+        read = hot * self.slot_bytes[KIND_HOT] / self.rates.kv_fp16_read_bytes_per_s.value
+        read += warm * self.slot_bytes[KIND_WARM] / self.rates.kv_read_bytes_per_s.value
         ops = 4.0 * self.model.n_q_heads * self.model.head_dim * pairs
-        return max(kv_bytes / self.rates.kv_read_bytes_per_s.value, ops / self.rates.attention_ops_per_s.value)
+        return max(read, ops / self.rates.attention_ops_per_s.value)
+
+    def fetch(self, pages: int, pieces: int = 1) -> float:
+        """Return the seconds of the host to take pages from flash."""
+        return pages * self.rates.page_fetch_s.value + pieces * self.rates.piece_fetch_s.value
 
     def pages_seconds(self, refs: Refs, n_tokens: int, first_position: int) -> tuple[float, int]:
         """Return the seconds to attend to pages, and how many of them are not skipped.
@@ -87,5 +93,4 @@ class StepCost:
         if first_position > 0:
             wanted &= refs["position"] + self.pages.page_size > first_position
         hot, warm = np.bincount(refs["kind"], refs["n_slots"] * wanted, 2).tolist()
-        kv_bytes = hot * self.slot_bytes[KIND_HOT] + warm * self.slot_bytes[KIND_WARM]
-        return self.attention(n_tokens, kv_bytes, n_tokens * (hot + warm)), int(np.count_nonzero(wanted))
+        return self.attention(hot, warm, n_tokens * (hot + warm)), int(np.count_nonzero(wanted))

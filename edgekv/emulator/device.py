@@ -25,6 +25,7 @@ from edgekv.device_profiles.thermal import ThermalState
 from edgekv.emulator.clock import Clock
 from edgekv.emulator.cost import StepCost
 from edgekv.emulator.events import Agenda, Event
+from edgekv.emulator.link import Link, LinkTraffic
 from edgekv.emulator.medium import EmulatedMedium, EmulatedReader
 from edgekv.emulator.memory import AppMemory
 from edgekv.emulator.parts import EmulatedAttention, EmulatedInline, EmulatedSegments
@@ -53,6 +54,7 @@ class Device:
         profile: its name, the path of its file, or the profile.
         app_limit: what the system grants the app, instead of what the profile says: bytes, or ``"1.2GB"``.
         seed: of the faults.
+        link: to the object store that an app may use (``offload="s3://..."``).
 
     Raises:
         ProfileError: there is no such profile. UsageError: the limit is no size.
@@ -65,6 +67,7 @@ class Device:
         app_limit: int | str | None = None,
         seed: int = 0,
         events: tuple[Event, ...] = (),
+        link: Link | None = None,
     ) -> None:
         found = profile if isinstance(profile, DeviceProfile) else load(str(profile))
         if app_limit is not None:
@@ -75,6 +78,7 @@ class Device:
         self.medium = EmulatedMedium(found.flash, self.clock, seed)
         self.memory = AppMemory(found.memory, found.memory.app_limit_bytes.value)
         self.timeline = Timeline()
+        self._link = LinkTraffic(link or Link())
         self.pages_used = self.pages_fetched = 0
         self._announced_bytes: int | None = None
         self._step_tokens = 0
@@ -167,11 +171,15 @@ class Device:
 
     def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int, pool: Pool) -> PageReader:
         """Return a reader, at the speed of the drive."""
-        return EmulatedReader(store, spec, capacity, ring, self.medium, self.clock, self.count_fetched)
+        assert self._cost is not None
+        return EmulatedReader(
+            store, spec, capacity, ring, self.medium, self.clock, self._cost, self._link, self.count_fetched
+        )
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
         """Count the memory of a new cache."""
         self.memory.watch(cache, plan, abandon)
+        self._link.begin()
         self._step_tokens = 0
 
     def pressure(self) -> Pressure:
@@ -209,7 +217,9 @@ class Device:
         n_tokens, self._step_tokens = self._step_tokens, 0
         if not n_tokens or self.memory.cache is None:
             return
-        memory, timeline = self.memory, self.timeline
+        memory, timeline, store = self.memory, self.timeline, self.memory.cache.manager.store
+        if store is not None:
+            self.clock.wait_until(self._link.done(self.clock.now, store.counters))
         if memory.profile.kill == "swap" and memory.rss_bytes > memory.limit_bytes:
             paged = paged_seconds(memory.rss_bytes, memory.limit_bytes, self.profile.flash)
             self.clock.wait_until(self.clock.now + paged)

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from edgekv.device_profiles.flash import FlashDevice
 from edgekv.device_profiles.schema import Flash
 from edgekv.emulator.clock import Clock
+from edgekv.emulator.cost import StepCost
+from edgekv.emulator.link import LinkTraffic
 from edgekv.errors import EdgeKVError
 from edgekv.runtime.medium import SYSTEM
 from edgekv.runtime.reader import PageReader, Request
@@ -126,21 +128,27 @@ class EmulatedReader(PageReader):
         ring: int,
         medium: EmulatedMedium,
         clock: Clock,
+        cost: StepCost,
+        link: LinkTraffic,
         fetched: Callable[[int], None],
     ) -> None:
         super().__init__(store, spec, capacity, ring, _AtOnce())
         self._medium = medium
         self._clock = clock
+        self._cost = cost
+        self._link = link
         self._fetched = fetched
         self._done_s = [0.0] * ring  # by slot
 
     def request(self, wanted: Wanted) -> None:
         """Ask the drive, and start to read."""
-        self._medium.asked_until = self._clock.now
+        now = self._medium.asked_until = self._clock.now
         super().request(wanted)
-        self._done_s[self._pending[-1].slot] = self._medium.asked_until
+        remote = self._link.done(now, self._store.counters)
+        self._done_s[self._pending[-1].slot] = max(self._medium.asked_until, remote)
 
     def _finish(self, request: Request) -> None:
         super()._finish(request)
+        self._clock.compute(self._cost.fetch(len(request.wanted.records)))
         self._clock.wait_until(self._done_s[request.slot])
         self._fetched(len(request.wanted.records))

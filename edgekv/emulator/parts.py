@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edgekv.emulator.clock import Clock
 from edgekv.emulator.cost import StepCost
 from edgekv.runtime.engines.base import InlineEngine, SegmentEngine, StepBuffers
-from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, Float, Int64, PagedAttention, Refs
+from edgekv.runtime.kernels import Float, Int64, PagedAttention, Refs
 
 
 class EmulatedSegments:
@@ -68,15 +68,16 @@ class EmulatedInline:
         for layer in range(model.n_layers):
             warm = feeds[f"key_pages.{layer}"].shape[0] * size
             hot = feeds[f"recent_keys.{layer}"].shape[0]
-            kv_bytes = warm * self._cost.slot_bytes[KIND_WARM] + hot * self._cost.slot_bytes[KIND_HOT]
             pairs = n_tokens * (warm + hot) + n_tokens * (n_tokens + 1) / 2
-            seconds += self._cost.attention(n_tokens, kv_bytes, pairs)
+            seconds += self._cost.attention(hot, warm, pairs)
         self._clock.compute(seconds)
         return outputs
 
 
 class EmulatedAttention:
     """A :class:`PagedAttention` that takes the time of a device; pages are paid for as the kernel comes to them.
+
+    Arguments that cost nothing are handed through as they are.
 
     Args:
         used: called with how many pages the kernel attended to.
@@ -90,35 +91,17 @@ class EmulatedAttention:
         self._n_tokens = 0
         self._from = 0
 
-    def run(
-        self,
-        q: Float,
-        new_k: Float,
-        new_v: Float,
-        positions: Int64,
-        refs: Refs,
-        out: Float,
-        window: int = 0,
-        page_mass: Float | None = None,
-        log_sum_exp: Float | None = None,
-    ) -> None:
+    def run(self, q: Float, new_k: Float, new_v: Float, positions: Int64, refs: Refs, *rest: Any, **named: Any) -> None:
         """Attend to pages that are all in memory."""
-        self._attention.run(q, new_k, new_v, positions, refs, out, window, page_mass, log_sum_exp)
-        self._begin(positions, window)
+        self._attention.run(q, new_k, new_v, positions, refs, *rest, **named)
+        self._begin(positions, rest[1] if len(rest) > 1 else named.get("window", 0))
         self._charge(refs, own=True)
 
     def begin(
-        self,
-        q: Float,
-        new_k: Float,
-        new_v: Float,
-        positions: Int64,
-        window: int,
-        n_pages: int,
-        want_mass: bool = False,
+        self, q: Float, new_k: Float, new_v: Float, positions: Int64, window: int, *rest: Any, **named: Any
     ) -> None:
         """Start a step whose pages come in pieces."""
-        self._attention.begin(q, new_k, new_v, positions, window, n_pages, want_mass)
+        self._attention.begin(q, new_k, new_v, positions, window, *rest, **named)
         self._begin(positions, window)
 
     def pages(self, refs: Refs, start: int, stop: int) -> None:
@@ -126,9 +109,9 @@ class EmulatedAttention:
         self._attention.pages(refs, start, stop)
         self._charge(refs[start:stop], own=False)
 
-    def finish(self, out: Float, page_mass: Float | None = None, log_sum_exp: Float | None = None) -> None:
+    def finish(self, *rest: Any, **named: Any) -> None:
         """Attend to the new tokens themselves."""
-        self._attention.finish(out, page_mass, log_sum_exp)
+        self._attention.finish(*rest, **named)
         self._charge(None, own=True)
 
     @property
@@ -151,5 +134,5 @@ class EmulatedAttention:
             seconds, count = self._cost.pages_seconds(refs, self._n_tokens, self._from)
             self._used(count)
         if own:
-            seconds += self._cost.attention(self._n_tokens, 0.0, self._n_tokens * (self._n_tokens + 1) / 2)
+            seconds += self._cost.attention(0.0, 0.0, self._n_tokens * (self._n_tokens + 1) / 2)
         self._clock.compute(seconds)

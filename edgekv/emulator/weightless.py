@@ -230,9 +230,10 @@ class WeightlessApp:
         for layer in range(cost.pages.n_layers):
             began_s = device.clock.now
             share = self._in_window(layer, start)
-            kv_bytes = share * (hot[layer] * cost.pages.hot_bytes + (pages[layer] - hot[layer]) * cost.pages.warm_bytes)
-            pairs = count * share * pages[layer] * cost.pages.page_size + count * (count + 1) / 2
-            device.clock.compute(cost.segment(count) + cost.attention(count, kv_bytes, pairs))
+            slots = share * cost.pages.page_size
+            pairs = count * slots * pages[layer] + count * (count + 1) / 2
+            attention = cost.attention(slots * hot[layer], slots * (pages[layer] - hot[layer]), pairs)
+            device.clock.compute(cost.segment(count) + attention)
             if cold[layer]:
                 self._wait(int(cold[layer]), began_s)
         device.clock.compute(cost.head(int(logits)))
@@ -263,6 +264,7 @@ class WeightlessApp:
         medium.drive.bytes_read += size_bytes
         self._device.count_fetched(records)
         seconds = streamed_seconds(self._device.profile.flash, size_bytes, min(piece_bytes, size_bytes))
+        clock.compute(self._cost.fetch(records, requests))
         clock.wait_until((clock.now if began_s is None else began_s) + seconds)
         if medium.error_rate or medium.damage_rate:
             for _ in range(requests):

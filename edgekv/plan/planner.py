@@ -16,7 +16,7 @@ from edgekv.device_profiles.thermal import sustained_speed
 from edgekv.device_profiles.work import StepWork, kv_bytes_per_token, step_work
 from edgekv.errors import BudgetError
 from edgekv.plan.model import PlannedModel
-from edgekv.runtime.budget import PIECE_BYTES, RUNTIME_OVERHEAD_BYTES, BudgetPlan, plan_budget
+from edgekv.runtime.budget import PIECE_BYTES, RUNTIME_OVERHEAD_BYTES, BudgetPlan, pieces_of, plan_budget
 from edgekv.runtime.kernels import load_kernels
 from edgekv.spec import PageSpec
 from edgekv.types import KVMode, Tier
@@ -122,6 +122,7 @@ class _Clock:
             context=int(context * wanted),
             bits_per_weight=self._model.bits_per_weight,
             kv_bytes_per_token=self._token_bytes[kind],
+            fp16_cache=not kind,
             logits=logits,
         )
 
@@ -136,7 +137,8 @@ class _Clock:
             hits = min(1.0, HIT_RATE_WHEN_EQUAL * resident / wanted)
             cold = min(cold, wanted * (split.hot + split.warm + split.cold) * (1.0 - hits))
         drive = streamed_seconds(self._device.flash, cold * pages.record_bytes, self._piece_bytes)
-        return drive, cold * self.rates.page_fetch_s.value
+        pieces = pieces_of(cold, pages.n_layers, self._budget.piece_pages)
+        return drive, cold * self.rates.page_fetch_s.value + pieces * self.rates.piece_fetch_s.value
 
     def decode_seconds(self, context: int, speed: float = 1.0) -> tuple[float, str]:
         """Return the time of one token at ``context``, and what bounds it."""

@@ -34,8 +34,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         (compute, "KV_SPEC", PageSpec(2, 2, 32, 32)),
         (drive, "FILE_BYTES", 4 << 20),
         (drive, "SECONDS", 0.02),
-        (engine, "PROMPT", 512),
-        (engine, "FLASH_PROMPT", 512),
+        (engine, "CONTEXTS", (64, 512)),
+        (engine, "FLASH_CONTEXTS", (256, 512)),
         (engine, "STEPS", 4),
     ):
         monkeypatch.setattr(module, name, value)
@@ -66,6 +66,7 @@ def test_without_a_name_the_profile_is_among_the_users_and_every_measured_number
         "memory.ram_bytes",
         "compute.onnx.weight_read_bytes_per_s",
         "compute.onnx.kv_read_bytes_per_s",
+        "compute.onnx.kv_fp16_read_bytes_per_s",
         "compute.onnx.gemm_ops_per_s",
         "compute.onnx.attention_ops_per_s",
         "compute.onnx.int8.gemm_ops_per_s",
@@ -89,7 +90,7 @@ def test_with_a_bundle_the_engine_is_measured_and_a_plan_is_as_sure_as_measureme
     shown = calibrate("--bundle", str(folder), "--out", str(out), "--dir", str(tmp_path / "offload"))
     assert "weight_read_bytes_per_s" in shown
     profile = load(out)
-    assert {"compute.onnx.overhead_s", "compute.onnx.page_fetch_s"} <= measured(profile).keys()
+    assert {"compute.onnx.overhead_s", "compute.onnx.piece_fetch_s"} <= measured(profile).keys()
     plan = make_plan(read_model(folder), profile, Workload(512, 256))
     assert plan.fits
     assert plan.uncertainty == 0.15
@@ -152,11 +153,28 @@ def test_latency_is_what_is_left_of_a_request_without_its_bytes() -> None:
 
 def test_rates_are_recovered_from_the_times_that_they_would_give() -> None:
     shape = Geometry(4, 256, 4, 2, 64, 1000, 4096, 3 * 256 * 768, 3 * 256 * 768, (0,) * 4)
-    works = [
-        step_work(shape, n_tokens=256, context=start, bits_per_weight=8, kv_bytes_per_token=0, logits=0)
-        for start in range(0, engine.PROMPT, engine.CHUNK)
-    ]
-    times = [0.002 + work.ops / 2e11 + work.attention_ops / 3e11 for work in works]
-    gemm, attention = engine._prefill_rates(shape, times, [t * 1.3 for t in times], 0.002)
+    chunks = []
+    for context in (0, 1024, 4096):
+        work = step_work(
+            shape, n_tokens=engine.CHUNK, context=context, bits_per_weight=8, kv_bytes_per_token=0, logits=0
+        )
+        chunks.append(engine.Timed(context, 0.002 + work.ops / 2e11 + work.attention_ops / 3e11))
+    gemm, attention = engine.fit_chunks(shape, chunks, 0.002)
     assert gemm == pytest.approx(2e11, rel=1e-6)
     assert attention == pytest.approx(3e11, rel=1e-6)
+    fp16, int8 = ([engine.Timed(at, 0.015 + at * slope) for at in (64, 2048, 8192)] for slope in (2e-6, 1e-6))
+    assert engine.fit_tokens(fp16, int8) == pytest.approx((0.015, 2e-6, 1e-6))
+
+
+@pytest.mark.parametrize("rates", [(1e-5, 9e-5), (2e-5, 0.0), (0.0, 3e-4)])
+def test_what_a_page_costs_is_told_from_what_a_piece_costs(rates: tuple[float, float]) -> None:
+    counts = [(264, 48), (920, 72), (3328, 216)]
+    fetches = [(pages, pieces, pages * rates[0] + pieces * rates[1]) for pages, pieces in counts]
+    assert engine.fit_fetches(fetches) == pytest.approx(rates, abs=1e-9)
+    assert min(engine.fit_fetches([(pages, pieces, 1e-3) for pages, pieces in counts])) >= 0
+    assert engine.fit_fetches([]) == (0.0, 0.0)
+
+
+def test_a_model_with_a_short_context_is_measured_at_shorter_ones() -> None:
+    assert engine.shortened((64, 2048, 8192), 100_000) == [64, 2048, 8192]
+    assert engine.shortened((64, 2048, 8192), 2048) == [16, 512, 2048]
