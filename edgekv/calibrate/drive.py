@@ -74,7 +74,7 @@ def _measure(handle: int, direct: bool, advance: Callable[[], None]) -> Drive:
     def timed(size: int, depth: int, *, write: bool) -> float:
         """Return requests per second."""
         move = os.pwrite if write else _read
-        buffers = [aligned_rows(1, size)[0] for _ in range(depth)]
+        buffers = aligned_rows(depth, size)  # side by side, as the staging ring is
 
         def worker(index: int) -> int:
             offsets = np.random.default_rng(index).permutation(FILE_BYTES // size) * size

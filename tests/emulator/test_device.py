@@ -120,9 +120,7 @@ def test_the_pieces_of_a_step_cost_what_the_profile_s_formula_says(
     cost = StepCost.of(profile, model, "onnx", "int4", 32)
     per_token = cost.pages.n_layers * cost.slot_bytes[1]
     pairs = tokens * context + tokens * (tokens + 1) / 2
-    pieces = model.n_kv_layers * (
-        cost.segment(tokens) + cost.attention(tokens, context * cost.slot_bytes[1], pairs)
-    ) + cost.head(1)
+    pieces = model.n_kv_layers * (cost.segment(tokens) + cost.attention(0.0, context, pairs)) + cost.head(1)
     work = step_work(
         model, n_tokens=tokens, context=context, bits_per_weight=cost.bits_per_weight, kv_bytes_per_token=per_token
     )
