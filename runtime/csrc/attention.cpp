@@ -110,16 +110,16 @@ State Attention::partial(int64_t index) const {
     return state_in(partials_.data() + index * state_floats(n, g_.dim_pad), n);
 }
 
-void Attention::merge_pending(int head) {
+void Attention::merge_pending(int head, int heads) {
     const size_t row = static_cast<size_t>(head) * batch_.rows;
     for (int64_t i = 0; i < pending_; ++i) {
-        kernels_.merge(state_.at(row, g_.dim_pad), partial(i).at(row, g_.dim_pad), batch_.rows, g_.dim_pad);
+        kernels_.merge(state_.at(row, g_.dim_pad), partial(i).at(row, g_.dim_pad), heads * batch_.rows, g_.dim_pad);
     }
 }
 
 void Attention::merge_pending_all() {
     if (pending_ == 0) return;
-    pool_.run(g_.n_kv_heads, [this](int head, int) { merge_pending(head); });
+    pool_.run(g_.n_kv_heads, [this](int head, int) { merge_pending(head, 1); });
     pending_ = 0;
 }
 
@@ -154,9 +154,9 @@ void Attention::pages(const PageRef* refs, int64_t start, int64_t stop) {
         const auto decode = [&](int run, int) {
             const int64_t first = at + static_cast<int64_t>(run) * kRunPages;
             const int n = static_cast<int>(std::min<int64_t>(kRunPages, end - first));
-            const PageRef* next = first + n < end ? refs + first + n : nullptr;
-            kernels_.decode_run(batch_, refs + first, n, next, partial(run),
-                                mass ? mass + first / kRunPages * mass_stride : nullptr, nullptr);
+            const int after = static_cast<int>(std::min<int64_t>(kRunPages, end - first - n));
+            kernels_.decode_run(batch_, refs + first, n, after, partial(run),
+                                mass ? mass + first / kRunPages * mass_stride : nullptr);
         };
         if (2 * g_.elements() * static_cast<size_t>(end - at) <= (pool_.lent() ? kAloneBytesLent : kAloneBytes)) {
             for (int run = 0; run < runs; ++run) decode(run, 0);
@@ -195,16 +195,18 @@ void Attention::finish(float* out, float* page_mass, float* log_sum_exp) {
     const size_t tile = 2 * static_cast<size_t>(kTileColumns) * g_.dim_pad + kRowBlock * kTileColumns;
     const int block = decode_ ? batch_.rows : row_block();
     const int blocks = (batch_.rows + block - 1) / block;
+    const int items = g_.n_kv_heads * blocks;
+    const bool alone = decode_ && pending_ * state_rows() <= kInlineMerges;
+    if (alone) merge_pending(0, g_.n_kv_heads);
     const auto finish_block = [&](int item, int thread) {
         const int head = item / blocks, row0 = item % blocks * block;
         const int row1 = std::min(row0 + block, batch_.rows);
-        merge_pending(head);
+        if (!alone) merge_pending(head, 1);
         kernels_.blocked_own(batch_, head, row0, row1, state_.at(static_cast<size_t>(head) * batch_.rows, g_.dim_pad),
                              scratch_.data() + thread * tile);
         finish_rows(head, row0, row1, out, log_sum_exp);
     };
-    const int items = g_.n_kv_heads * blocks;
-    if (decode_ && pending_ * state_rows() <= kInlineMerges) {
+    if (alone) {
         for (int item = 0; item < items; ++item) finish_block(item, 0);
     } else {
         pool_.run(items, finish_block);

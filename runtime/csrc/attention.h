@@ -61,7 +61,7 @@ class Attention {
     void copy_padded(const float* from, size_t n, Buffer& buffer) const;
     State partial(int64_t index) const;
     size_t state_rows() const { return static_cast<size_t>(g_.n_kv_heads) * batch_.rows; }
-    void merge_pending(int head);
+    void merge_pending(int head, int heads);
     void merge_pending_all();
     void finish_rows(int head, int row0, int row1, float* out, float* log_sum_exp);
     int row_block() const;

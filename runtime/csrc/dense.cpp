@@ -53,7 +53,8 @@ const DenseKernels* choose(int rows) {
 
 const char* dense_names() {
     const Kernels* attention = find_kernels(nullptr);
-    if (!dense_avx512() || !attention || attention != avx512_kernels()) return "";
+    const bool wide = attention && (attention == amx_kernels() || attention == avx512_kernels());
+    if (!dense_avx512() || !wide) return "";
     return dense_amx() ? "avx512 amx" : "avx512";
 }
 

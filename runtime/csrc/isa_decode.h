@@ -266,8 +266,7 @@ inline void decode_chunk(const Batch& b, const PageRef& ref, Mask128 live, const
 
 inline int steps(int lines, int n) { return lines > n ? (lines + n / 2) / n : 1; }
 
-void decode_run(const Batch& b, const PageRef* pages, int n_pages, const PageRef* next, const State& out, float* mass,
-                float*) {
+void decode_run(const Batch& b, const PageRef* pages, int n_pages, int n_after, const State& out, float* mass) {
     const Geometry& g = *b.g;
     const size_t n = static_cast<size_t>(g.n_kv_heads) * b.rows;
     for (size_t i = 0; i < n; ++i) {
@@ -288,7 +287,7 @@ void decode_run(const Batch& b, const PageRef* pages, int n_pages, const PageRef
         const PageRef& ref = pages[p];
         const Mask128 live = g.live(ref);
         if (!b.visible(live, ref.position, 0).any()) continue;
-        const PageRef* after = p + 1 < n_pages ? &pages[p + 1] : next;
+        const PageRef* after = p + 1 < n_pages + n_after ? &pages[p + 1] : nullptr;
         const char* ahead = after ? reinterpret_cast<const char*>(static_cast<uintptr_t>(after->data)) : nullptr;
         const size_t bytes = !ahead ? 0 : after->kind == kHot ? g.hot_bytes() : g.warm_bytes();
         for (int head = 0; head < g.n_kv_heads; head += heads) {
@@ -323,16 +322,28 @@ void decode_run(const Batch& b, const PageRef* pages, int n_pages, const PageRef
 }
 
 void merge(const State& into, const State& from, int n, int dim_pad) {
-    for (int i = 0; i < n; ++i) {
-        if (from.total[i] == 0.f) continue;
-        const float peak = from.peak[i] > into.peak[i] ? from.peak[i] : into.peak[i];
-        const float keep = exp_of(into.peak[i] - peak), add = exp_of(from.peak[i] - peak);
-        into.peak[i] = peak;
-        into.total[i] = into.total[i] * keep + from.total[i] * add;
-        float* x = into.acc + static_cast<size_t>(i) * dim_pad;
-        const float* y = from.acc + static_cast<size_t>(i) * dim_pad;
-        for (int c = 0; c < dim_pad; c += W) {
-            vstore(x + c, vfma(vload(y + c), vset(add), vmul(vload(x + c), vset(keep))));
+    alignas(64) float keep[16], add[16];
+    for (int first = 0; first < n; first += 16) {
+        const int rows = min_of(16, n - first);
+        for (int i = 0; i < rows; ++i) {
+            keep[i] = into.peak[first + i];
+            add[i] = from.peak[first + i];
+            into.peak[first + i] = keep[i] > add[i] ? keep[i] : add[i];
+        }
+        for (int i = rows; i < 16; ++i) keep[i] = add[i] = 0.f;
+        for (int i = 0; i < 16; i += W) {
+            const VF a = vload(keep + i), b = vload(add + i), peak = vmax(a, b);
+            vstore(keep + i, vexp(vsub(a, peak)));
+            vstore(add + i, vexp(vsub(b, peak)));
+        }
+        for (int i = 0; i < rows; ++i) {
+            const size_t row = first + i;
+            into.total[row] = into.total[row] * keep[i] + from.total[row] * add[i];
+            float* x = into.acc + row * dim_pad;
+            const float* y = from.acc + row * dim_pad;
+            for (int c = 0; c < dim_pad; c += W) {
+                vstore(x + c, vfma(vload(y + c), vset(add[i]), vmul(vload(x + c), vset(keep[i]))));
+            }
         }
     }
 }

@@ -105,10 +105,9 @@ struct State {
 struct Kernels {
     const char* name;
 
-    // Attends all rows to a run of pages, from an empty state. mass is [n_kv_heads * rows, kMassStride] or null; next
-    // is the page after the run, to be prefetched, or null.
-    void (*decode_run)(const Batch&, const PageRef* pages, int n_pages, const PageRef* next, const State& out,
-                       float* mass, float* scratch);
+    // Attends all rows to a run of pages, from an empty state. mass is [n_kv_heads * rows, kMassStride] or null;
+    // n_after pages follow those of the run in memory, to be fetched ahead.
+    void (*decode_run)(const Batch&, const PageRef* pages, int n_pages, int n_after, const State& out, float* mass);
     // Continues the state of rows [row0, row1) of a head with n_pages pages from the start of a run. mass points to
     // the first run's; the next run's lies mass_run_stride floats further.
     void (*blocked_pages)(const Batch&, int head, int row0, int row1, const PageRef* pages, int n_pages,
@@ -130,7 +129,8 @@ struct Kernels {
     uint64_t (*checksum)(const uint8_t* data, size_t n);
 };
 
-const Kernels* avx512_kernels();  // null where the processor (or the build) lacks it
+const Kernels* amx_kernels();  // null where the processor (or the build) lacks it
+const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* neon_dot_kernels();
 const Kernels* neon_kernels();

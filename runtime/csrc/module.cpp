@@ -219,7 +219,7 @@ std::string isa() {
 
 nb::tuple available_isas() {
     nb::list names;
-    for (auto choice : {avx512_kernels, avx2_kernels, neon_dot_kernels, neon_kernels, scalar_kernels}) {
+    for (auto choice : {amx_kernels, avx512_kernels, avx2_kernels, neon_dot_kernels, neon_kernels, scalar_kernels}) {
         if (const Kernels* kernels = choice()) names.append(nb::str(kernels->name));
     }
     return nb::tuple(names);
