@@ -39,16 +39,16 @@ def prepare(peers: Path) -> None:
         command = [sys.executable, str(HERE / "peers" / "make_checkpoint.py"), str(peers / CHECKPOINT)]
         subprocess.run(command, check=True)
     newest = max(path.stat().st_mtime for path in (ROOT / "export").glob("*.py"))
-    for engine, bundle in BUNDLES.items():
+    for bundle, export in BUNDLES.items():
         manifest = peers / bundle / "manifest.json"
         if manifest.exists() and manifest.stat().st_mtime >= newest:
             continue
-        if engine == "executorch" and find_spec("torchao") is None:
+        if "executorch" in export and find_spec("torchao") is None:
             say('executorch is not installed (pip install "edgekv[executorch]")')
             continue
-        say(f"exporting the bundle of {engine}")
+        say(f"exporting {bundle}")
         command = [sys.executable, "-m", "edgekv", "export", str(peers / CHECKPOINT), "--weights", "int4"]
-        command += ["--engine", engine, "--out", str(peers / bundle), "--force"]
+        command += [*export, "--out", str(peers / bundle), "--force"]
         subprocess.run(command, check=True, cwd=ROOT)
 
 

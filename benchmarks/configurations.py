@@ -56,12 +56,17 @@ _GENAI, _LLAMA = ("measure_genai.py", "genai/bin/python"), ("measure_llamacpp.py
 OURS = "edgekv int4, INT8 pages"
 OURS_FP16 = "edgekv int4, fp16 pages"
 OURS_EXECUTORCH = "edgekv int4, INT8 pages, ExecuTorch"
+OURS_XNNPACK = "edgekv int4, INT8 pages, ExecuTorch with XNNPACK"
 #: ExecuTorch's own way to run a decoder: custom_sdpa, the cache in the graph.
 EXECUTORCH_OWN = {"fp32": "ExecuTorch custom_sdpa, fp32 cache", "int8": "ExecuTorch custom_sdpa, INT8 cache"}
 BUNDLE = "edgekv-int4.edgekv"
-BUNDLE_EXECUTORCH = "edgekv-int4-executorch.edgekv"
-#: The bundle of each engine.
-BUNDLES = {"onnx": BUNDLE, "executorch": BUNDLE_EXECUTORCH}
+BUNDLE_EXECUTORCH, BUNDLE_XNNPACK = "edgekv-int4-operators.edgekv", "edgekv-int4-executorch.edgekv"
+#: Each bundle, and how it is exported.
+BUNDLES = {
+    BUNDLE: ("--engine", "onnx"),
+    BUNDLE_EXECUTORCH: ("--engine", "executorch", "--operators", "edgekv"),
+    BUNDLE_XNNPACK: ("--engine", "executorch", "--operators", "xnnpack"),
+}
 CHECKPOINT = "ckpt"
 
 CONFIGURATIONS = (
@@ -69,6 +74,7 @@ CONFIGURATIONS = (
     Configuration(
         OURS_EXECUTORCH, "measure_edgekv.py", "", BUNDLE_EXECUTORCH, "int8", {**EVERY, 4096: 2}, in_bars=False
     ),
+    Configuration(OURS_XNNPACK, "measure_edgekv.py", "", BUNDLE_XNNPACK, "int8", {512: 2, 2048: 2}, in_bars=False),
     *(
         Configuration(
             name, "measure_executorch_own.py", "", f"executorch/{kv}.pte", kv, {512: 2, 4096: 1}, in_bars=False

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bars import Results
-from configurations import OURS, OURS_EXECUTORCH
+from configurations import OURS, OURS_EXECUTORCH, OURS_XNNPACK
 
 from edgekv.export.engine import machine_class
 
@@ -19,11 +19,23 @@ CONTEXT = 2048
 
 def engine_row(results: Results) -> dict[str, Any] | None:
     """Return the row, None if one of the engines was not measured."""
-    speeds = [results.get(name, CONTEXT, "decode_tok_s") for name in (OURS, OURS_EXECUTORCH)]
-    if None in speeds:
+    onnx = results.get(OURS, CONTEXT, "decode_tok_s")
+    executorch = {
+        operators: speed
+        for operators, name in (("edgekv", OURS_EXECUTORCH), ("xnnpack", OURS_XNNPACK))
+        if (speed := results.get(name, CONTEXT, "decode_tok_s")) is not None
+    }
+    if onnx is None or not executorch:
         return None
-    row = dict(zip(("onnx", "executorch"), speeds, strict=True))
-    return {"machine": machine_class(), "weights": "int4", **row, "on": f"{_cpu()}, {os.cpu_count()} cores"}
+    operators = max(executorch, key=lambda name: executorch[name])
+    return {
+        "machine": machine_class(),
+        "weights": "int4",
+        "onnx": onnx,
+        "executorch": executorch[operators],
+        "operators": operators,
+        "on": f"{_cpu()}, {os.cpu_count()} cores",
+    }
 
 
 def record(row: dict[str, Any]) -> None:

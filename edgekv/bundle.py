@@ -42,7 +42,10 @@ class EmbeddingSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of ``manifest.json``. ``files`` maps each file's name to its bytes and sha256."""
+    """The contents of ``manifest.json``. ``files`` maps each file's name to its bytes and sha256.
+
+    ``operators`` is one of :data:`edgekv.contract.OPERATORS` for ExecuTorch, None for other engines.
+    """
 
     engine: str
     form: str
@@ -54,6 +57,7 @@ class Manifest:
     tokenizer_sha256: str
     embedding: EmbeddingSpec | None = None
     chat_template: str | None = None
+    operators: str | None = None
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     contract_version: int = CONTRACT_VERSION

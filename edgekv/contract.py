@@ -17,6 +17,8 @@ CONTRACT_VERSION = 1
 FORMS = ("split", "inline")
 ENGINES = ("onnx", "executorch")
 WEIGHTS = ("int4", "int8", "fp16", "fp32")
+#: What computes the dense part of an ExecuTorch program: XNNPACK's delegate, or operators on our native kernels.
+OPERATORS = ("xnnpack", "edgekv")
 #: From this many parameters on, weights are int4 when nothing is asked for, below fp32.
 INT4_FROM_PARAMETERS = 100_000_000
 PAGE_SIZE = 32

@@ -23,10 +23,11 @@ _EXECUTORCH = ("executorch", "torchao")
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """An engine, and one line that says why it was taken."""
+    """An engine, what it computes with (None: nothing to choose), and one line that says why it was taken."""
 
     engine: str
     reason: str
+    operators: str | None = None
 
 
 def machine_class() -> str:
@@ -44,7 +45,11 @@ def machine_class() -> str:
 
 
 def measurements() -> list[dict[str, Any]]:
-    """Return the rows of the table: machine, weights, onnx and executorch in tokens/s, and what they were measured on."""
+    """Return the rows of the table.
+
+    Each has machine, weights, onnx and executorch in tokens/s, the operators that executorch was measured with, and
+    what they were measured on.
+    """
     text = (resources.files("edgekv.export") / MEASUREMENTS).read_text(encoding="utf-8")
     rows: list[dict[str, Any]] = json.loads(text)
     return rows
@@ -70,7 +75,8 @@ def default_engine(form: str, weights: str, machine: str | None = None) -> Engin
         return EngineChoice(
             "onnx", f'executorch is faster ({measured}) but not installed: pip install "edgekv[export,executorch]"'
         )
-    return EngineChoice(fastest, f"measured fastest: {measured}")
+    operators = row["operators"] if fastest == "executorch" else None
+    return EngineChoice(fastest, f"measured fastest: {measured}", operators)
 
 
 def executorch_installed() -> bool:

@@ -29,9 +29,19 @@ Step = Callable[[str], None]
 
 
 def write_graphs(
-    checkpoint: Checkpoint, folder: Path, *, form: str, weights: str, page_size: int, step: Step
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    form: str,
+    weights: str,
+    page_size: int,
+    step: Step,
+    operators: str = "xnnpack",
 ) -> tuple[tuple[str, ...], EmbeddingSpec | None]:
     """Write the program into ``folder``; see :func:`edgekv.export.onnx.write_graphs`.
+
+    Args:
+        operators: one of :data:`edgekv.contract.OPERATORS`.
 
     Raises:
         EngineMissing: executorch or torchao is not installed. UsageError: the weight kind or the form cannot be had.
@@ -39,6 +49,8 @@ def write_graphs(
     require_executorch()
     if weights == "fp16":
         raise UsageError("XNNPACK computes fp16 weights in float32; choose --weights int4, int8 or fp32")
+    if operators == "edgekv" and (form, weights) != ("split", "int4"):
+        raise UsageError("--operators edgekv is for --form split with --weights int4")
     config = checkpoint.config
     step("tracing the decoder")
     if form == "inline":
@@ -46,7 +58,7 @@ def write_graphs(
 
         write_inline(checkpoint, folder / PROGRAM, weights, page_size)
         return (PROGRAM,), None
-    with _split_builder(config, weights, folder) as builder:
+    with _split_builder(config, weights, folder, operators) as builder:
         for index in range(config.model.n_layers + 1):
             step(f"segment {index} of {config.model.n_layers}")
             kind = segment_kind(config, index)
@@ -83,7 +95,7 @@ def write_embedding(checkpoint: Checkpoint, folder: Path, weights: str) -> Embed
         )
 
 
-def _split_builder(config: DecoderConfig, weights: str, folder: Path) -> ProgramBuilder:
+def _split_builder(config: DecoderConfig, weights: str, folder: Path, operators: str) -> ProgramBuilder:
     """Lower one segment of each kind, for each number of rows."""
     methods, parameters = {}, {}
     done = set()
@@ -92,7 +104,8 @@ def _split_builder(config: DecoderConfig, weights: str, folder: Path) -> Program
         if kind in done:
             continue
         done.add(kind)
-        module, constants = materialise(build_segment(config, index), f"segment_{index}", weights, seed=len(done))
+        segment = build_segment(config, index)
+        module, constants = materialise(segment, f"segment_{index}", weights, len(done), operators)
         parameters.update({f"{kind}/{name}": value for name, value in constants.items()})
         for rows in segment_rows(config, index):
             example = tuple(
@@ -100,7 +113,7 @@ def _split_builder(config: DecoderConfig, weights: str, folder: Path) -> Program
                 for tensor in segment_spec(config.model, index).inputs
             )
             methods[executorch_method(kind, rows)] = (module, example, None)
-    return ProgramBuilder(lower(methods), parameters, folder)
+    return ProgramBuilder(lower(methods, operators=operators), parameters, folder)
 
 
 def _load_segment(checkpoint: Checkpoint, index: int, weights: str) -> dict[str, list[Constant]]:

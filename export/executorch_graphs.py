@@ -22,6 +22,7 @@ from torch import nn
 from edgekv.errors import EngineMissing
 from edgekv.export import ops
 from edgekv.export.decoder import Projection
+from edgekv.export.executorch_operators import Int4Linear, device_operations
 from edgekv.export.executorch_weights import (
     Constant,
     QuantisedLinear,
@@ -50,7 +51,9 @@ def require_executorch() -> str:
         ) from error
 
 
-def materialise(module: nn.Module, name: str, kind: str, seed: int) -> tuple[nn.Module, dict[str, list[Constant]]]:
+def materialise(
+    module: nn.Module, name: str, kind: str, seed: int, operators: str = "xnnpack"
+) -> tuple[nn.Module, dict[str, list[Constant]]]:
     """Give a module random values, its products as ``kind`` weights; returns it with the constants of each parameter.
 
     Args:
@@ -63,16 +66,17 @@ def materialise(module: nn.Module, name: str, kind: str, seed: int) -> tuple[nn.
     for parameter_name, parameter in module.named_parameters():
         parameter.data.normal_(0, 0.02, generator=generator)
         constants[parameter_name] = vector_constants(parameter.data)
-    for path, quantised in quantise_linears(module, name, kind).items():
+    for path, quantised in quantise_linears(module, name, kind, operators).items():
         constants[f"{path}.weight"] = quantised_constants(quantised, kind)
     return module, constants
 
 
-def quantise_linears(module: nn.Module, name: str, kind: str) -> dict[str, QuantisedLinear]:
+def quantise_linears(module: nn.Module, name: str, kind: str, operators: str = "xnnpack") -> dict[str, QuantisedLinear]:
     """Replace every projection of a module by a layer that the exporter knows; returns the quantised ones by path.
 
     Args:
         name: for messages.
+        operators: one of :data:`edgekv.contract.OPERATORS`.
     """
     found = {}
     for path, child in list(module.named_modules()):
@@ -83,7 +87,10 @@ def quantise_linears(module: nn.Module, name: str, kind: str) -> dict[str, Quant
                 linear = _linear(child)
             else:
                 found[path] = quantise(child.weight.data, kind)
-                linear = dynamic_linear(found[path], child.bias, kind)
+                if operators == "edgekv":
+                    linear = Int4Linear(found[path], child.bias)
+                else:
+                    linear = dynamic_linear(found[path], child.bias, kind)
             owner, _, leaf = path.rpartition(".")
             setattr(module.get_submodule(owner), leaf, linear)
     return found
@@ -116,19 +123,23 @@ def dynamic_linear(quantised: QuantisedLinear, bias: Tensor | None, kind: str) -
     return result
 
 
-def lower(modules: Mapping[str, tuple[nn.Module, tuple[Tensor, ...], Any]], *, whole: bool = True) -> Any:
-    """Export and lower modules to XNNPACK as the methods of one program.
+def lower(
+    modules: Mapping[str, tuple[nn.Module, tuple[Tensor, ...], Any]], *, whole: bool = True, operators: str = "xnnpack"
+) -> Any:
+    """Export and lower modules to XNNPACK, or to operators of our own, as the methods of one program.
 
     Args:
         modules: for each method its module, an example of its inputs, and its dynamic shapes or None.
         whole: spell operations so that a delegate takes a whole graph of fixed shapes.
+        operators: one of :data:`edgekv.contract.OPERATORS`.
 
     Returns:
         an ``ExecutorchProgramManager`` whose methods neither allocate inputs nor outputs.
     """
-    with _quiet(), torch.no_grad(), _whole_delegates() if whole else contextlib.nullcontext():
+    spelling = _whole_delegates() if whole else contextlib.nullcontext()
+    with _quiet(), torch.no_grad(), device_operations() if operators == "edgekv" else spelling:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import MemoryPlanningPass
 
         programs = {
@@ -137,7 +148,11 @@ def lower(modules: Mapping[str, tuple[nn.Module, tuple[Tensor, ...], Any]], *, w
             )
             for name, (module, example, dynamic) in modules.items()
         }
-        edge = to_edge_transform_and_lower(programs, partitioner=[XnnpackPartitioner()])
+        edge = to_edge_transform_and_lower(
+            programs,
+            partitioner=[] if operators == "edgekv" else [XnnpackPartitioner()],
+            compile_config=EdgeCompileConfig(_check_ir_validity=operators != "edgekv"),  # it knows ATen's only
+        )
         planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
         return edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
 

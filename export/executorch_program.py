@@ -37,10 +37,12 @@ class ProgramBuilder:
         self._program = template.executorch_program
         self._plans = {plan.name: plan for plan in self._program.execution_plan}
         self._payloads = [bytes(entry.data) for entry in self._program.backend_delegate_data]
+        # A delegate's scales have a prefix in their key, constants of the program have none.
         self._owner: dict[str, tuple[str, int]] = {
-            constant.key: (name, part)
+            key: (name, part)
             for name, constants in parameters.items()
             for part, constant in enumerate(constants)
+            for key in (constant.key, constant.key.removeprefix(SCALE_PREFIX))
         }
         self._named = template._named_data
         self._check(parameters)
@@ -101,7 +103,7 @@ class ProgramBuilder:
 
     def _check(self, parameters: Mapping[str, list[Constant]]) -> None:
         """Make sure that every constant of the template is understood, so that none is left at its random value."""
-        found = {key for key in self._named.pte_data if key in self._owner}
+        found = {self._owner[key] for key in self._named.pte_data if key in self._owner}
         for key in self._named.pte_data:
             size = len(self._named.buffers[self._named.pte_data[key].buffer_index])
             if key not in self._owner and not self._structural(key, size):
@@ -111,10 +113,10 @@ class ProgramBuilder:
         for buffer in self._program.constant_buffer[1:]:
             key = hashlib.sha256(buffer.storage).hexdigest()
             if key in self._owner:
-                found.add(key)
+                found.add(self._owner[key])
             elif len(buffer.storage) > _SMALL_BYTES:
                 raise EngineError("executorch stores weights in a way that edgekv does not know (a program constant)")
-        missing = {name for key, (name, _) in self._owner.items() if key not in found}
+        missing = {name for name, _ in set(self._owner.values()) - found}
         if missing:
             raise EngineError(f"executorch changed weights on the way: {', '.join(sorted(missing))}")
 

@@ -105,12 +105,15 @@ def matrix_constants(weight: Tensor, kind: str) -> list[Constant]:
 
 def quantised_constants(quantised: QuantisedLinear, kind: str) -> list[Constant]:
     """Return the constants of a quantised matrix: codes, then scales."""
-    codes = quantised.codes
-    if kind == "int4":
-        shifted = (codes + 8).to(torch.uint8).reshape(codes.shape[0], -1, 2)
-        codes = shifted[..., 0] | shifted[..., 1] << 4
+    codes = packed_codes(quantised.codes) if kind == "int4" else quantised.codes
     scales = _constant(quantised.scales)
     return [_constant(codes), Constant(SCALE_PREFIX + scales.key, scales.data)]
+
+
+def packed_codes(codes: Tensor) -> Tensor:
+    """Return int4 codes [rows, columns] as uint8 [rows, columns / 2]."""
+    shifted = (codes + 8).to(torch.uint8).reshape(codes.shape[0], -1, 2)
+    return shifted[..., 0] | shifted[..., 1] << 4
 
 
 def _constant(value: Tensor) -> Constant:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from edgekv.bundle import MANIFEST, Manifest, file_sha256, write_manifest
-from edgekv.contract import ENGINES, FORMS, WEIGHTS, default_weights
+from edgekv.bundle import MANIFEST, EmbeddingSpec, Manifest, file_sha256, write_manifest
+from edgekv.contract import ENGINES, FORMS, OPERATORS, WEIGHTS, default_weights
 from edgekv.errors import EdgeKVError, EngineMissing, UsageError
 from edgekv.export.engine import default_engine
 
@@ -27,6 +28,7 @@ def export_model(
     form: str = "split",
     weights: str | None = None,
     page_size: int = 32,
+    operators: str | None = None,
     force: bool = False,
     progress: Progress = lambda step, done, total: None,
 ) -> Manifest:
@@ -37,6 +39,8 @@ def export_model(
         out: the bundle's folder; it appears whole or not at all.
         engine: one of :data:`edgekv.contract.ENGINES`; None: see :func:`edgekv.export.engine.default_engine`.
         weights: one of :data:`edgekv.contract.WEIGHTS`; None chooses by size, see :func:`edgekv.contract.default_weights`.
+        operators: what an ExecuTorch program computes with, one of :data:`edgekv.contract.OPERATORS`; None: XNNPACK,
+            or what was measured faster where the engine was chosen by measurement.
         force: replace ``out`` if it exists.
         progress: called before each step with its name, the number of steps done, and of all steps.
 
@@ -45,9 +49,16 @@ def export_model(
         EngineMissing: a package that exporting needs is not installed. EdgeKVError: ``out`` cannot be written.
         Nothing is left behind in any case.
     """
-    for name, value, allowed in (("engine", engine, ENGINES), ("form", form, FORMS), ("weights", weights, WEIGHTS)):
+    for name, value, allowed in (
+        ("engine", engine, ENGINES),
+        ("form", form, FORMS),
+        ("weights", weights, WEIGHTS),
+        ("operators", operators, OPERATORS),
+    ):
         if value is not None and value not in allowed:
             raise UsageError(f"{name} {value!r} is not known; choose one of {', '.join(allowed)}")
+    if operators is not None and engine == "onnx":
+        raise UsageError("--operators is for --engine executorch")
     if page_size not in (16, 32, 64, 128):
         raise UsageError(f"page_size {page_size} is not supported; use 16, 32, 64 or 128")
     if out.exists() and not force:
@@ -60,7 +71,7 @@ def export_model(
         if str(source) == "demo":
             folder = stack.enter_context(resources.as_file(resources.files("edgekv.export") / "demo_model"))
         try:
-            return _export(folder, out, Choice(engine, form, weights, page_size), _Steps(progress))
+            return _export(folder, out, Choice(engine, form, weights, page_size, operators), _Steps(progress))
         except ImportError as error:
             raise EngineMissing(f'exporting needs {error.name}; install it: pip install "edgekv[export]"') from error
         except OSError as error:
@@ -76,6 +87,7 @@ class Choice:
     form: str
     weights: str | None
     page_size: int
+    operators: str | None
 
 
 class _Steps:
@@ -94,17 +106,28 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
 
     checkpoint = open_checkpoint(source)
     weights = choice.weights or default_weights(checkpoint.parameters)
-    engine = choice.engine or default_engine(choice.form, weights).engine
+    engine, operators = choice.engine, choice.operators
+    if engine is None and operators is not None:
+        engine = "executorch"
+    elif engine is None:
+        default = default_engine(choice.form, weights)
+        engine, operators = default.engine, default.operators
+    write: Callable[..., tuple[tuple[str, ...], EmbeddingSpec | None]]
     if engine == "executorch":
-        from edgekv.export.executorch import count_steps, write_graphs
-    else:
-        from edgekv.export.onnx import count_steps, write_graphs
+        from edgekv.export import executorch
 
-    steps.total = count_steps(checkpoint) + 2
+        operators = operators or "xnnpack"
+        count = executorch.count_steps(checkpoint)
+        write = functools.partial(executorch.write_graphs, checkpoint, operators=operators)
+    else:
+        from edgekv.export import onnx
+
+        count = onnx.count_steps(checkpoint)
+        write = functools.partial(onnx.write_graphs, checkpoint)
+
+    steps.total = count + 2
     with _appearing(out) as folder:
-        graphs, embedding = write_graphs(
-            checkpoint, folder, form=choice.form, weights=weights, page_size=choice.page_size, step=steps
-        )
+        graphs, embedding = write(folder, form=choice.form, weights=weights, page_size=choice.page_size, step=steps)
         shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
         if checkpoint.chat_template is not None:
             (folder / CHAT_TEMPLATE).write_text(checkpoint.chat_template, encoding="utf-8")
@@ -122,6 +145,7 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
             tokenizer_sha256=file_sha256(folder / "tokenizer.json"),
             embedding=embedding,
             chat_template=CHAT_TEMPLATE if checkpoint.chat_template is not None else None,
+            operators=operators,
         )
         manifest = write_manifest(folder, manifest)
     steps.progress("done", steps.total, steps.total)

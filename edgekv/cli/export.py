@@ -42,6 +42,15 @@ def export_command(
             help="How weights are stored. Default: int4 from 100 million parameters on, fp32 below.",
         ),
     ] = None,
+    operators: Annotated[
+        str | None,
+        typer.Option(
+            "--operators",
+            metavar="xnnpack|edgekv",
+            help="What an ExecuTorch program computes with. xnnpack: runs everywhere, also in apps of your own. edgekv:"
+            " int4 only, on our native kernels; faster on x86-64 with AVX-512 VNNI, slow elsewhere.",
+        ),
+    ] = None,
     page_size: Annotated[
         int, typer.Option("--page-size", metavar="16|32|64|128", help="Tokens per page of the KV cache.")
     ] = 32,
@@ -74,6 +83,7 @@ def export_command(
             form=form,
             weights=weights,
             page_size=page_size,
+            operators=operators,
             force=force,
             progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
         )

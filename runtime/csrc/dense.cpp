@@ -31,7 +31,6 @@ class Scratch {
     size_t size_ = 0;
 };
 
-
 // A function, since a lambda that names a thread_local variable of the function around it would not initialise it.
 Scratch& work_scratch() {
     static thread_local Scratch scratch;
@@ -44,19 +43,21 @@ void fork(const Fork& fork, size_t count, F&& body) {
     fork.call(fork.pool, [](void* context, size_t i) { (*static_cast<F*>(context))(i); }, count, &body);
 }
 
+bool use_avx512() {
+    const Kernels* chosen = find_kernels(nullptr);
+    return dense_avx512() && chosen && (chosen == amx_kernels() || chosen == avx512_kernels());
+}
+
+bool use_amx() { return use_avx512() && dense_amx() && find_kernels(nullptr) == amx_kernels(); }
+
 const DenseKernels* choose(int rows) {
-    const DenseKernels* amx = dense_amx();
-    return amx && rows >= amx->min_rows ? amx : dense_avx512();
+    if (!use_avx512()) return dense_portable();
+    return use_amx() && rows >= dense_amx()->min_rows ? dense_amx() : dense_avx512();
 }
 
 }  // namespace
 
-const char* dense_names() {
-    const Kernels* attention = find_kernels(nullptr);
-    const bool wide = attention && (attention == amx_kernels() || attention == avx512_kernels());
-    if (!dense_avx512() || !wide) return "";
-    return dense_amx() ? "avx512 amx" : "avx512";
-}
+const char* dense_names() { return use_amx() ? "avx512 amx" : use_avx512() ? "avx512" : ""; }
 
 void dense(const Int4Weights& weights, const float* x, int rows, float* y, const Fork& pool) {
     static thread_local Scratch rows_scratch;

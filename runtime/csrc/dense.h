@@ -1,4 +1,4 @@
-// Products of a few rows with a matrix of 4-bit weights, as the operator MatMulNBits of ONNX Runtime stores it.
+// Products of rows with a matrix of 4-bit weights, as the operator MatMulNBits of ONNX Runtime stores it, or XNNPACK.
 #pragma once
 
 #include <cstddef>
@@ -10,12 +10,15 @@ constexpr int kDenseBlock = 32;  // weights that share a scale
 
 inline int dense_blocks(int k) { return (k + kDenseBlock - 1) / kDenseBlock; }
 
+enum class ScaleType { kFloat, kBf16 };
+
 // [n, k] weights: scale * (code - zero), one scale and one zero per block of 32 along k.
 struct Int4Weights {
     const uint8_t* codes;  // [n, blocks, 16]: the first of two codes is the low half of a byte
-    const float* scales;   // [n, blocks]
+    const void* scales;    // [n, blocks]
     const uint8_t* zeros;  // [n, (blocks + 1) / 2], two to a byte; null: 8
     int n, k;
+    ScaleType scale_type;
 };
 
 struct DenseKernels {
@@ -36,6 +39,7 @@ struct DenseKernels {
 
 const DenseKernels* dense_amx();     // bf16 tiles; null where the processor (or the build) lacks them
 const DenseKernels* dense_avx512();  // rows as 8-bit numbers, one scale per block
+const DenseKernels* dense_portable();  // nothing special, and slow
 
 // Calls task(context, i) for each i in [0, count), in parallel where that pays.
 struct Fork {
@@ -47,7 +51,7 @@ struct Fork {
 // where EDGEKV_ISA names another instruction set.
 const char* dense_names();
 
-// y[rows, n] = x[rows, k] times the transposed weights.
+// y[rows, n] = x[rows, k] times the transposed weights, with the best kernels there are.
 void dense(const Int4Weights&, const float* x, int rows, float* y, const Fork&);
 
 }  // namespace edgekv

@@ -58,6 +58,19 @@ inline void load_codes(const uint8_t* const* columns, size_t at, __m512i out[4])
     out[3] = _mm512_unpackhi_epi64(b, d);
 }
 
+// Scales at `first` plus each of 16 places.
+inline __m512 gather_scales(const Int4Weights& w, size_t first, const int32_t* places) {
+    if (w.scale_type == ScaleType::kFloat) {
+        return _mm512_i32gather_ps(_mm512_load_si512(places), static_cast<const float*>(w.scales) + first, 4);
+    }
+    // One by one: a gather reads four bytes each, also past the end of the last.
+    const uint16_t* const scales = static_cast<const uint16_t*>(w.scales) + first;
+    alignas(32) uint16_t found[kTile];
+    for (int i = 0; i < kTile; ++i) found[i] = scales[places[i]];
+    const __m256i halves = _mm256_load_si256(reinterpret_cast<const __m256i*>(found));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
 // Decodes 16 columns from `col` into one tile per block, at every second place of the panel. Columns from n on repeat
 // the last one.
 void decode_columns(const Int4Weights& w, int col, uint8_t* panel) {
@@ -71,15 +84,14 @@ void decode_columns(const Int4Weights& w, int col, uint8_t* panel) {
         zeros[i] = w.zeros ? w.zeros + (col + c) * zeros_stride : nullptr;
         first_scale[i] = c * n_blocks;
     }
-    const __m512i place = _mm512_load_si512(first_scale);
-    const float* const scales = w.scales + static_cast<size_t>(col) * n_blocks;
+    const size_t first = static_cast<size_t>(col) * n_blocks;
     const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     // Two vectors of 16 numbers, interleaved.
     alignas(64) static const uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i pairs = _mm512_load_si512(kPairs);
     for (int b = 0; b < n_blocks; ++b, panel += 2 * kTileBytes) {
-        const __m512 scale = _mm512_i32gather_ps(place, scales + b, 4);
+        const __m512 scale = gather_scales(w, first + b, first_scale);
         __m512 lift = _mm512_mul_ps(scale, _mm512_set1_ps(-8.f));
         if (w.zeros) {
             alignas(16) uint8_t zero[kTile];

@@ -66,16 +66,6 @@ void prepare(const float* x, int, int k, int row0, int row1, uint8_t* ready) {
     }
 }
 
-// 16 zeros, from 8 bytes.
-inline __m512 load_zeros(const uint8_t* p, int n_blocks) {
-    const __mmask16 mask = static_cast<__mmask16>((1u << ((n_blocks + 1) / 2)) - 1);
-    const __m128i words = _mm_cvtepu8_epi16(_mm_maskz_loadu_epi8(mask, p));
-    const __m128i bytes = _mm_and_si128(_mm_or_si128(words, _mm_slli_epi16(words, 4)), _mm_set1_epi8(15));
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-}
-
-inline float sum(__m512 v) { return _mm512_reduce_add_ps(v); }
-
 // Weights come from memory, in the order of their addresses, but in steps that the processor's own prefetcher follows
 // at half the speed only: it stops at the end of each 4 KiB.
 constexpr size_t kFar = 16384, kNear = 2048;  // bytes ahead: to the second level, from there to the first
@@ -90,18 +80,43 @@ inline void prefetch_codes(const void* p) {
     prefetch<_MM_HINT_T0>(p, kNear);
 }
 
+// Scales of up to 16 blocks, from that of block `at` of the matrix on; zeros where none are.
+template <ScaleType kType>
+inline __m512 load_scales(const void* scales, size_t at, __mmask16 present) {
+    if constexpr (kType == ScaleType::kFloat) {
+        const float* const p = static_cast<const float*>(scales) + at;
+        prefetch<_MM_HINT_T1>(p, kFar / 4);
+        return _mm512_maskz_loadu_ps(present, p);
+    } else {
+        const uint16_t* const p = static_cast<const uint16_t*>(scales) + at;
+        prefetch<_MM_HINT_T1>(p, kFar / 8);
+        return _mm512_castsi512_ps(
+            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, p)), 16));
+    }
+}
+
+// 16 zeros, from 8 bytes.
+inline __m512 load_zeros(const uint8_t* p, int n_blocks) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << ((n_blocks + 1) / 2)) - 1);
+    const __m128i words = _mm_cvtepu8_epi16(_mm_maskz_loadu_epi8(mask, p));
+    const __m128i bytes = _mm_and_si128(_mm_or_si128(words, _mm_slli_epi16(words, 4)), _mm_set1_epi8(15));
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+}
+
+inline float sum(__m512 v) { return _mm512_reduce_add_ps(v); }
+
 // C columns times R rows.
-template <int C, int R>
+template <ScaleType kType, int C, int R>
 inline void block(const Int4Weights& w, const Row* rows, int col, float* y, size_t stride) {
     const int n_blocks = dense_blocks(w.k);
     const size_t codes_stride = static_cast<size_t>(n_blocks) * 16, zeros_stride = (n_blocks + 1) / 2;
     const uint8_t* codes[C];
-    const float* scales[C];
+    size_t first[C];
     __m512 acc[C][R];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
         codes[c] = w.codes + (col + c) * codes_stride;
-        scales[c] = w.scales + static_cast<size_t>(col + c) * n_blocks;
+        first[c] = static_cast<size_t>(col + c) * n_blocks;
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[c][r] = _mm512_setzero_ps();
     }
@@ -113,8 +128,7 @@ inline void block(const Int4Weights& w, const Row* rows, int col, float* y, size
         __m512 scale[C];
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            scale[c] = _mm512_maskz_loadu_ps(present, scales[c] + b);
-            prefetch<_MM_HINT_T1>(scales[c] + b, kFar / 4);
+            scale[c] = load_scales<kType>(w.scales, first[c] + b, present);
             const __m512 zero = w.zeros ? load_zeros(w.zeros + (col + c) * zeros_stride + b / 2, left) : eight;
             const __m512 lift = _mm512_mul_ps(scale[c], zero);
 #pragma GCC unroll 4
@@ -153,30 +167,39 @@ inline void block(const Int4Weights& w, const Row* rows, int col, float* y, size
     }
 }
 
-template <int R>
+template <ScaleType kType, int R>
 void rows_product(const Int4Weights& w, const Row* rows, int col0, int col1, float* y) {
     int col = col0;
-    for (; col + 4 <= col1; col += 4) block<4, R>(w, rows, col, y, w.n);
-    for (; col < col1; ++col) block<1, R>(w, rows, col, y, w.n);
+    for (; col + 4 <= col1; col += 4) block<kType, 4, R>(w, rows, col, y, w.n);
+    for (; col < col1; ++col) block<kType, 1, R>(w, rows, col, y, w.n);
 }
 
-void product(const Int4Weights& w, const uint8_t* ready, int n_rows, int col0, int col1, float* y, uint8_t*) {
+template <ScaleType kType>
+void columns_product(const Int4Weights& w, const uint8_t* ready, int n_rows, int col0, int col1, float* y) {
     const Layout layout(w.k);
     for (int row = 0; row < n_rows;) {
         Row rows[4];
-        const int here = n_rows - row < 4 ? n_rows - row : 4;
-        for (int r = 0; r < here; ++r) rows[r] = layout.row(ready, row + r);
+        const int left = n_rows - row < 4 ? n_rows - row : 4;
+        for (int r = 0; r < left; ++r) rows[r] = layout.row(ready, row + r);
         float* const at = y + static_cast<size_t>(row) * w.n;
-        if (here == 4) {
-            rows_product<4>(w, rows, col0, col1, at);
+        if (left == 4) {
+            rows_product<kType, 4>(w, rows, col0, col1, at);
             row += 4;
-        } else if (here >= 2) {
-            rows_product<2>(w, rows, col0, col1, at);
+        } else if (left >= 2) {
+            rows_product<kType, 2>(w, rows, col0, col1, at);
             row += 2;
         } else {
-            rows_product<1>(w, rows, col0, col1, at);
+            rows_product<kType, 1>(w, rows, col0, col1, at);
             row += 1;
         }
+    }
+}
+
+void product(const Int4Weights& w, const uint8_t* ready, int rows, int col0, int col1, float* y, uint8_t*) {
+    if (w.scale_type == ScaleType::kFloat) {
+        columns_product<ScaleType::kFloat>(w, ready, rows, col0, col1, y);
+    } else {
+        columns_product<ScaleType::kBf16>(w, ready, rows, col0, col1, y);
     }
 }
 

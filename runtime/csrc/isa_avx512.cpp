@@ -137,12 +137,14 @@ uint64_t read_bytes(const uint8_t* data, size_t n) {
 #include "isa_blocked.h"
 #include "isa_checksum.h"
 #include "isa_codec.h"
+#include "isa_operators.h"
 
 namespace edgekv {
 
 const Kernels* avx512_kernels() {
     static const Kernels kernels{"avx512",      decode_run, blocked_pages, blocked_own, merge,
-                                 sum_mass, pack_warm,  to_half,       read_bytes, checksum};
+                                 sum_mass, pack_warm,  to_half,       read_bytes, checksum,
+                                 rms_norm, swiglu,     rotary};
     const bool usable = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");

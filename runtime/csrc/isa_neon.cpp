@@ -7,7 +7,8 @@ namespace edgekv {
 
 const Kernels* neon_kernels() {
     static const Kernels kernels{"neon",   decode_run, blocked_pages, blocked_own, merge,
-                                 sum_mass, pack_warm,  to_half,       read_bytes, checksum};
+                                 sum_mass, pack_warm,  to_half,       read_bytes, checksum,
+                                 rms_norm, swiglu,     rotary};
     return &kernels;
 }
 

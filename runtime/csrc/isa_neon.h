@@ -201,3 +201,4 @@ uint64_t read_bytes(const uint8_t* data, size_t n) {
 #include "isa_blocked.h"
 #include "isa_checksum.h"
 #include "isa_codec.h"
+#include "isa_operators.h"

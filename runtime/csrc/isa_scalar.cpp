@@ -107,12 +107,14 @@ uint64_t read_bytes(const uint8_t* data, size_t n) {
 #include "isa_blocked.h"
 #include "isa_checksum.h"
 #include "isa_codec.h"
+#include "isa_operators.h"
 
 namespace edgekv {
 
 const Kernels* scalar_kernels() {
     static const Kernels kernels{"scalar",      decode_run, blocked_pages, blocked_own, merge,
-                                 sum_mass, pack_warm,  to_half,       read_bytes, checksum};
+                                 sum_mass, pack_warm,  to_half,       read_bytes, checksum,
+                                 rms_norm, swiglu,     rotary};
     return &kernels;
 }
 

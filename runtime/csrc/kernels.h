@@ -127,6 +127,12 @@ struct Kernels {
     uint64_t (*read)(const uint8_t* data, size_t n);
     // XXH3-64 of n > 240 bytes.
     uint64_t (*checksum)(const uint8_t* data, size_t n);
+
+    // See isa_operators.h.
+    void (*rms_norm)(const float* x, const float* residual, const float* weight, float eps, int n, float* y,
+                     float* total);
+    void (*swiglu)(const float* gate, const float* up, float* y, size_t n);
+    void (*rotary)(const float* x, const float* cos, const float* sin, int heads, int dim, int half, float* y);
 };
 
 const Kernels* amx_kernels();  // null where the processor (or the build) lacks it

@@ -14,6 +14,7 @@
 #include "dense.h"
 #include "kernels.h"
 #include "onnxruntime_threads.h"
+#include "operators.h"
 #include "thread_pool.h"
 #include "views.h"
 
@@ -234,6 +235,9 @@ NB_MODULE(_kernels, m) {
     m.def("isa", &isa);
     m.def("available_isas", &available_isas);
     m.def("dense_names", &dense_names);
+    m.def("operators", [](int n_threads) { return reinterpret_cast<uintptr_t>(&operators(n_threads)); },
+          nb::arg("n_threads"));
+    m.def("operator_threads", [] { return reinterpret_cast<uintptr_t>(&operator_threads); });
     m.def("read_bandwidth", &read_bandwidth, nb::arg("pool"), nb::arg("array"));
 
     m.def("onnxruntime_executor", [] { return reinterpret_cast<uintptr_t>(onnxruntime_executor()); });

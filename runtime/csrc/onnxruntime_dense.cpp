@@ -79,8 +79,12 @@ struct Product {
             (zeros && shapes[2].elements() != n * ((blocks + 1) / 2))) {
             return failure("MatMulNBits: the weights do not have the size that N, K and blocks of 32 ask for");
         }
-        weights = {static_cast<const uint8_t*>(codes), static_cast<const float*>(scales),
-                   static_cast<const uint8_t*>(zeros), static_cast<int>(n), static_cast<int>(k)};
+        weights = {static_cast<const uint8_t*>(codes),
+                   scales,
+                   static_cast<const uint8_t*>(zeros),
+                   static_cast<int>(n),
+                   static_cast<int>(k),
+                   ScaleType::kFloat};
         return nullptr;
     }
 

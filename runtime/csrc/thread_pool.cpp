@@ -1,16 +1,11 @@
 #include "thread_pool.h"
 
-#include <chrono>
-
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
 
 namespace edgekv {
 namespace {
-
-// Waking a sleeping thread costs several microseconds; spinning longer than this would starve other engines' threads.
-constexpr auto kSpin = std::chrono::microseconds(30);
 
 inline void pause_core() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -22,8 +17,8 @@ inline void pause_core() {
 
 // Spins until ready() or the time is over; returns ready().
 template <typename Ready>
-bool spin(Ready&& ready) {
-    const auto limit = std::chrono::steady_clock::now() + kSpin;
+bool spin(std::chrono::microseconds time, Ready&& ready) {
+    const auto limit = std::chrono::steady_clock::now() + time;
     do {
         for (int i = 0; i < 64; ++i) {
             if (ready()) return true;
@@ -35,8 +30,8 @@ bool spin(Ready&& ready) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int n_threads, Executor executor)
-    : n_threads_(n_threads < 1 ? 1 : n_threads), executor_(executor), shares_(new Share[n_threads_]) {
+ThreadPool::ThreadPool(int n_threads, Executor executor, std::chrono::microseconds spin)
+    : n_threads_(n_threads < 1 ? 1 : n_threads), executor_(executor), spin_(spin), shares_(new Share[n_threads_]) {
     if (executor_) return;
     for (int thread = 1; thread < n_threads_; ++thread) helpers_.emplace_back([this, thread] { helper(thread); });
 }
@@ -74,7 +69,7 @@ void ThreadPool::dispatch(int n_items, void* context, Invoke invoke) {
     }
     work(0);
     const auto finished = [this] { return remaining_.load() == 0; };
-    if (spin(finished)) return;
+    if (spin(spin_, finished)) return;
     std::unique_lock<std::mutex> lock(sleep_mutex_);
     caller_asleep_.store(true);
     done_.wait(lock, finished);
@@ -108,7 +103,7 @@ void ThreadPool::helper(int thread) {
     uint32_t seen = 0;
     for (;;) {
         const auto called = [this, &seen] { return generation_.load() != seen; };
-        if (!spin(called)) {
+        if (!spin(spin_, called)) {
             std::unique_lock<std::mutex> lock(sleep_mutex_);
             asleep_.fetch_add(1);
             wake_.wait(lock, called);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -21,7 +22,10 @@ class ThreadPool {
 
     // With an executor the pool has no helpers: it works on the threads of an engine. Those spin between the engine's
     // calls, so that helpers would find no free core, and the engine's threads would be woken again after each job.
-    explicit ThreadPool(int n_threads, Executor executor = nullptr);
+    // `spin`: how long who waits stays awake. Waking a sleeping thread costs several microseconds; waiting longer than
+    // this would starve the threads of an engine that has its own.
+    explicit ThreadPool(int n_threads, Executor executor = nullptr,
+                        std::chrono::microseconds spin = std::chrono::microseconds(30));
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
@@ -59,6 +63,7 @@ class ThreadPool {
 
     int n_threads_;
     Executor executor_;
+    std::chrono::microseconds spin_;
     std::unique_ptr<Share[]> shares_;
     std::mutex job_mutex_;  // one job at a time, whoever calls
 

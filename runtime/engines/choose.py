@@ -25,6 +25,8 @@ def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path, *
         try:
             return ExecutorchSegments(folder, manifest, threads, cache)
         except NoShim as error:
+            if manifest.operators == "edgekv":
+                raise  # the Python bindings have no such operators
             from edgekv.runtime.engines.executorch_fallback import PybindSegments
 
             return PybindSegments(folder, manifest, threads, str(error))

@@ -49,7 +49,13 @@ class ExecutorchSegments:
         self._model = manifest.model
         self.description = f"executorch {version()}"
         self._packed = PackedCache(cache, manifest, version())
-        self._program = self._library.open(folder / manifest.graphs[0], self._packed.open())
+        packed = None
+        if manifest.operators == "edgekv":
+            names, self.executor = self._library.set_operators(threads)
+            self.description += f", operators by edgekv ({names})"
+        else:
+            packed = self._packed.open()
+        self._program = self._library.open(folder / manifest.graphs[0], packed)
         self._prepared: dict[int, _Prepared] = {}
         self._current: _Prepared | None = None
         self._heads: dict[int, tuple[Float, Float, Float, CallList]] = {}

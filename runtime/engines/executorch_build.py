@@ -1,7 +1,7 @@
 """Finds the ExecuTorch runtime and compiles the C interface to it, once, without torch.
 
-The `executorch` wheel holds the runtime as libraries that do not need torch, and their headers. `shim.cpp` is compiled
-against them on first use, in about two seconds, into the user's cache folder. The file's name holds everything that it
+The `executorch` wheel holds the runtime as libraries that do not need torch, and their headers. Two sources are compiled
+against them on first use, in a few seconds, into the user's cache folder. The file's name holds everything that it
 depends on, so that another version or source makes another file.
 """
 
@@ -19,6 +19,8 @@ from importlib import metadata, resources
 from pathlib import Path
 
 from edgekv.errors import EngineMissing
+
+SOURCES = ("shim.cpp", "operators.cpp")
 
 
 class NoShim(EngineMissing):
@@ -54,9 +56,10 @@ def build_shim(package: Path, cache: Path) -> Path:
     Raises:
         NoShim: there is no compiler, or it failed.
     """
-    source = resources.files("edgekv.runtime") / "csrc_executorch" / "shim.cpp"
-    text = source.read_bytes()
-    key = hashlib.sha256(text + f"{version()} {package} {platform.machine()}".encode()).hexdigest()[:16]
+    folder = resources.files("edgekv.runtime") / "csrc_executorch"
+    sources = {name: (folder / name).read_bytes() for name in SOURCES}
+    made_for = f"{version()} {package} {platform.machine()}".encode()
+    key = hashlib.sha256(b"".join(sources.values()) + made_for).hexdigest()[:16]
     path = cache / "executorch" / f"shim-{version()}-{key}.so"
     if path.is_file():
         return path
@@ -68,10 +71,11 @@ def build_shim(package: Path, cache: Path) -> Path:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            (Path(folder) / "shim.cpp").write_bytes(text)
-            _compile(compiler, package, Path(folder))
-            os.replace(Path(folder) / "shim.so", path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            for name, text in sources.items():
+                (Path(scratch) / name).write_bytes(text)
+            _compile(compiler, package, Path(scratch))
+            os.replace(Path(scratch) / "shim.so", path)
     except OSError as error:
         raise NoShim(f"the ExecuTorch engine cannot be written to {path.parent}: {error.strerror}") from error
     return path
@@ -82,7 +86,7 @@ def _compile(compiler: str, package: Path, folder: Path) -> None:
     command = [
         compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-DC10_USING_CUSTOM_GENERATED_MACROS",
         f"-I{include}", f"-I{include}/executorch/runtime/core/portable_type/c10",
-        str(folder / "shim.cpp"), "-o", str(folder / "shim.so"),
+        *(str(folder / name) for name in SOURCES), "-o", str(folder / "shim.so"),
         f"-L{package}/lib", "-lexecutorch", "-lexecutorch_threadpool",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)

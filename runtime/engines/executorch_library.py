@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -80,6 +81,7 @@ class Library:
             ("unbind", None, [pointer]),
             ("run", integer, [pointer, integer]),
             ("output_sizes", integer, [pointer, integer, pointer]),
+            ("set_operators", integer, [pointer]),
         ):
             function = getattr(self._c, f"edgekv_et_{name}")
             function.restype, function.argtypes = result, arguments
@@ -89,6 +91,27 @@ class Library:
         """Set the number of threads of every program of this process."""
         if self.functions.set_threads(threads):
             raise EngineError(f"executorch: {self._reason()}")
+
+    def set_operators(self, threads: int) -> tuple[str, int]:
+        """Let programs use the operators of the native kernels.
+
+        Returns:
+            what those use of the processor, and the address of the function that lends their threads to attention.
+
+        Raises:
+            EngineError: the native kernels are not there.
+        """
+        try:
+            _kernels = importlib.import_module("edgekv.runtime._kernels")
+        except ImportError as error:
+            raise EngineError(
+                "this bundle was exported with --operators edgekv and needs the native kernels, which are not built;"
+                " reinstall edgekv where there is a C++ compiler, or export the bundle with --operators xnnpack"
+            ) from error
+        if self.functions.set_operators(_kernels.operators(threads)):
+            raise EngineError("the native kernels and the ExecuTorch shim are of different versions; reinstall edgekv")
+        names = _kernels.dense_names() or "portable, slow on this processor: --operators xnnpack is faster"
+        return names, int(_kernels.operator_threads())
 
     @property
     def executor(self) -> int:

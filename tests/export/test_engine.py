@@ -31,6 +31,7 @@ def test_the_engine_that_measured_faster_is_chosen_with_both_numbers(row: dict[s
     other = {"onnx": "executorch", "executorch": "onnx"}[choice.engine]
     speeds = {name: float(str(row[name])) for name in (choice.engine, other)}
     assert speeds[choice.engine] >= speeds[other] > 0
+    assert choice.operators == (row["operators"] if choice.engine == "executorch" else None)
     assert f"{speeds[choice.engine]:.0f} tokens/s against {speeds[other]:.0f} of {other} on {machine}" in choice.reason
 
 
@@ -62,7 +63,8 @@ def test_the_command_says_which_engine_it_took_and_why(checkpoint: Callable[[str
 def test_the_page_in_docs_shows_every_measurement() -> None:
     page = DOCUMENT.read_text(encoding="utf-8")
     for row in measurements():
-        assert f"| {row['machine']} | {row['weights']} | {row['onnx']} | {row['executorch']} | {row['on']} |" in page
+        speeds = f"{row['onnx']} | {row['executorch']} | {row['operators']}"
+        assert f"| {row['machine']} | {row['weights']} | {speeds} | {row['on']} |" in page
 
 
 def test_this_machine_has_a_class() -> None:

@@ -29,43 +29,60 @@ from edgekv.runtime.generate import cache_home
 TOLERANCE = {"fp32": 1e-5, "int8": 2e-2, "int4": 2e-2}
 
 
-def eager(checkpoint: Checkpoint, index: int, weights: str) -> torch.nn.Module:
+def eager(checkpoint: Checkpoint, index: int, weights: str, operators: str) -> torch.nn.Module:
     module = build_segment(checkpoint.config, index).to_empty(device="cpu").requires_grad_(False).eval()
     for name, parameter in module.named_parameters():
         parameter.data.copy_(load_parameter(checkpoint, index, name))
-    quantise_linears(module, "segment", weights)
+    quantise_linears(module, "segment", weights, operators)
     return module
 
 
 @pytest.mark.parametrize(
-    "weights", ["int4", pytest.param("int8", marks=pytest.mark.slow), pytest.param("fp32", marks=pytest.mark.slow)]
+    ("weights", "operators", "variant", "rows"),
+    [
+        ("int4", "xnnpack", "qwen3-qk-norm", 1),
+        pytest.param("int8", "xnnpack", "qwen3-qk-norm", 1, marks=pytest.mark.slow),
+        pytest.param("fp32", "xnnpack", "qwen3-qk-norm", 1, marks=pytest.mark.slow),
+        ("int4", "edgekv", "qwen3-qk-norm", 1),
+        ("int4", "edgekv", "qwen2-bias", 40),
+    ],
 )
 def test_every_segment_computes_what_its_eager_reference_does(
-    weights: str, checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: str,
+    operators: str,
+    variant: str,
+    rows: int,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source = open_checkpoint(checkpoint("qwen3-qk-norm"))
-    monkeypatch.setattr(executorch, "EXECUTORCH_ROWS", (1,))
-    monkeypatch.setattr(executorch, "EXECUTORCH_HEAD_ROWS", (1,))
+    if operators == "edgekv":
+        pytest.importorskip("edgekv.runtime._kernels", reason="the native extension is not built")
+    source = open_checkpoint(checkpoint(variant))
+    monkeypatch.setattr(executorch, "EXECUTORCH_ROWS", (rows,))
+    monkeypatch.setattr(executorch, "EXECUTORCH_HEAD_ROWS", (rows,))
     steps: list[str] = []
     graphs, embedding = executorch.write_graphs(
-        source, tmp_path, form="split", weights=weights, page_size=16, step=steps.append
+        source, tmp_path, form="split", weights=weights, page_size=16, step=steps.append, operators=operators
     )
     assert graphs == ("model.pte",)
     assert isinstance(embedding, EmbeddingSpec)
     assert len(steps) == executorch.count_steps(source)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["embedding.bin", "model.pte"]
     library = load_library(cache_home())
+    if operators == "edgekv":
+        library.set_operators(2)
     program = library.open(tmp_path / "model.pte", None)
     generator = torch.Generator().manual_seed(1)
     for index in range(source.config.model.n_layers + 1):
         spec = segment_spec(source.config.model, index)
-        shapes = [[1 if dim == "T" else int(dim) for dim in tensor.shape] for tensor in spec.inputs]
+        shapes = [[rows if dim == "T" else int(dim) for dim in tensor.shape] for tensor in spec.inputs]
         inputs = [torch.randn(shape, generator=generator) for shape in shapes]
         with torch.no_grad():
-            result = eager(source, index, weights)(*inputs)
+            result = eager(source, index, weights, operators)(*inputs)
         expected = [result] if isinstance(result, torch.Tensor) else list(result)
         outputs = [np.zeros(tuple(tensor.shape), np.float32) for tensor in expected]
-        call = program.method(f"segment_{index}_t1").bind(spec, [tensor.numpy() for tensor in inputs], outputs)
+        call = program.method(f"segment_{index}_t{rows}").bind(spec, [tensor.numpy() for tensor in inputs], outputs)
         CallList(library, [call]).run()
         for tensor, output in zip(expected, outputs, strict=True):
             scale = float(tensor.abs().max())

@@ -1,0 +1,85 @@
+#include "operators.h"
+
+#include <chrono>
+#include <memory>
+
+#include "dense.h"
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace edgekv {
+namespace {
+
+constexpr int kVersion = 1;
+constexpr auto kSpin = std::chrono::microseconds(300);  // longer than what lies between two operators of a token
+constexpr int64_t kChunk = 8192;  // numbers that are worth a task
+
+// The engine that calls the operators has one pool of threads per process too.
+std::unique_ptr<ThreadPool> pool;
+
+const Fork fork_pool{[](void*, void (*task)(void*, size_t), size_t count, void* context) {
+                         operator_threads(task, context, count);
+                     },
+                     nullptr};
+
+// body(first, end) over parts of [0, n), of `width` numbers each.
+template <typename F>
+void in_parts(int64_t n, int64_t width, F&& body) {
+    const int64_t part = kChunk / width > 0 ? kChunk / width : 1;
+    pool->run(static_cast<int>((n + part - 1) / part), [&](int i, int) {
+        const int64_t first = i * part;
+        body(first, first + part < n ? first + part : n);
+    });
+}
+
+void linear_int4(const float* x, const uint8_t* codes, const void* scales, const float* bias, int rows, int n, int k,
+                 float* y) {
+    dense(Int4Weights{codes, scales, nullptr, n, k, ScaleType::kBf16}, x, rows, y, fork_pool);
+    if (!bias) return;
+    for (int row = 0; row < rows; ++row) {
+        for (int i = 0; i < n; ++i) y[static_cast<size_t>(row) * n + i] += bias[i];
+    }
+}
+
+void rms_norm(const float* x, const float* residual, const float* weight, float eps, int rows, int k, float* y,
+              float* total) {
+    const Kernels& kernels = *find_kernels(nullptr);
+    in_parts(rows, k, [&](int64_t first, int64_t end) {
+        for (int64_t at = first * k; at < end * k; at += k) {
+            kernels.rms_norm(x + at, residual ? residual + at : nullptr, weight, eps, k, y + at,
+                             residual ? total + at : nullptr);
+        }
+    });
+}
+
+void swiglu(const float* gate, const float* up, int64_t n, float* y) {
+    const Kernels& kernels = *find_kernels(nullptr);
+    in_parts(n, 1, [&](int64_t first, int64_t end) {
+        kernels.swiglu(gate + first, up + first, y + first, static_cast<size_t>(end - first));
+    });
+}
+
+void rotary(const float* x, const float* cos, const float* sin, int tokens, int heads, int dim, int half, float* y) {
+    const Kernels& kernels = *find_kernels(nullptr);
+    const int64_t width = int64_t{heads} * dim;
+    in_parts(tokens, width, [&](int64_t first, int64_t end) {
+        for (int64_t t = first; t < end; ++t) {
+            kernels.rotary(x + t * width, cos + t * half, sin + t * half, heads, dim, half, y + t * width);
+        }
+    });
+}
+
+}  // namespace
+
+const Operators& operators(int n_threads) {
+    static const Operators table{kVersion, linear_int4, rms_norm, swiglu, rotary};
+    if (!pool || pool->size() != n_threads) pool = std::make_unique<ThreadPool>(n_threads, nullptr, kSpin);
+    return table;
+}
+
+bool operator_threads(void (*task)(void* context, size_t i), void* context, size_t count) {
+    pool->run(static_cast<int>(count), [&](int i, int) { task(context, static_cast<size_t>(i)); });
+    return true;
+}
+
+}  // namespace edgekv
