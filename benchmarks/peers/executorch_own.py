@@ -47,8 +47,10 @@ def main(checkpoint: Path, out: Path, context: int, cache: str) -> None:
             *("--max_seq_length", str(context), "--max_context_length", str(context)),
             *("--output_name", out.name),
         ]
-        os.chdir(out.parent)  # where the exporter writes, whatever --output-dir says
+        # Where the exporter writes, whatever --output-dir says. It must not end in "executorch": it would import from there.
+        os.chdir(folder)
         export_llama(build_args_parser().parse_args(words + ["--quantize_kv_cache"] * (cache == "int8")))
+        os.replace(folder / out.name, out)
 
 
 if __name__ == "__main__":
