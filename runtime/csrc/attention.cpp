@@ -13,6 +13,9 @@ constexpr int kDecodeRows = 16;
 // Partial states kept before they are merged: enough for long contiguous shares per thread, small beside the cache.
 constexpr size_t kSlabFloats = 1 << 19;
 
+// Runs whose states are merged by themselves, before they join the rest.
+constexpr int64_t kBlockRuns = 4;
+
 // Up to this many partial rows are merged by the caller alone: handing them out would take longer.
 constexpr size_t kInlineMerges = 512;
 
@@ -92,35 +95,54 @@ void Attention::begin(const float* q, const float* new_k, const float* new_v, co
     decode_ = rows <= kDecodeRows;
     n_pages_ = n_pages;
     next_page_ = 0;
-    pending_ = 0;
-    const int64_t runs = (n_pages + kRunPages - 1) / kRunPages;
+    runs_ = (n_pages + kRunPages - 1) / kRunPages;
+    merged_ = finished_ = 0;
     if (decode_) {
         const size_t one = state_floats(n_rows, g_.dim_pad);
         const int64_t wanted = std::max<int64_t>(static_cast<int64_t>(kSlabFloats / one), 4 * pool_.size());
-        slab_runs_ = std::min<int64_t>(wanted, runs);
+        const int64_t blocks = (std::min<int64_t>(wanted, runs_) + kBlockRuns - 1) / kBlockRuns;
+        slab_runs_ = blocks * kBlockRuns;
         partials_.reserve(one * slab_runs_);
+        if (blocks > slab_blocks_) {
+            runs_done_ = std::make_unique<std::atomic<int>[]>(blocks);
+            slab_blocks_ = blocks;
+        }
+        for (int64_t block = 0; block < blocks; ++block) runs_done_[block].store(0, std::memory_order_relaxed);
     }
     want_mass_ = want_mass;
-    if (want_mass) mass_.reserve(static_cast<size_t>(runs) * n_rows * kMassStride);
+    if (want_mass) mass_.reserve(static_cast<size_t>(runs_) * n_rows * kMassStride);
     n_new_ = n_new;
 }
 
-State Attention::partial(int64_t index) const {
+State Attention::partial(int64_t run) const {
     const size_t n = state_rows();
-    return state_in(partials_.data() + index * state_floats(n, g_.dim_pad), n);
+    return state_in(partials_.data() + run % slab_runs_ * state_floats(n, g_.dim_pad), n);
+}
+
+// Merges the run's block if it was the block's last to be done; the block's state is then its first run's.
+void Attention::end_run(int64_t run) {
+    const int64_t block = run / kBlockRuns, first = block * kBlockRuns;
+    const int64_t n = std::min(kBlockRuns, runs_ - first);
+    std::atomic<int>& done = runs_done_[block % (slab_runs_ / kBlockRuns)];
+    if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < n) return;
+    done.store(0, std::memory_order_relaxed);
+    for (int64_t i = 1; i < n; ++i) {
+        kernels_.merge(partial(first), partial(first + i), static_cast<int>(state_rows()), g_.dim_pad);
+    }
 }
 
 void Attention::merge_pending(int head, int heads) {
     const size_t row = static_cast<size_t>(head) * batch_.rows;
-    for (int64_t i = 0; i < pending_; ++i) {
-        kernels_.merge(state_.at(row, g_.dim_pad), partial(i).at(row, g_.dim_pad), heads * batch_.rows, g_.dim_pad);
+    for (int64_t block = merged_; block < finished_; ++block) {
+        kernels_.merge(state_.at(row, g_.dim_pad), partial(block * kBlockRuns).at(row, g_.dim_pad),
+                       heads * batch_.rows, g_.dim_pad);
     }
 }
 
 void Attention::merge_pending_all() {
-    if (pending_ == 0) return;
+    if (merged_ == finished_) return;
     pool_.run(g_.n_kv_heads, [this](int head, int) { merge_pending(head, 1); });
-    pending_ = 0;
+    merged_ = finished_;
 }
 
 int Attention::row_block() const {
@@ -147,24 +169,28 @@ void Attention::pages(const PageRef* refs, int64_t start, int64_t stop) {
         });
         return;
     }
-    for (int64_t at = start; at < stop;) {
+    const int64_t end_of_runs = (stop + kRunPages - 1) / kRunPages;
+    for (int64_t run = start / kRunPages; run < end_of_runs;) {
         merge_pending_all();
-        const int64_t end = std::min(stop, at + slab_runs_ * kRunPages);
-        const int runs = static_cast<int>((end - at + kRunPages - 1) / kRunPages);
-        const auto decode = [&](int run, int) {
-            const int64_t first = at + static_cast<int64_t>(run) * kRunPages;
-            const int n = static_cast<int>(std::min<int64_t>(kRunPages, end - first));
-            const int after = static_cast<int>(std::min<int64_t>(kRunPages, end - first - n));
-            kernels_.decode_run(batch_, refs + first, n, after, partial(run),
-                                mass ? mass + first / kRunPages * mass_stride : nullptr);
+        // As far as the slab has room, next to the runs of a block that the last piece left unfinished.
+        const int64_t end = std::min(end_of_runs, run / kBlockRuns * kBlockRuns + slab_runs_);
+        const auto decode = [&, run](int item, int) {
+            const int64_t first = (run + item) * kRunPages;
+            const int n = static_cast<int>(std::min<int64_t>(kRunPages, stop - first));
+            const int after = static_cast<int>(std::min<int64_t>(kRunPages, stop - first - n));
+            kernels_.decode_run(batch_, refs + first, n, after, partial(run + item),
+                                mass ? mass + (run + item) * mass_stride : nullptr);
+            end_run(run + item);
         };
-        if (2 * g_.elements() * static_cast<size_t>(end - at) <= (pool_.lent() ? kAloneBytesLent : kAloneBytes)) {
-            for (int run = 0; run < runs; ++run) decode(run, 0);
+        const int items = static_cast<int>(end - run);
+        const size_t bytes = 2 * g_.elements() * static_cast<size_t>(std::min(stop, end * kRunPages) - run * kRunPages);
+        if (bytes <= (pool_.lent() ? kAloneBytesLent : kAloneBytes)) {
+            for (int item = 0; item < items; ++item) decode(item, 0);
         } else {
-            pool_.run(runs, decode);
+            pool_.run(items, decode);
         }
-        pending_ = runs;
-        at = end;
+        run = end;
+        finished_ = end == runs_ ? (runs_ + kBlockRuns - 1) / kBlockRuns : end / kBlockRuns;
     }
 }
 
@@ -196,7 +222,7 @@ void Attention::finish(float* out, float* page_mass, float* log_sum_exp) {
     const int block = decode_ ? batch_.rows : row_block();
     const int blocks = (batch_.rows + block - 1) / block;
     const int items = g_.n_kv_heads * blocks;
-    const bool alone = decode_ && pending_ * state_rows() <= kInlineMerges;
+    const bool alone = decode_ && static_cast<size_t>(finished_ - merged_) * state_rows() <= kInlineMerges;
     if (alone) merge_pending(0, g_.n_kv_heads);
     const auto finish_block = [&](int item, int thread) {
         const int head = item / blocks, row0 = item % blocks * block;
@@ -211,9 +237,9 @@ void Attention::finish(float* out, float* page_mass, float* log_sum_exp) {
     } else {
         pool_.run(items, finish_block);
     }
-    pending_ = 0;
+    merged_ = finished_;
     if (want_mass_ && page_mass) {
-        const int runs = static_cast<int>((n_pages_ + kRunPages - 1) / kRunPages);
+        const int runs = static_cast<int>(runs_);
         const size_t n = state_rows();
         const float share = 1.f / static_cast<float>(n);
         const auto sum_run = [&](int run, int) {

@@ -1,9 +1,11 @@
 // One layer's paged attention: who computes what, on which thread, and in which order results are merged.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -59,7 +61,8 @@ class Attention {
 
   private:
     void copy_padded(const float* from, size_t n, Buffer& buffer) const;
-    State partial(int64_t index) const;
+    State partial(int64_t run) const;
+    void end_run(int64_t run);
     size_t state_rows() const { return static_cast<size_t>(g_.n_kv_heads) * batch_.rows; }
     void merge_pending(int head, int heads);
     void merge_pending_all();
@@ -78,8 +81,12 @@ class Attention {
     bool decode_ = false;
     bool want_mass_ = false;
     int64_t n_pages_ = 0, next_page_ = 0;
-    int64_t pending_ = 0;     // finished runs whose partial states await merging
-    int64_t slab_runs_ = 0;   // runs whose partial states fit
+    // Runs in blocks, the blocks' states in the order of the blocks: whoever finishes a block's last run merges it, while
+    // its states are near. Blocks [merged_, finished_) are yet to be merged into the whole.
+    int64_t runs_ = 0, merged_ = 0, finished_ = 0;
+    int64_t slab_runs_ = 0;                             // runs whose partial states fit, whole blocks
+    std::unique_ptr<std::atomic<int>[]> runs_done_;     // per block of the slab
+    int64_t slab_blocks_ = 0;
 
     State state_{};
     Buffer query_, new_k_, new_v_, totals_, partials_, mass_, scratch_;
