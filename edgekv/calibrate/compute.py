@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgekv.calibrate.onnx_chain import matmul_chain
-from edgekv.runtime.engines.onnx import session_options
+from edgekv.runtime.engines.onnx import set_up
 from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, PAGE_REF, load_kernels
 from edgekv.spec import PageSpec
 
@@ -35,7 +35,7 @@ def read_bandwidth(threads: int) -> float:
 def matrix_rates(bits: int, threads: int) -> tuple[float, float]:
     """Return the bytes/s at which one token reads weights of so many bits, and the ops/s of a chunk of 256 tokens."""
     layers = PRODUCTS if bits < 32 else PRODUCTS // 4
-    options = session_options(threads, "fp32" if bits == 32 else f"int{bits}", shared=False)
+    options = set_up("fp32" if bits == 32 else f"int{bits}", threads, own_process=False).options
     session = ort.InferenceSession(matmul_chain(WIDTH, layers, bits), options, providers=["CPUExecutionProvider"])
 
     def seconds(rows: int) -> float:

@@ -2,8 +2,8 @@
 // operator of that name: the graph stays what it is, and runs without us too.
 #include <memory>
 
-#include "dense.h"
 #include "onnxruntime_api.h"
+#include "operators.h"
 
 #if defined(_WIN32)
 #define EDGEKV_EXPORT __declspec(dllexport)
@@ -105,13 +105,9 @@ struct Product {
         }
         if (Status status = call<kGetTensorMutableData>(value, &out)) return status;
         if (n_rows == 0) return nullptr;
-        const auto fork = [](void* context, void (*task)(void*, size_t), size_t count, void* work) {
-            if (!ok(call<kKernelContextParallelFor>(context, task, count, size_t{0}, work))) {
-                for (size_t i = 0; i < count; ++i) task(work, i);
-            }
-        };
+        // Not on the session's own threads: ours are awake when the next product comes.
         dense(weights, static_cast<const float*>(rows), static_cast<int>(n_rows), static_cast<float*>(out),
-              Fork{fork, context});
+              operator_fork);
         return nullptr;
     }
 };

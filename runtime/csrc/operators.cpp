@@ -1,9 +1,10 @@
 #include "operators.h"
 
+#include <atomic>
 #include <chrono>
-#include <memory>
+#include <map>
+#include <mutex>
 
-#include "dense.h"
 #include "kernels.h"
 #include "thread_pool.h"
 
@@ -14,19 +15,33 @@ constexpr int kVersion = 1;
 constexpr auto kSpin = std::chrono::microseconds(300);  // longer than what lies between two operators of a token
 constexpr int64_t kChunk = 8192;  // numbers that are worth a task
 
-// The engine that calls the operators has one pool of threads per process too.
-std::unique_ptr<ThreadPool> pool;
+// One pool per process, as the engines have that call the operators. One of another size takes its place; the former
+// stays, since somebody may be at work in it.
+std::atomic<ThreadPool*> pool{nullptr};
 
-const Fork fork_pool{[](void*, void (*task)(void*, size_t), size_t count, void* context) {
-                         operator_threads(task, context, count);
-                     },
-                     nullptr};
+void choose_pool(int n_threads) {
+    static std::mutex mutex;
+    static std::map<int, ThreadPool*> pools;
+    std::lock_guard<std::mutex> guard(mutex);
+    ThreadPool*& one = pools[n_threads];
+    if (!one) one = new ThreadPool(n_threads, nullptr, kSpin);
+    pool = one;
+}
+
+template <typename F>
+void run(int n_items, F&& body) {
+    if (ThreadPool* now = pool) {
+        now->run(n_items, [&](int i, int) { body(i); });
+    } else {
+        for (int i = 0; i < n_items; ++i) body(i);
+    }
+}
 
 // body(first, end) over parts of [0, n), of `width` numbers each.
 template <typename F>
 void in_parts(int64_t n, int64_t width, F&& body) {
     const int64_t part = kChunk / width > 0 ? kChunk / width : 1;
-    pool->run(static_cast<int>((n + part - 1) / part), [&](int i, int) {
+    run(static_cast<int>((n + part - 1) / part), [&](int i) {
         const int64_t first = i * part;
         body(first, first + part < n ? first + part : n);
     });
@@ -34,7 +49,7 @@ void in_parts(int64_t n, int64_t width, F&& body) {
 
 void linear_int4(const float* x, const uint8_t* codes, const void* scales, const float* bias, int rows, int n, int k,
                  float* y) {
-    dense(Int4Weights{codes, scales, nullptr, n, k, ScaleType::kBf16}, x, rows, y, fork_pool);
+    dense(Int4Weights{codes, scales, nullptr, n, k, ScaleType::kBf16}, x, rows, y, operator_fork);
     if (!bias) return;
     for (int row = 0; row < rows; ++row) {
         for (int i = 0; i < n; ++i) y[static_cast<size_t>(row) * n + i] += bias[i];
@@ -73,13 +88,18 @@ void rotary(const float* x, const float* cos, const float* sin, int tokens, int 
 
 const Operators& operators(int n_threads) {
     static const Operators table{kVersion, linear_int4, rms_norm, swiglu, rotary};
-    if (!pool || pool->size() != n_threads) pool = std::make_unique<ThreadPool>(n_threads, nullptr, kSpin);
+    choose_pool(n_threads);
     return table;
 }
 
 bool operator_threads(void (*task)(void* context, size_t i), void* context, size_t count) {
-    pool->run(static_cast<int>(count), [&](int i, int) { task(context, static_cast<size_t>(i)); });
+    run(static_cast<int>(count), [&](int i) { task(context, static_cast<size_t>(i)); });
     return true;
 }
+
+const Fork operator_fork{[](void*, void (*task)(void*, size_t), size_t count, void* context) {
+                             operator_threads(task, context, count);
+                         },
+                         nullptr};
 
 }  // namespace edgekv

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "dense.h"
+
 namespace edgekv {
 
 // All matrices are dense and in rows of tokens. Shared as an address with the ExecuTorch shim, which repeats it: its
@@ -28,6 +30,8 @@ struct Operators {
 const Operators& operators(int n_threads);
 
 // Lends those threads (ThreadPool::Executor), so that attention finds them awake, and no others in their way.
+// The calling thread does it all before operators() was called.
 bool operator_threads(void (*task)(void* context, size_t i), void* context, size_t count);
+extern const Fork operator_fork;
 
 }  // namespace edgekv

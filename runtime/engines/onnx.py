@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -19,27 +21,55 @@ from edgekv.runtime.engines.mapped import release_mapped_pages
 SPIN_US = 50
 
 
-def session_options(threads: int, weights: str, *, shared: bool) -> ort.SessionOptions:
-    """Return session options for a process that runs many small sessions in turn.
+@dataclass(frozen=True)
+class Sessions:
+    """How the sessions of a bundle are opened."""
+
+    options: ort.SessionOptions
+    #: Address of the function that lends the threads of the dense products to attention; 0 if they cannot be lent.
+    executor: int
+    #: What computes, for people.
+    description: str
+
+
+def set_up(weights: str, threads: int, *, own_process: bool) -> Sessions:
+    """Set up a process for many small sessions that run in turn.
+
+    Products with int4 weights run on our kernels and our threads where the processor has instructions that the kernels
+    use (AVX-512 VNNI, AMX): twice as fast for a token, five times for a chunk, and the weights stay mapped, where
+    ONNX Runtime copies them into another order.
 
     Args:
-        weights: the bundle's weight type. Products with 4-bit weights run on our kernels where the processor has
-            instructions that they use (AVX-512 VNNI, AMX): twice as fast for a token, five times for a chunk, and the
-            weights stay mapped, where ONNX Runtime's own copy them into another order.
-        shared: the process has one pool of threads for all sessions; else each gets its own.
+        weights: the bundle's weight type.
+        own_process: whether :func:`share_threads` is allowed.
     """
+    name = f"onnxruntime {ort.__version__}"
+    kernels = _native_kernels()
+    options = _options()
+    if kernels and weights == "int4" and (ours := kernels.dense_names()):
+        kernels.operators(threads)
+        options.register_custom_ops_library(kernels.__file__)
+        # What is not a product is small. More threads than ours would only be in their way.
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.use_per_session_threads = not kernels.onnxruntime_executor()
+        return Sessions(options, kernels.operator_threads(), f"{name}, 4-bit products by edgekv ({ours})")
+    if own_process:
+        share_threads(threads)
+    lent = lend_threads()
+    options.use_per_session_threads = not own_process and not lent
+    if options.use_per_session_threads:
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    return Sessions(options, lent, name)
+
+
+def _options() -> ort.SessionOptions:
     _share_arena()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Shapes change between prefill and decoding; a pattern per shape and session would only keep memory.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.use_env_allocators", "1")
-    options.use_per_session_threads = not shared
-    if weights == "int4":
-        _register_operators(options)
-    if not shared:
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
     return options
 
 
@@ -56,33 +86,19 @@ def share_threads(threads: int) -> None:
 
 def lend_threads() -> int:
     """Return the address of the function that runs the kernels' tasks on that pool; 0 if there is none."""
-    if not _register_operators(ort.SessionOptions()):
-        return 0
-    from edgekv.runtime import _kernels
-
-    return _kernels.onnxruntime_executor()
+    kernels = _native_kernels()
+    return int(kernels.onnxruntime_executor()) if kernels else 0
 
 
-def describe(weights: str) -> str:
-    """Return what computes a bundle of this weight type, for people."""
-    name = f"onnxruntime {ort.__version__}"
-    if weights != "int4" or not _register_operators(ort.SessionOptions()):
-        return name
-    from edgekv.runtime import _kernels
-
-    ours = _kernels.dense_names()
-    return f"{name}, 4-bit products by edgekv ({ours})" if ours else name
-
-
-def _register_operators(options: ort.SessionOptions) -> bool:
-    """Let sessions use the operators of the native kernels; return whether there are any."""
+def _native_kernels() -> Any:
+    """Return the native kernels, told where this ONNX Runtime is; None without them or without custom operators."""
     try:
         from edgekv.runtime import _kernels
 
-        options.register_custom_ops_library(_kernels.__file__)
-    except Exception:  # no native kernels, or an ONNX Runtime without custom operators
-        return False
-    return True
+        ort.SessionOptions().register_custom_ops_library(_kernels.__file__)
+    except Exception:
+        return None
+    return _kernels
 
 
 @functools.cache
@@ -115,21 +131,18 @@ class OnnxSegments:
         """Open a bundle.
 
         Args:
-            own_process: whether :func:`share_threads` is allowed.
+            own_process: the program around us runs nothing else on ONNX Runtime, see :func:`set_up`.
 
         Raises:
             EngineError: ONNX Runtime refused a graph.
         """
-        self.description = describe(manifest.weights)
         self._model = manifest.model
-        if own_process:
-            share_threads(threads)
-        self.executor = lend_threads()
-        options = session_options(threads, manifest.weights, shared=own_process or self.executor != 0)
+        sessions = set_up(manifest.weights, threads, own_process=own_process)
+        self.description, self.executor = sessions.description, sessions.executor
         weights = manifest.embedding.file if manifest.embedding else ""
         self._sessions = []
         for index, name in enumerate(manifest.graphs):
-            self._sessions.append(open_session(folder / name, options))
+            self._sessions.append(open_session(folder / name, sessions.options))
             if (index + 1) % 6 == 0 or index + 1 == len(manifest.graphs):
                 release_mapped_pages(folder / weights)
         self._prepared: dict[int, tuple[StepBuffers, list[ort.IOBinding]]] = {}

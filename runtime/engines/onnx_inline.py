@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgekv.bundle import Manifest
-from edgekv.runtime.engines.onnx import describe, lend_threads, open_session, session_options, share_threads
+from edgekv.runtime.engines.onnx import open_session, set_up
 
 
 class OnnxInline:
@@ -18,11 +18,9 @@ class OnnxInline:
     max_tokens: int | None = None
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int, *, own_process: bool) -> None:
-        self.description = describe(manifest.weights)
-        if own_process:
-            share_threads(threads)
-        options = session_options(threads, manifest.weights, shared=own_process or lend_threads() != 0)
-        self._session = open_session(folder / manifest.graphs[0], options)
+        sessions = set_up(manifest.weights, threads, own_process=own_process)
+        self.description = sessions.description
+        self._session = open_session(folder / manifest.graphs[0], sessions.options)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
