@@ -24,6 +24,8 @@ from edgekv.types import format_bytes
 
 #: Tokens of an answer, when --prompt does not say how much of the context is prompt.
 ANSWER = 256
+#: Columns that the table of all devices takes.
+MATRIX_WIDTH = 112
 
 EPILOG = """
 Examples:
@@ -100,9 +102,13 @@ def _data(plan: Plan) -> dict[str, Any]:
 def _title(model: PlannedModel) -> str:
     made = "as exported" if model.exported else "estimated"
     return (
-        f"{model.source}: {model.geometry.parameters / 1e9:.2f} B parameters, {model.weights} weights for {model.engine},"
+        f"{model.source}: {_count(model.geometry.parameters)} parameters, {model.weights} weights for {model.engine},"
         f" {format_bytes(model.weights_bytes)} ({made})"
     )
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
 def _describe(plan: Plan, device: DeviceProfile, advice: Advice) -> Table:
@@ -182,9 +188,11 @@ def _time(seconds: float) -> str:
 
 def _print_matrix(model: PlannedModel, workload: Workload, plans: list[Plan]) -> None:
     console = Console()
+    console.width = max(console.width, MATRIX_WIDTH)  # a line per device, also through a pipe
     console.print(escape(f"{_title(model)}; {workload.context} tokens, prompt {workload.prompt}"), highlight=False)
     table = Table("profile", "fits", "first token", "tokens/s", "sustained", "±", "on flash", "life", "exact in RAM", box=None, pad_edge=False)  # fmt: skip
-    table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for plan in plans:

@@ -133,16 +133,15 @@ class Device:
         """Let time pass without load until a virtual time."""
         self.end_step()
         self.clock.wait_until(moment_s)
+        self._sample()
 
     def end(self) -> None:
         """The app is gone, by itself or killed; memory is free again."""
         self.end_step()
+        if self.memory.weights_bytes:
+            self._sample()  # what it held until now
         self.memory.end()
-        drive = self.medium.drive
-        self.timeline.sample(
-            self.clock.now, 0.0, 0, 0, self.clock.heat.speed, 0, self.memory.limit_bytes, 0, 0, 0,
-            self.pages_used, self.pages_fetched, drive.bytes_read, drive.bytes_written,
-        )  # fmt: skip
+        self._sample()
 
     def __enter__(self) -> Device:
         return self
@@ -196,6 +195,7 @@ class Device:
         """Read so many bytes of weights from the drive; the app runs from then on."""
         self.clock.wait_until(self.medium.charge_read(self.clock.now, size_bytes))
         self.memory.weights_bytes = size_bytes
+        self._sample()
 
     def _load(self, manifest: Manifest) -> StepCost:
         model = Geometry.from_spec(manifest.model)
@@ -228,18 +228,18 @@ class Device:
             self._sample(n_tokens, seconds)
         timeline.stepped(n_tokens, seconds)
 
-    def _sample(self, n_tokens: int, seconds: float) -> None:
-        cache = self.memory.cache
-        assert cache is not None
-        spec = cache.spec
-        pages = np.bincount(cache.table.tier.reshape(-1), minlength=len(Tier))
-        drive = self.medium.drive
+    def _sample(self, n_tokens: int = 0, seconds: float = 0.0) -> None:
+        """Note how things stand, after a step or where nothing runs."""
+        cache, memory, drive = self.memory.cache, self.memory, self.medium.drive
+        held = hot = warm = cold = 0
+        if cache is not None:
+            pages, spec = np.bincount(cache.table.tier.reshape(-1), minlength=len(Tier)).tolist(), cache.spec
+            held = int(cache.table.n_slots.max())
+            hot, warm = pages[Tier.HOT] * spec.hot_bytes, pages[Tier.WARM] * spec.warm_bytes
+            cold = pages[Tier.COLD] * spec.warm_bytes
         self.timeline.sample(
-            self.clock.now, seconds, n_tokens, int(cache.table.n_slots.max()), self.clock.heat.speed,
-            self.memory.rss_bytes, self.memory.limit_bytes,
-            int(pages[Tier.HOT]) * spec.hot_bytes, int(pages[Tier.WARM]) * spec.warm_bytes,
-            int(pages[Tier.COLD]) * spec.warm_bytes,
-            self.pages_used, self.pages_fetched, drive.bytes_read, drive.bytes_written,
+            self.clock.now, seconds, n_tokens, held, self.clock.heat.speed, memory.rss_bytes, memory.limit_bytes,
+            hot, warm, cold, self.pages_used, self.pages_fetched, drive.bytes_read, drive.bytes_written,
         )  # fmt: skip
 
     def count_used(self, pages: int) -> None:

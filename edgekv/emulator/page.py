@@ -19,6 +19,8 @@ MIB = 1024**2
 INK = "#1c1f24"
 #: By :class:`~edgekv.types.Tier`; the first is for no page.
 TIER_COLOURS = ("#f1f3f6", "#d6453d", "#f0a13a", "#3f7fd0", "#7a4fb5", "#2b2f36")
+#: What was so at a sample is so until the next one.
+HELD = {"shape": "hv"}
 TIER_NAMES = ("none", "HOT", "WARM", "COLD", "REMOTE", "DROPPED")
 
 
@@ -74,11 +76,13 @@ def _memory(result: Result) -> go.Figure:
     samples = result.samples
     at = samples["at_s"]
     traces = [
-        _area(at, _mib(samples["hot_bytes"]), "HOT pages", TIER_COLOURS[1]),
-        _area(at, _mib(samples["warm_bytes"]), "WARM pages", TIER_COLOURS[2]),
-        _line(at, _mib(samples["cold_bytes"]), "COLD pages, on flash", {"color": TIER_COLOURS[3], "dash": "dot"}),
-        _line(at, _mib(samples["rss_bytes"]), "resident set", {"color": INK}),
-        _line(at, _mib(samples["limit_bytes"]), "limit", {"color": "#b3261e", "dash": "dash", "shape": "hv"}),
+        _area(at, _mib(samples["hot_bytes"]), "HOT pages", TIER_COLOURS[1], "hv"),
+        _area(at, _mib(samples["warm_bytes"]), "WARM pages", TIER_COLOURS[2], "hv"),
+        _line(
+            at, _mib(samples["cold_bytes"]), "COLD pages, on flash", {"color": TIER_COLOURS[3], "dash": "dot", **HELD}
+        ),
+        _line(at, _mib(samples["rss_bytes"]), "resident set", {"color": INK, **HELD}),
+        _line(at, _mib(samples["limit_bytes"]), "limit", {"color": "#b3261e", "dash": "dash", **HELD}),
     ]
     return figure(traces, xaxis_title="seconds", yaxis={"title": "MiB", "rangemode": "tozero"}, hovermode="x unified")
 
@@ -94,15 +98,19 @@ def _speed(samples: dict[str, list[Any]]) -> go.Figure:
             samples["at_s"], samples["speed"], "speed that heat leaves", {"color": "#b4540a", "dash": "dot"}, yaxis="y2"
         ),
     ]
-    right = {"overlaying": "y", "side": "right", "range": [0, 1.05], "tickformat": ".0%", "showgrid": False}
-    return figure(traces, xaxis_title="seconds", yaxis={"title": "tokens/s", "type": "log"}, yaxis2=right)
+    right = {
+        "title": "of the cold speed", "overlaying": "y", "side": "right", "range": [0, 1.05], "showgrid": False,
+        "tickformat": ".0%", "tickmode": "array", "tickvals": [0, 0.25, 0.5, 0.75, 1],
+    }  # fmt: skip
+    left = {"title": "tokens/s", "type": "log", "dtick": "D2"}
+    return figure(traces, xaxis_title="seconds", yaxis=left, yaxis2=right)
 
 
 def _pages(samples: dict[str, list[Any]]) -> go.Figure:
     used, fetched = (np.diff(samples[name], prepend=0) for name in ("pages_used", "pages_fetched"))
     traces = [
-        _area(samples["at_s"], (used - fetched).tolist(), "hits: in memory", "#19703a"),
-        _area(samples["at_s"], fetched.tolist(), "faults: from flash", TIER_COLOURS[3]),
+        _area(samples["at_s"], (used - fetched).tolist(), "hits: in memory", "#19703a", "vh"),
+        _area(samples["at_s"], fetched.tolist(), "faults: from flash", TIER_COLOURS[3], "vh"),
     ]
     return figure(traces, xaxis_title="seconds", yaxis_title="pages between samples", hovermode="x unified")
 
@@ -116,7 +124,10 @@ def _flash(result: Result) -> go.Figure:
         _line(at, _mib(samples["bytes_written"]), "written", {"color": TIER_COLOURS[1]}),
         _line(at, wear.tolist(), "endurance used", {"color": "#7a3fb0", "dash": "dot"}, yaxis="y2"),
     ]
-    right = {"overlaying": "y", "side": "right", "tickformat": ".1e", "showgrid": False, "rangemode": "tozero"}
+    right = {
+        "title": "share of the endurance", "overlaying": "y", "side": "right", "tickformat": ".1e", "showgrid": False,
+        "rangemode": "tozero", "tickmode": "auto", "nticks": 5,
+    }  # fmt: skip
     return figure(traces, xaxis_title="seconds", yaxis_title="MiB since the start", yaxis2=right, hovermode="x unified")
 
 
@@ -185,10 +196,11 @@ def _line(at: list[Any], values: list[Any], name: str, line: dict[str, Any], **m
     return go.Scatter(x=at, y=values, name=name, line=line, **more)
 
 
-def _area(at: list[Any], values: list[Any], name: str, colour: str) -> Any:
+def _area(at: list[Any], values: list[Any], name: str, colour: str, shape: str) -> Any:
     import plotly.graph_objects as go
 
-    return go.Scatter(x=at, y=values, name=name, stackgroup="pages", line={"width": 0, "color": colour})
+    line = {"width": 0, "color": colour, "shape": shape}
+    return go.Scatter(x=at, y=values, name=name, stackgroup="pages", line=line)
 
 
 def _dots(at: NDArray[np.float64], values: NDArray[np.float64], name: str, colour: str) -> Any:
