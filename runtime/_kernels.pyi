@@ -54,6 +54,19 @@ class Attention:
         want_mass: bool = False,
     ) -> None: ...
     def pages(self, refs: Refs, start: int, stop: int) -> None: ...
+    def stream(
+        self,
+        rows: RowStream,
+        layer: int,
+        q: Float,
+        new_k: Float,
+        new_v: Float,
+        positions: Int64,
+        refs: Refs,
+        out: Float,
+        window: int = 0,
+        page_mass: Float | None = None,
+    ) -> int: ...
     def finish(self, out: Float, page_mass: Float | None = None, log_sum_exp: Float | None = None) -> None: ...
     @property
     def isa(self) -> str: ...
@@ -79,6 +92,21 @@ def gather_int8(
 ) -> None: ...
 def page_bounds(refs: Refs, low: Half, high: Half, page_size: int) -> None: ...
 def checksums(rows: Bytes, start: int, stop: int, out: Addresses) -> None: ...
+
+class RowStream:
+    def __init__(self, reader: RowReader, rows: Bytes, capacity: int, n_layers: int) -> None: ...
+    def plan(
+        self,
+        layer: int,
+        file: int,
+        stops: Int64,
+        counts: Int64,
+        pages: Int64,
+        places: Int64,
+        heads: Bytes,
+        payload_bytes: int,
+    ) -> None: ...
+    def forget(self) -> None: ...
 
 class RowReader:
     def __init__(self, depth: int, pool: ThreadPool | None = None, how: str = "") -> None: ...

@@ -11,13 +11,14 @@ page that is on flash becomes resident if a page that was not chosen of late can
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.engines.base import StepBuffers
-from edgekv.runtime.kernels import KIND_WARM, Kernels
+from edgekv.runtime.kernels import KIND_WARM, Kernels, StreamingAttention
 from edgekv.runtime.lookahead import Lookahead, Piece, wanted_records
 from edgekv.runtime.machine import HOST, Machine
 from edgekv.runtime.reader import PageReader
@@ -25,6 +26,7 @@ from edgekv.runtime.record import Wanted
 from edgekv.runtime.select import AttendOptions, Choice, Selector, make_selector
 from edgekv.runtime.stats import SelectionLog
 from edgekv.runtime.store import PageStore
+from edgekv.runtime.stream import Streaming
 from edgekv.runtime.table import offloaded
 from edgekv.spec import RECORD_HEADER_BYTES, ModelSpec
 from edgekv.types import Tier
@@ -83,6 +85,8 @@ class Attender:
         self._machine = machine
         self._reader: PageReader | None = None
         self._lookahead: Lookahead | None = None
+        self._streaming: Streaming | None = None
+        self._native = attention
         if cache.manager.store is not None:
             self.stream(cache.manager.store)
 
@@ -91,6 +95,8 @@ class Attender:
         spec = self._cache.spec
         self._reader = self._machine.reader(store, spec, self._piece_pages, self._ring_pieces, self._pool)
         self._lookahead = Lookahead(self._cache, self._reader, self._piece_pages, self._run_pages)
+        native = cast(StreamingAttention, self._native)
+        self._streaming = Streaming(self._cache, native, self._reader, self._lookahead, self._windows)
         return self._ring_pieces * self._piece_pages * spec.record_bytes
 
     def close(self) -> None:
@@ -124,10 +130,21 @@ class Attender:
         """Return whether a step of one token over so many pages leaves any of them out."""
         return self._selector is not None and self._selector.selects(n_pages)
 
-    def attend_resident(
+    def streams(self, n_pages: int) -> bool:
+        """Return whether :meth:`attend_all` can bring the pages of a step that are on flash now."""
+        return self._streaming is not None and self._streaming.begin(n_pages)
+
+    def attend_all(
         self, layer: int, buffers: StepBuffers, positions: NDArray[np.int64], refs: NDArray[np.void], mass: Float
     ) -> None:
-        """Attend the tokens in ``buffers`` to pages that are all in RAM; the caller records ``mass`` [len(refs)]."""
+        """Attend the tokens in ``buffers`` to all pages of a layer; the caller records ``mass`` [len(refs)].
+
+        Raises:
+            CorruptPage, StoreError: a page on flash cannot be read; the result must not be used.
+        """
+        if not refs["data"].all() and self._streaming is not None:
+            self._streaming.attend(layer, buffers, positions, refs, mass)
+            return
         self._attention.run(
             buffers.q, buffers.k, buffers.v, positions, refs, buffers.attention, self._windows[layer], mass
         )

@@ -15,8 +15,8 @@ from edgekv.types import KVMode, format_bytes, parse_bytes
 #: RAM of the process beyond weights and cache: interpreter, libraries, activations. Measured on Linux x86-64; see README.
 RUNTIME_OVERHEAD_BYTES = 160 * 1024 * 1024
 
-#: Reads of this size keep flash near its sequential rate, which levels off between 256 KiB and 1 MiB, and cost little each.
-PIECE_BYTES = 1280 * 1024
+#: Reads of this size keep flash near its sequential rate, which levels off between 256 KiB and 1 MiB.
+PIECE_BYTES = 640 * 1024
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The short way through a step of one token: every page is in RAM, so the bookkeeping of all layers is done at once.
+"""The short way through a step of one token: no page changes its tier, so the bookkeeping of all layers is done at once.
 
 It leaves the cache exactly as the general way does (:meth:`Attender.attend` and :meth:`KVCache.append`, layer by layer),
 at a fraction of the Python: per layer, two kernel calls remain.
@@ -17,8 +17,8 @@ from edgekv.types import Tier
 Int = NDArray[np.int64]
 
 
-class ResidentStep:
-    """Steps of one token over a cache whose pages are all in RAM.
+class TokenStep:
+    """Steps of one token over a cache whose pages are all in RAM, or on flash where the kernels can stream them.
 
     ``begin``, then ``layer`` for each layer, then ``commit``; ``cancel`` instead when something failed in between.
     """
@@ -42,7 +42,9 @@ class ResidentStep:
         n_pages = page + (self._inside > 0)
         if self._attender.selects(n_pages):
             return False
-        if (table.n_slots != start).any() or (n_pages and table.tier[:, :n_pages].max() >= Tier.COLD):
+        if (table.n_slots != start).any():
+            return False
+        if n_pages and table.tier[:, :n_pages].max() >= Tier.COLD and not self._attender.streams(n_pages):
             return False
         if not self._inside:
             missing = np.flatnonzero(table.tier[:, page] == Tier.FREE)
@@ -63,7 +65,7 @@ class ResidentStep:
 
     def layer(self, layer: int, buffers: StepBuffers, positions: Int) -> None:
         """Attend the token to a layer and write its keys and values."""
-        self._attender.attend_resident(layer, buffers, positions, self._rows[layer], self._mass_rows[layer])
+        self._attender.attend_all(layer, buffers, positions, self._rows[layer], self._mass_rows[layer])
         self._cache.manager.kernels.write_hot(
             self._addresses[layer], self._inside, buffers.k, buffers.v, self._cache.spec.page_size
         )

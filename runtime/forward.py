@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgekv.runtime.attend import Attender
 from edgekv.runtime.cache import KVCache
-from edgekv.runtime.decode import ResidentStep
+from edgekv.runtime.decode import TokenStep
 from edgekv.runtime.embedding import Embedding
 from edgekv.runtime.engines.base import Float, SegmentEngine, StepBuffers
 from edgekv.runtime.rope import Rope
@@ -37,7 +37,7 @@ class SplitForward:
         self._rope = rope
         self._cache = cache
         self._attender = attender
-        self._resident = ResidentStep(cache, attender)
+        self._short = TokenStep(cache, attender)
 
     def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
         """Run T tokens; see :class:`Forward`."""
@@ -47,8 +47,8 @@ class SplitForward:
         cache.manager.step += 1
         self._embedding.look_up(tokens, buffers.residual[0])
         self._rope.fill(positions, buffers.cos, buffers.sin)
-        if len(tokens) == 1 and rows != "none" and self._resident.begin():
-            self._run_resident(buffers, positions)
+        if len(tokens) == 1 and rows != "none" and self._short.begin():
+            self._run_short(buffers, positions)
             return engine.head(buffers.residual[(n_layers - 1) % 2], buffers.attention)
         for layer in range(n_layers):
             engine.run(layer, buffers)
@@ -61,13 +61,13 @@ class SplitForward:
         first = 0 if rows == "all" else len(tokens) - 1
         return engine.head(buffers.residual[(n_layers - 1) % 2][first:], buffers.attention[first:])
 
-    def _run_resident(self, buffers: StepBuffers, positions: NDArray[np.int64]) -> None:
-        engine, resident = self._engine, self._resident
+    def _run_short(self, buffers: StepBuffers, positions: NDArray[np.int64]) -> None:
+        engine, short = self._engine, self._short
         try:
             for layer in range(self._cache.spec.n_layers):
                 engine.run(layer, buffers)
-                resident.layer(layer, buffers, positions)
+                short.layer(layer, buffers, positions)
         except BaseException:
-            resident.cancel()
+            short.cancel()
             raise
-        resident.commit(int(positions[0]))
+        short.commit(int(positions[0]))

@@ -126,6 +126,60 @@ class RowReads(Protocol):
         """
 
 
+class RowStreams(Protocol):
+    """Walks the layers of a step over pages in one file, and reads ahead by itself, across layers and steps."""
+
+    def plan(
+        self,
+        layer: int,
+        file: int,
+        stops: Int64,
+        counts: Int64,
+        pages: Int64,
+        places: Int64,
+        heads: Bytes,
+        payload_bytes: int,
+    ) -> None:
+        """Say what a layer consists of: pieces of whole runs.
+
+        ``stops`` [n_pieces]: the page behind each piece; ``counts`` [n_pieces]: how many of its pages are in the file. Of these,
+        in order: ``pages`` [n], which they are, ``places`` [n], counted in rows, and ``heads`` [n, 36].
+        What was read ahead is forgotten.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Forget what was read ahead, once it has landed: the memory is free for others."""
+        ...
+
+
+class StreamingAttention(Protocol):
+    """What a :class:`PagedAttention` of the native kernels can do besides."""
+
+    def stream(
+        self,
+        rows: Any,
+        layer: int,
+        q: Float,
+        new_k: Float,
+        new_v: Float,
+        positions: Int64,
+        refs: Refs,
+        out: Float,
+        window: int = 0,
+        page_mass: Float | None = None,
+    ) -> int:
+        """Do :meth:`PagedAttention.run`, with the pages of the plan taken from ``rows``, a :class:`RowStreams`.
+
+        Returns:
+            -1, or the first row of the plan that is not what was written: then ``out`` must not be used.
+
+        Raises:
+            OSError: the system's; ``out`` must not be used.
+        """
+        ...
+
+
 class Kernels(Protocol):
     """What ``load_kernels`` returns. A page argument is an address or a uint8 array."""
 
@@ -212,6 +266,9 @@ class Kernels(Protocol):
         Raises:
             ValueError: ``how`` names what this system does not have.
         """
+
+    def RowStream(self, reader: Any, rows: Bytes, capacity: int, n_layers: int) -> Any:
+        """Return a :class:`RowStreams` over slots of ``capacity`` rows each; only the native kernels have one."""
 
     def read_bandwidth(self, pool: Any, array: Bytes) -> float:
         """Seconds to merely read ``array`` with all threads."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import StoreError
+from edgekv.runtime.kernels import RowStreams
 from edgekv.runtime.reads import Reads
 from edgekv.runtime.record import Wanted
 from edgekv.runtime.store import PageStore, aligned_rows
@@ -24,7 +25,7 @@ from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 Bytes = NDArray[np.uint8]
 
 #: Requests that the staging ring holds where the budget allows: one is attended to, the others are on their way.
-RING_PIECES = 5
+RING_PIECES = 8
 #: At the least: one is attended to, one on its way; a third lets guesses be right in part.
 LEAST_PIECES, LEAST_PIECES_SELECTIVE = 2, 3
 
@@ -51,7 +52,9 @@ class PageReader:
         self, store: PageStore, spec: PageSpec, capacity: int, ring: int = 2, reads: Reads | None = None
     ) -> None:
         self._store = store
-        rows = aligned_rows(ring * capacity, spec.record_bytes)
+        self._rows = rows = aligned_rows(ring * capacity, spec.record_bytes)
+        self._capacity = capacity
+        self._stream: RowStreams | None = None
         self._buffers = [rows[slot * capacity : (slot + 1) * capacity] for slot in range(ring)]
         self._free = list(range(ring))
         self._held: list[int] = []
@@ -78,6 +81,8 @@ class PageReader:
             if not self._pending:
                 return
             self._forget(self._pending.popleft())
+        if self._stream is not None:
+            self._stream.forget()
         slot = self._free.pop()
         rows = self._buffers[slot][: len(wanted.records)]
         self._pending.append(Request(wanted, slot, self._store.start(self._reads, wanted, rows)))
@@ -126,22 +131,33 @@ class PageReader:
             # A guess that failed is read again if it is needed, and fails again.
             with contextlib.suppress(StoreError):
                 self._finish(guess)
-                found.update(self._rows(guess))
+                found.update(self._found(guess))
         missing = [name for name in names if name not in found]
         if missing:
             self.request(Wanted([name[0] for name in missing], [name[1] for name in missing], wanted.payload_bytes))
             request = self._pending.popleft()
             self._finish(request)
-            found.update(self._rows(request))
+            found.update(self._found(request))
         return np.array([found[name][0] for name in names], np.uint64), [found[name][1] for name in names]
+
+    def stream(self, n_layers: int) -> RowStreams | None:
+        """Return the kernels' way through the ring, if they have one; what either reads ahead, the other forgets."""
+        self._stream = self._reads.stream(self._rows, self._capacity, n_layers)
+        return self._stream
+
+    def forget(self) -> None:
+        """Forget the requests that were not taken."""
+        while self._pending:
+            self._forget(self._pending.popleft())
 
     def close(self) -> None:
         """End the threads."""
-        while self._pending:
-            self._forget(self._pending.popleft())
+        self.forget()
+        if self._stream is not None:
+            self._stream.forget()
         self._reads.close()
 
-    def _rows(self, request: Request) -> dict[tuple[int, int], tuple[np.uint64, Bytes]]:
+    def _found(self, request: Request) -> dict[tuple[int, int], tuple[np.uint64, Bytes]]:
         """Return where each record of a finished request is; it stays there until the next take."""
         names = zip(request.wanted.records, request.wanted.tags, strict=True)
         places = zip(self._addresses[request.slot], self._buffers[request.slot], strict=True)

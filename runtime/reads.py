@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.runtime.kernels import RowReads, load_kernels
+from edgekv.runtime.kernels import RowReads, RowStreams, load_kernels
 from edgekv.runtime.record import Wanted, check_records, is_short
 
 #: Reads that are in flight at a time, where threads read: more of them take cores from the computing. io_uring has as many in
@@ -47,6 +47,11 @@ class Reads:
             return good.astype(bool).tolist()
 
         return finish
+
+    def stream(self, rows: NDArray[np.uint8], capacity: int, n_layers: int) -> RowStreams | None:
+        """Return what walks the layers of a step by itself, through slots of ``capacity`` rows; None without native kernels."""
+        kernels = load_kernels()
+        return kernels.RowStream(self._rows, rows, capacity, n_layers) if kernels.isa() != "numpy" else None
 
     def call(self, read: Callable[[], None]) -> Callable[[], None]:
         """Start ``read`` on a thread and return what waits for its end and raises what it raised."""

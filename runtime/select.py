@@ -25,6 +25,10 @@ Double = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
+#: A share of the pages leaves at least so many to choose, beside those that are always taken.
+LEAST_CHOSEN = 4
+
+
 @dataclass(frozen=True)
 class AttendOptions:
     """Which pages a step of one token attends to; several tokens at once (prefill) attend to all.
@@ -109,7 +113,8 @@ class Selector:
         if options.epsilon is not None:
             return n_pages
         if options.share is not None:
-            return max(1, round(options.share * n_pages))
+            # The first page, the recent ones and the open one are always taken: a share of a few pages would choose nothing.
+            return max(self._recent + 2 + LEAST_CHOSEN, round(options.share * n_pages))
         return options.pages if options.pages is not None else self._capacity
 
     def selects(self, n_pages: int) -> bool:

@@ -78,6 +78,8 @@ class PageStore(Protocol):
         ...
 
 
+#: Records are put together and written in blocks of so many bytes: more would be RAM beyond the budget for nothing.
+BLOCK_BYTES = 1024 * 1024
 #: A huge page of x86-64, and of AArch64 with 4 KiB pages.
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
 
@@ -171,15 +173,13 @@ class FlashStore:
             WriteLimit, StoreError: the day's writes are used up, or any other failure, likewise.
         """
         records = self._allocate(len(pages))
-        size = self.spec.record_bytes
-        block = aligned_rows(len(pages), size)
-        for row, record, tag, page in zip(block, records, tags, pages, strict=True):
-            pack_record(row, record, tag, page, self.spec.warm_bytes, None)
+        per_block = max(1, BLOCK_BYTES // self.spec.record_bytes)
         try:
             if self._wear is not None:
-                self._wear.reserve(block.nbytes)
-            for start, stop in neighbours(records):
-                self._pwrite(block[start:stop].reshape(-1), records[start] * size)
+                self._wear.reserve(len(pages) * self.spec.record_bytes)
+            for start in range(0, len(pages), per_block):
+                part = slice(start, start + per_block)
+                self._write_block(records[part], tags[part], pages[part])
         except WriteLimit:
             self._free.extend(reversed(records))
             raise
@@ -192,8 +192,16 @@ class FlashStore:
                 ) from error
             raise StoreError(f"cannot write to the offload folder {self.folder}: {error.strerror}") from error
         self.counters.records_written += len(records)
-        self.counters.bytes_written += block.nbytes
+        self.counters.bytes_written += len(records) * self.spec.record_bytes
         return records
+
+    def _write_block(self, records: list[int], tags: list[int], pages: list[Bytes]) -> None:
+        size = self.spec.record_bytes
+        block = aligned_rows(len(pages), size)
+        for row, record, tag, page in zip(block, records, tags, pages, strict=True):
+            pack_record(row, record, tag, page, self.spec.warm_bytes, None)
+        for start, stop in neighbours(records):
+            self._pwrite(block[start:stop].reshape(-1), records[start] * size)
 
     def read(self, records: list[int], tags: list[int], out: Bytes) -> None:
         """Read records into ``out`` [n, record_bytes] uint8, as they are on flash; neighbours in one system call.
@@ -211,10 +219,10 @@ class FlashStore:
             try:
                 got = self._medium.read(file, out[start:stop].reshape(-1).data, records[start] * size)
             except OSError as error:
-                raise StoreError(f"cannot read from the offload folder {self.folder}: {error.strerror}") from error
+                raise self.unreadable(error) from error
             if got != (stop - start) * size:
                 raise CorruptPage(f"the page file in {self.folder} is shorter than what was written to it")
-        self._count(records, tags, check_records(out[: len(records)], records, tags, self.spec.warm_bytes).tolist())
+        self.count(records, tags, check_records(out[: len(records)], records, tags, self.spec.warm_bytes).tolist())
 
     def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
         """Start to read ``wanted`` into ``out``, and return what waits for it; see :class:`PageStore`."""
@@ -224,17 +232,29 @@ class FlashStore:
             try:
                 good = finish()
             except OSError as error:
-                raise StoreError(f"cannot read from the offload folder {self.folder}: {error.strerror}") from error
-            self._count(wanted.records, wanted.tags, good)
+                raise self.unreadable(error) from error
+            self.count(wanted.records, wanted.tags, good)
 
         return finished
 
-    def _source(self, out: Bytes) -> int:
-        direct = self._direct is not None and out.ctypes.data % RECORD_ALIGN_BYTES == 0
-        return self._direct if direct and self._direct is not None else self._file
+    @property
+    def direct(self) -> int:
+        """The open file, record ``i`` in row ``i``, for reads into page-aligned memory."""
+        return self._file if self._direct is None else self._direct
 
-    def _count(self, records: list[int], tags: list[int], good: list[bool]) -> None:
-        """Count what was read, if all of it is good."""
+    def unreadable(self, error: OSError) -> StoreError:
+        """Return what a read that the system refused means to a user."""
+        return StoreError(f"cannot read from the offload folder {self.folder}: {error.strerror}")
+
+    def _source(self, out: Bytes) -> int:
+        return self.direct if out.ctypes.data % RECORD_ALIGN_BYTES == 0 else self._file
+
+    def count(self, records: list[int], tags: list[int], good: list[bool]) -> None:
+        """Count what was read, if all of it is good.
+
+        Raises:
+            CorruptPage: it is not; the message names the first record that is bad.
+        """
         if not all(good):
             index = good.index(False)
             if os.fstat(self._file).st_size < (records[index] + 1) * self.spec.record_bytes:

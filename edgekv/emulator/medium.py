@@ -104,6 +104,9 @@ class EmulatedMedium:
 class _AtOnce(Reads):
     """Reads that the drive does not know how to do ahead happen when they are asked for, on the thread that runs the app."""
 
+    def stream(self, rows: NDArray[np.uint8], capacity: int, n_layers: int) -> None:
+        """There is no way around the drive."""
+
     def call(self, read: Callable[[], None]) -> Callable[[], None]:
         try:
             read()

@@ -151,11 +151,12 @@ int Attention::row_block() const {
     return std::max((block + kRowBlock - 1) / kRowBlock * kRowBlock, 4 * kRowBlock);
 }
 
-void Attention::pages(const PageRef* refs, int64_t start, int64_t stop) {
+void Attention::pages(const PageRef* refs, int64_t start, int64_t stop, const std::function<void(int64_t)>& before) {
     next_page_ = stop;
     const size_t mass_stride = state_rows() * kMassStride;
     float* mass = want_mass_ ? mass_.data() : nullptr;
     if (!decode_) {
+        if (before) pool_.run(static_cast<int>(stop - start), [&](int page, int) { before(start + page); });
         const int block = row_block(), blocks = (batch_.rows + block - 1) / block;
         float* run_mass = mass ? mass + start / kRunPages * mass_stride : nullptr;
         const size_t tile = 2 * static_cast<size_t>(kTileColumns) * g_.dim_pad + kRowBlock * kTileColumns;
@@ -178,6 +179,7 @@ void Attention::pages(const PageRef* refs, int64_t start, int64_t stop) {
             const int64_t first = (run + item) * kRunPages;
             const int n = static_cast<int>(std::min<int64_t>(kRunPages, stop - first));
             const int after = static_cast<int>(std::min<int64_t>(kRunPages, stop - first - n));
+            for (int page = 0; before && page < n; ++page) before(first + page);
             kernels_.decode_run(batch_, refs + first, n, after, partial(run + item),
                                 mass ? mass + (run + item) * mass_stride : nullptr);
             end_run(run + item);

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <initializer_list>
 #include <memory>
@@ -15,6 +16,7 @@
 #include "kernels.h"
 #include "onnxruntime_threads.h"
 #include "operators.h"
+#include "row_stream.h"
 #include "thread_pool.h"
 #include "views.h"
 
@@ -73,6 +75,38 @@ class PyAttention {
         if (!log_sum_exp.is_none()) sums.emplace(log_sum_exp, "log_sum_exp", Shape{step.n_new, step.q_heads}, true);
         nb::gil_scoped_release released;
         whole(step, pages, to.data(), mass ? mass->data() : nullptr, sums ? sums->data() : nullptr);
+    }
+
+    // run(), with the pages on flash fed from a stream; returns the first row of the plan that is bad, or -1.
+    int64_t stream(RowStream& rows, int layer, nb::handle q, nb::handle k, nb::handle v, nb::handle positions,
+                   nb::handle refs, nb::handle out, int64_t window, nb::handle page_mass) {
+        Use use(*this);
+        RefsView view(refs);
+        Step step(*attention_, q, k, v, positions, window);
+        View<float> to(out, "out", {step.n_new, step.q_heads, attention_->geometry().dim}, true);
+        std::optional<View<float>> mass;
+        if (!page_mass.is_none()) mass.emplace(page_mass, "page_mass", Shape{view.size()}, true);
+        if (layer < 0 || layer >= rows.n_layers()) throw nb::value_error("layer is out of range");
+        if (rows.plan(layer).n_pages() != view.size()) throw nb::value_error("refs must be the pages of the plan");
+        if (rows.row_bytes() < kPayloadAt + static_cast<int64_t>(attention_->geometry().warm_bytes())) {
+            throw nb::value_error("the rows are shorter than a page");
+        }
+        check_alignment(view, 0, view.size());
+        int error = 0;
+        int64_t bad = -1;
+        {
+            nb::gil_scoped_release released;
+            std::vector<PageRef> pages(view.data(), view.data() + view.size());
+            step.begin(view.size(), mass.has_value());
+            bad = rows.feed(*attention_, layer, pages, &error);
+            if (bad < 0 && !error) attention_->finish(to.data(), mass ? mass->data() : nullptr, nullptr);
+        }
+        if (error) {
+            errno = error;
+            PyErr_SetFromErrno(PyExc_OSError);
+            throw nb::python_error();
+        }
+        return bad;
     }
 
     void begin(nb::handle q, nb::handle k, nb::handle v, nb::handle positions, int64_t window, int64_t n_pages,
@@ -263,6 +297,9 @@ NB_MODULE(_kernels, m) {
         .def("begin", &PyAttention::begin, nb::arg("q"), nb::arg("new_k"), nb::arg("new_v"), nb::arg("positions"),
              nb::arg("window"), nb::arg("n_pages"), nb::arg("want_mass") = false)
         .def("pages", &PyAttention::pages, nb::arg("refs"), nb::arg("start"), nb::arg("stop"))
+        .def("stream", &PyAttention::stream, nb::arg("rows"), nb::arg("layer"), nb::arg("q"), nb::arg("new_k"),
+             nb::arg("new_v"), nb::arg("positions"), nb::arg("refs"), nb::arg("out"), nb::arg("window") = 0,
+             nb::arg("page_mass") = nb::none())
         .def("finish", &PyAttention::finish, nb::arg("out"), nb::arg("page_mass") = nb::none(),
              nb::arg("log_sum_exp") = nb::none())
         .def_prop_ro("isa", &PyAttention::isa)

@@ -9,6 +9,7 @@
 #include "codec.h"
 #include "kernels.h"
 #include "row_reader.h"
+#include "row_stream.h"
 #include "thread_pool.h"
 #include "views.h"
 
@@ -206,6 +207,7 @@ class PyRowReader {
     }
 
     const char* how() const { return reader_->how(); }
+    RowReader& reader() { return *reader_; }
 
     int64_t submit(int file, nb::handle places, nb::handle rows, nb::handle heads, int64_t payload_bytes, nb::handle good) {
         View<int64_t> place(places, "places", {-1});
@@ -237,6 +239,50 @@ class PyRowReader {
     std::unique_ptr<RowReader> reader_;
 };
 
+void make_stream(RowStream* self, PyRowReader& reader, nb::handle rows, int64_t capacity, int n_layers) {
+    View<uint8_t> view(rows, "rows", {-1, -1}, true);
+    if (capacity < 1 || n_layers < 1 || view.shape(0) < capacity || view.shape(0) % capacity) {
+        throw nb::value_error("rows must be one or more slots of capacity rows");
+    }
+    const int n_slots = static_cast<int>(view.shape(0) / capacity);
+    new (self) RowStream(reader.reader(), view.data(), view.shape(1), capacity, n_slots, n_layers);
+}
+
+void plan_stream(RowStream& self, int layer, int file, nb::handle stops, nb::handle counts, nb::handle pages,
+                 nb::handle places, nb::handle heads, int64_t payload_bytes) {
+    View<int64_t> stop(stops, "stops", {-1});
+    View<int64_t> count(counts, "counts", {stop.shape(0)});
+    View<int64_t> page(pages, "pages", {-1});
+    View<int64_t> place(places, "places", {page.shape(0)});
+    View<uint8_t> head(heads, "heads", {page.shape(0), kHeadBytes});
+    if (layer < 0 || layer >= self.n_layers()) throw nb::value_error("layer is out of range");
+    check_span(kSummedFrom, kPayloadAt + payload_bytes, self.row_bytes());
+    StreamPlan plan;
+    plan.file = file;
+    plan.payload_bytes = payload_bytes;
+    plan.stops.assign(stop.data(), stop.data() + stop.shape(0));
+    plan.pages.assign(page.data(), page.data() + page.shape(0));
+    plan.places.assign(place.data(), place.data() + place.shape(0));
+    plan.heads.assign(head.data(), head.data() + page.shape(0) * kHeadBytes);
+    plan.first_row.push_back(0);
+    int64_t start = 0;
+    for (int64_t i = 0; i < stop.shape(0); start = plan.stops[i++]) {
+        const int64_t first = plan.first_row.back(), rows = count.data()[i];
+        if (plan.stops[i] <= start || (plan.stops[i] % kRunPages && i + 1 < stop.shape(0)) || rows < 0 ||
+            rows > self.capacity() || first + rows > page.shape(0)) {
+            throw nb::value_error("stops must grow by whole runs, and a piece has at most capacity rows");
+        }
+        for (int64_t row = first; row < first + rows; ++row) {
+            if (plan.pages[row] < start || plan.pages[row] >= plan.stops[i]) {
+                throw nb::value_error("a row's page must lie in its piece");
+            }
+        }
+        plan.first_row.push_back(first + rows);
+    }
+    nb::gil_scoped_release released;
+    self.set_plan(layer, std::move(plan));
+}
+
 }  // namespace
 
 void bind_pages(nb::module_& m) {
@@ -257,6 +303,15 @@ void bind_pages(nb::module_& m) {
         .def("submit", &PyRowReader::submit, nb::arg("file"), nb::arg("places"), nb::arg("rows"), nb::arg("heads"),
              nb::arg("payload_bytes"), nb::arg("good"))
         .def("wait", &PyRowReader::wait, nb::arg("ticket"));
+    nb::class_<RowStream>(m, "RowStream")
+        .def("__init__", &make_stream, nb::arg("reader"), nb::arg("rows"), nb::arg("capacity"), nb::arg("n_layers"),
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+        .def("plan", &plan_stream, nb::arg("layer"), nb::arg("file"), nb::arg("stops"), nb::arg("counts"),
+             nb::arg("pages"), nb::arg("places"), nb::arg("heads"), nb::arg("payload_bytes"))
+        .def("forget", [](RowStream& self) {
+            nb::gil_scoped_release released;
+            self.forget();
+        });
     m.def("checksums", &checksums, nb::arg("rows"), nb::arg("start"), nb::arg("stop"), nb::arg("out"));
     m.def("page_bounds", &bounds, nb::arg("refs"), nb::arg("low"), nb::arg("high"), nb::arg("page_size"));
 }

@@ -29,21 +29,26 @@ int64_t RowReader::submit(RowRequest request) {
     return ticket;
 }
 
-int RowReader::wait(int64_t ticket) {
+int RowReader::arrive(int64_t ticket, RowRequest* request) {
     std::unique_lock<std::mutex> lock(mutex_);
     const auto found = open_.find(ticket);
     if (found == open_.end()) return EINVAL;
     finish(found->second, lock);
     if (found->second.left) return found->second.error;  // it may still come: its memory is not ours to forget
-    const Open open = std::move(found->second);
+    const int error = found->second.error;
+    *request = std::move(found->second.request);
     open_.erase(found);
-    lock.unlock();
-    if (open.error) return open.error;
-    const int n = static_cast<int>(open.request.places.size());
+    return error;
+}
+
+int RowReader::wait(int64_t ticket) {
+    RowRequest request;
+    if (const int error = arrive(ticket, &request)) return error;
+    const int n = static_cast<int>(request.places.size());
     if (pool_) {
-        pool_->run(n, [&](int row, int) { check(open.request, row); });
+        pool_->run(n, [&](int row, int) { check(request, row); });
     } else {
-        for (int row = 0; row < n; ++row) check(open.request, row);
+        for (int row = 0; row < n; ++row) check(request, row);
     }
     return 0;
 }

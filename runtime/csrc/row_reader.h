@@ -41,6 +41,9 @@ class RowReader {
     int64_t submit(RowRequest request);
     // Waits, checks what came, and returns 0 or the errno of a read that failed.
     int wait(int64_t ticket);
+    // The two halves of it: waits and hands back the request, then says of one row, on any thread, whether it is good.
+    int arrive(int64_t ticket, RowRequest* request);
+    void check(const RowRequest& request, int64_t row) const;
 
   protected:
     struct Open {
@@ -71,8 +74,6 @@ class RowReader {
     std::mutex mutex_;
 
   private:
-    void check(const RowRequest& request, int64_t row) const;
-
     const Kernels& kernels_;
     ThreadPool* const pool_;
     std::map<int64_t, Open> open_;  // an entry stays where it is until it was waited for

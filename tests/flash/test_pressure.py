@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -199,7 +200,7 @@ def test_a_system_without_limits_is_calm() -> None:
 
 
 class Stalled:
-    """A system whose tasks wait for memory all the time; a real one cannot be made to for a test."""
+    """A system whose tasks wait for memory all the time, at once; a real one takes seconds."""
 
     def read(self) -> Reading:
         return Reading(stalled=True)
@@ -225,3 +226,63 @@ def test_stalls_take_memory_from_int8_pages_and_never_change_fp16_ones(
         assert pressure.failed == 0
     if kv == KVMode.INT8:
         assert said == expected
+
+
+STRESSOR = """
+import mmap, os, random, sys
+from pathlib import Path
+(Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))
+with open(sys.argv[2], "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+    print("started", flush=True)
+    while True:  # a file of several times the limit, read again and again: the kernel waits for pages that it threw away
+        pages[random.randrange(len(pages))]
+"""
+
+
+class OnlyStalls(Host):
+    """This machine, as far as it says that programs stall."""
+
+    def pressure(self) -> SystemPressure:
+        pressure = SystemPressure()
+        pressure.groups = []
+        return pressure
+
+
+@pytest.fixture
+def thrashing(group: tuple[Path, str], tmp_path: Path) -> Iterator[None]:
+    """A program that stalls for memory all the time, in a control group of its own."""
+    (group[0] / group[1]).write_text(str(24 * 2**20))
+    with (tmp_path / "large").open("wb") as large:
+        large.write(os.urandom(2**20) * 160)
+        large.flush()
+        os.fsync(large.fileno())
+        # Who brought a page into the page cache pays for it: let it be the program.
+        os.posix_fadvise(large.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    program = subprocess.Popen(
+        [sys.executable, "-c", STRESSOR, str(group[0]), str(tmp_path / "large")], stdout=subprocess.PIPE, text=True
+    )
+    assert program.stdout is not None
+    assert program.stdout.readline() == "started\n"
+    yield
+    program.kill()
+    program.wait()
+
+
+@pytest.mark.slow
+def test_a_run_gives_memory_back_when_the_kernel_says_that_programs_stall(
+    thrashing: None, expected: list[int], bundle: Bundle, tmp_path: Path
+) -> None:
+    if SystemPressure()._stalls is None:
+        pytest.skip("this kernel has no pressure stall information, or does not let us wait for it")
+    options = RunOptions(kv=KVMode.INT8, threads=2, context=1000, offload=tmp_path / "flash")
+    with Generator.open(bundle("demo"), options, OnlyStalls()) as generator:
+        deadline, changes = time.monotonic() + 60, 0
+        while not changes and time.monotonic() < deadline:
+            assert list(generator.tokens(TOKENS, max_tokens=COUNT)) == expected
+            changes = generator.report().pressure.changes  # type: ignore[union-attr]
+        pressure = generator.report().pressure
+        assert pressure is not None
+        assert pressure.changes > 0, "the kernel reported no stall in a minute"
+        assert pressure.freed_bytes > 0
+        assert pressure.failed == 0
+        generator.cache.check()  # type: ignore[union-attr]

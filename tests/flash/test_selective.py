@@ -213,3 +213,11 @@ def test_what_attend_does_not_understand_is_refused(text: str) -> None:
 def test_the_inline_form_refuses_to_select(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="export with --form split"):
         Generator.open(bundle("demo", "inline"), RunOptions(attend="selective"))
+
+
+def test_a_share_of_few_pages_leaves_some_to_choose_beside_those_that_are_always_taken() -> None:
+    layer = Layer(0, PageSpec(1, 2, 16, 16), 2, 16 * 16, 1.0, load_kernels())
+    selector = layer.selector(share=0.25)
+    assert [selector.limit(n) for n in (8, 16, 28, 100)] == [7, 7, 7, 25]
+    assert not selector.selects(7)
+    assert selector.choose(0, layer.q[0], 16 * 16, 0).taken.sum() == 7

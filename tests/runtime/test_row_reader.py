@@ -123,3 +123,31 @@ def test_a_reader_that_goes_leaves_nothing_in_flight(make: Callable[[], Any], fi
 def test_an_unknown_way_is_refused() -> None:
     with pytest.raises(ValueError, match="telepathy"):
         load_kernels().RowReader(1, None, "telepathy")
+
+
+@pytest.mark.skipif(load_kernels().isa() == "numpy", reason="the native kernels stream")
+@pytest.mark.parametrize(
+    ("stops", "counts", "pages", "message"),
+    [
+        ([8, 12], [2, 1], [0, 3, 9], None),
+        ([4, 12], [2, 1], [0, 3, 9], "whole runs"),
+        ([8, 8], [2, 1], [0, 3, 9], "whole runs"),
+        ([8, 12], [5, 0], [0, 1, 2, 3, 4], "capacity"),
+        ([8, 12], [2, 1], [0, 9, 10], "in its piece"),
+        ([8, 12], [2, 2], [0, 3, 9], "capacity"),
+    ],
+)
+def test_a_plan_that_would_read_beside_its_memory_is_refused(
+    stops: list[int], counts: list[int], pages: list[int], message: str | None
+) -> None:
+    kernels = load_kernels()
+    stream = kernels.RowStream(kernels.RowReader(2), aligned_rows(8, ROW), 4, 2)
+    wanted = Wanted(pages, pages, PAYLOAD)
+    arrays = (np.array(stops), np.array(counts), np.array(pages), wanted.places, wanted.heads)
+    if message is None:
+        stream.plan(1, 0, *arrays, PAYLOAD)
+        with pytest.raises(ValueError, match="layer"):
+            stream.plan(2, 0, *arrays, PAYLOAD)
+    else:
+        with pytest.raises(ValueError, match=message):
+            stream.plan(1, 0, *arrays, PAYLOAD)
