@@ -37,12 +37,13 @@ from edgekv.runtime.session_files import (
     take_lock,
     write_backup,
 )
-from edgekv.runtime.session_index import INDEX, Row, SessionIndex, State, Tail, chain
-from edgekv.runtime.session_restore import OPEN_HALVES, restore_open, restore_pages, store_open
+from edgekv.runtime.session_index import INDEX, Row, SessionIndex, State, Tail, chain, from_ranges, to_ranges
+from edgekv.runtime.session_restore import OPEN_HALVES, records_of, restore_open, restore_pages, store_open
 from edgekv.runtime.session_store import SessionStore, segment_paths, sync_folder
 from edgekv.runtime.store import aligned_rows
 from edgekv.runtime.wear import WearLedger
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
+from edgekv.types import Tier
 
 Part = TypeVar("Part", Row, Tail)
 
@@ -197,13 +198,12 @@ class Session:
             self.problems.append(f"page {restored} is damaged; the tokens from {restored * size} on are computed again")
         count = restored * size
         open_to = max((step for step in steps if count < step <= known), default=0)
-        if (
-            restored == len(state.rows)
-            and state.tail.records
-            and open_to
-            and restore_open(cache, open_to, state.tail.records, self.store)
-        ):
-            count = open_to
+        pruned = from_ranges(state.tail.pruned)
+        if restored == len(state.rows) and open_to:
+            all_pruned = np.isin(np.arange(sealed, open_to), pruned).all()
+            if (state.tail.records or all_pruned) and restore_open(cache, open_to, state.tail.records, self.store):
+                count = open_to
+        cache.prune(pruned[pruned < count])
         for row in state.rows[restored:]:
             for record in row.records:
                 self.store.free(record)
@@ -222,7 +222,7 @@ class Session:
             tokens: whose keys and values the cache holds. pending: tokens after them, without any yet.
             starts: positions at which the last steps began.
             whole: store the open page too, so that resuming computes nothing again. Without it at most a page of
-                tokens is computed again, to the same bits.
+                tokens is computed again, to the same bits; one that has pruned tokens is always stored.
 
         Returns:
             False when the session is read-only.
@@ -238,15 +238,17 @@ class Session:
             sealed = len(tokens) // size
             kept = 0
             for kept_row in self._rows[:sealed]:
-                if not np.array_equal(table.record[:, kept], kept_row.records):
+                if records_of(cache, kept) != kept_row.records:
                     break
                 kept += 1
-            cache.manager.persist(
-                [(layer, page) for page in range(kept, sealed) for layer in range(self._spec.n_layers)]
-            )
+            layers = range(self._spec.n_layers)
+            missing = [(layer, page) for page in range(kept, sealed) for layer in layers]
+            cache.manager.persist([page for page in missing if table.tier[page] != Tier.FREE])
+            pruned = sorted(token for token in table.pruned[0] if token < len(tokens))
+            whole = whole or bool(pruned and pruned[-1] >= sealed * size)
             rows = self._rows[:kept]
             for page in range(kept, sealed):
-                records = tuple(table.record[:, page].tolist())
+                records = records_of(cache, page)
                 content = tuple(tokens[page * size : page * size + size])
                 checks = tuple(map(self.store.check_of, records))
                 rows.append(Row(content, records, checks, chain(rows[-1].chain if rows else b"", content)))
@@ -259,6 +261,7 @@ class Session:
                 tuple(opened),
                 tuple(map(self.store.check_of, opened)),
                 rows[-1].chain.hex() if rows else "",
+                to_ranges(pruned),
             )
             state = State(self._state.meta, self.notes, rows, tail)
             try:
@@ -308,12 +311,12 @@ class Session:
         assert self._index is not None
         old = segment_paths(self.path)
         self.store.retire()
-        layers = range(self._spec.n_layers)
         rows = []
         for page, row in enumerate(self._state.rows):
-            rows.append(self._moved(row, [tag(layer, page) for layer in layers]))
+            rows.append(self._moved(row, [tag(layer, page) for layer in range(len(row.records))]))
         tail = self._state.tail
         if tail.records:
+            layers = range(self._spec.n_layers)
             halves = [tag(layer, tail.n_pages) | half for layer in layers for half in OPEN_HALVES]
             tail = self._moved(tail, halves)
         state = State(self._state.meta, self.notes, rows, tail)
@@ -348,7 +351,7 @@ class Session:
         self.store.close()
         wear = WearLedger(self.path, self._limit)
         self.store = SessionStore(self.path, self._spec, medium=self.store.medium, wear=wear)
-        tail = Tail(len(other._state.rows), chain=other._state.rows[-1].chain.hex())
+        tail = Tail(len(other._state.rows), chain=other._state.rows[-1].chain.hex(), pruned=other._state.tail.pruned)
         self._state = State(self._state.meta, self.notes, list(other._state.rows), tail)
         self._index.commit(self._state, 0, 0)
         self._adopt()

@@ -8,7 +8,8 @@ to is checked in turn by the checksums of the records that it holds. ::
       notes      JSON: what the application wants to keep, such as the messages of a conversation
       tail       JSON, see Tail
       page N     tokens [page_size] int32, records [n_layers] int64, checksums [n_layers] uint64, little endian, and
-                 16 bytes that stand for all tokens up to here: a row of another history is not believed
+                 16 bytes that stand for all tokens up to here: a row of another history is not believed. Without
+                 records and checksums where every token of the page was pruned
 
 All but ``meta`` are ciphertext in an encrypted session.
 """
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from edgekv.errors import SessionError
 from edgekv.runtime.session_cipher import Cipher
@@ -39,7 +41,10 @@ DAMAGED = "index.damaged"
 
 @dataclass(frozen=True)
 class Row:
-    """A sealed page of all layers: its tokens, per layer its record and the record's checksum, and :func:`chain`."""
+    """A sealed page of all layers: its tokens, per layer its record and the record's checksum, and :func:`chain`.
+
+    ``records``, ``checks``: empty when every token was pruned, so that nothing is stored.
+    """
 
     tokens: tuple[int, ...]
     records: tuple[int, ...]
@@ -55,7 +60,8 @@ class Tail:
     (the last one that was generated has none yet). ``starts``: positions at which the last steps of the model began, so that
     tokens whose keys and values are not stored are computed again in the same steps, to the same bits.
     ``records``, ``checks``: the open page as fp16, two records per layer; empty when it was not stored.
-    ``chain``: of the last sealed page, in hexadecimal.
+    ``chain``: of the last sealed page, in hexadecimal. ``pruned``: [start, stop) of the positions whose tokens were pruned,
+    one after the other; they are masked again when the session is resumed.
     """
 
     n_pages: int = 0
@@ -65,6 +71,7 @@ class Tail:
     records: tuple[int, ...] = ()
     checks: tuple[int, ...] = ()
     chain: str = ""
+    pruned: tuple[int, ...] = ()
 
 
 @dataclass
@@ -81,6 +88,23 @@ class State:
 def chain(before: bytes, tokens: Sequence[int]) -> bytes:
     """Return 16 bytes that stand for a page's tokens and all tokens before them; ``before`` is b"" for the first."""
     return hashlib.blake2b(before + np.asarray(tokens, "<i4").tobytes(), digest_size=16).digest()
+
+
+def to_ranges(positions: Sequence[int]) -> tuple[int, ...]:
+    """Write increasing positions as ranges: start, stop, start, stop."""
+    ranges: list[int] = []
+    for position in positions:
+        if ranges and ranges[-1] == position:
+            ranges[-1] = position + 1
+        else:
+            ranges += [position, position + 1]
+    return tuple(ranges)
+
+
+def from_ranges(ranges: Sequence[int]) -> NDArray[np.int64]:
+    """Return the positions [n] int64 that :func:`to_ranges` wrote."""
+    pairs = zip(ranges[::2], ranges[1::2], strict=True)
+    return np.concatenate([np.arange(start, stop) for start, stop in pairs] or [np.empty(0, np.int64)])
 
 
 def row_check(name: str, value: bytes) -> bytes:
@@ -239,7 +263,7 @@ def _pack(row: Row) -> bytes:
 
 
 def _unpack(packed: bytes, spec: PageSpec) -> Row:
-    size, layers = spec.page_size, spec.n_layers
+    size, layers = spec.page_size, spec.n_layers if len(packed) > 4 * spec.page_size + 16 else 0
     tokens = np.frombuffer(packed, "<i4", size)
     records = np.frombuffer(packed, "<i8", layers, 4 * size)
     checks = np.frombuffer(packed, "<u8", layers, 4 * size + 8 * layers)

@@ -12,6 +12,7 @@ from edgekv.runtime.pages import tag
 from edgekv.runtime.session_index import Row
 from edgekv.runtime.session_store import SessionStore
 from edgekv.runtime.store import aligned_rows
+from edgekv.runtime.table import NOTHING
 from edgekv.spec import RECORD_HEADER_BYTES
 from edgekv.types import Tier
 
@@ -41,7 +42,7 @@ def restore_pages(cache: KVCache, rows: list[Row], store: SessionStore) -> int:
         places = [
             (row.records[layer], layer, page)
             for page, row in enumerate(rows[first : first + batch], first)
-            for layer in range(spec.n_layers)
+            for layer in range(len(row.records))
         ]
         places.sort()
         out = buffers[first // batch % 2][: len(places)]
@@ -77,11 +78,16 @@ def _fill_table(cache: KVCache, first: int, last: int) -> None:
     table.n_slots[:] = last * size
 
 
+def records_of(cache: KVCache, page: int) -> tuple[int, ...]:
+    """Return the record of a page in each layer; none when every token of it was pruned."""
+    return tuple(record for record in cache.table.record[:, page].tolist() if record != NOTHING)
+
+
 def store_open(cache: KVCache, n_slots: int, store: SessionStore) -> list[int]:
     """Write the open page of every layer, fp16, as two records each; ``n_slots`` tokens of the sequence are in the cache.
 
     Returns:
-        the records, [first half, second half] per layer.
+        the records, [first half, second half] per layer; none when every token of the page was pruned.
 
     Raises:
         StoreFull, StoreError: nothing counts as written.
@@ -89,6 +95,8 @@ def store_open(cache: KVCache, n_slots: int, store: SessionStore) -> list[int]:
     spec, page = cache.spec, n_slots // cache.spec.page_size
     half = spec.hot_bytes // 2
     tags, payloads = [], []
+    if (cache.table.tier[:, page] == Tier.FREE).all():
+        return []
     for layer in range(spec.n_layers):
         assert cache.table.tier[layer, page] == Tier.HOT
         content = cache.manager.arena.page(int(cache.table.offset[layer, page]), spec.hot_bytes)
@@ -101,6 +109,9 @@ def store_open(cache: KVCache, n_slots: int, store: SessionStore) -> list[int]:
 def restore_open(cache: KVCache, n_slots: int, records: tuple[int, ...], store: SessionStore) -> bool:
     """Bring back the open page of every layer with its first tokens, up to ``n_slots`` in the sequence.
 
+    Args:
+        records: none when every token of the page was pruned; the caller prunes them again.
+
     Returns:
         False, with nothing changed, when a record is damaged.
 
@@ -111,20 +122,21 @@ def restore_open(cache: KVCache, n_slots: int, records: tuple[int, ...], store: 
     page, inside = divmod(n_slots, spec.page_size)
     half = spec.hot_bytes // 2
     out = aligned_rows(len(records), spec.record_bytes)
-    tags = [tag(layer, page) | flag for layer in range(spec.n_layers) for flag in OPEN_HALVES]
+    stored = range(spec.n_layers if records else 0)
+    tags = [tag(layer, page) | flag for layer in stored for flag in OPEN_HALVES]
     if not all(store.try_read(list(records), tags, out)):
         return False
     table.grow(page + 1)
-    cache.manager.make_room(spec.n_layers)
-    for layer in range(spec.n_layers):
+    cache.manager.make_room(len(stored))
+    slots = slice(page * spec.page_size, n_slots)
+    table.tokens[:, slots] = np.arange(slots.start, n_slots)
+    table.n_slots[:] = n_slots
+    for layer in stored:
         cache.manager.open_page(layer, page)
         content = cache.manager.arena.page(int(table.offset[layer, page]), spec.hot_bytes)
         for part in range(2):
             payload = out[2 * layer + part, RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + half]
             content[part * half : part * half + half] = payload
-        slots = slice(page * spec.page_size, n_slots)
-        table.tokens[layer, slots] = np.arange(slots.start, n_slots)
         table.set_live(layer, page, 0, inside, live=True)
         table.refs["n_slots"][layer, page] = inside
-        table.n_slots[layer] = n_slots
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -62,12 +63,17 @@ def main() -> None:
     except EdgeKVError as error:
         print(f"edgekv: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("edgekv: interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output is gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        print("edgekv: the system gives this process no more memory; lower --kv-budget or --context", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("edgekv: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from edgekv.errors import EdgeKVError, UsageError
 from edgekv.types import format_bytes
 
 CGROUPS = Path("/sys/fs/cgroup")
+#: Ways to limit a process, the strictest first.
+KINDS = ("cgroup v2", "cgroup v1", "rlimit")
 
 
 @dataclass(frozen=True)
@@ -39,31 +41,32 @@ class Sentence:
         return f"jail: {self.kind}, limit {format_bytes(self.limit_bytes)}{peak}, {end}"
 
 
-def run_in_jail(command: list[str], limit_bytes: int) -> Sentence:
+def run_in_jail(command: list[str], limit_bytes: int, *, kinds: Sequence[str] = KINDS) -> Sentence:
     """Run a command with so much memory; its output goes where ours goes.
 
     A cgroup counts what the process and its children hold, page cache included, and kills at the limit, without swap. An rlimit
     bounds anonymous memory only (RLIMIT_DATA), and the process meets failing allocations.
 
+    Args:
+        kinds: of limits, in the order in which they are tried.
+
     Raises:
-        UsageError: this system has neither.
+        UsageError: this system has none of them.
     """
-    for kind, make in (("cgroup v2", _version_2), ("cgroup v1", _version_1)):
+    groups = {"cgroup v2": _version_2, "cgroup v1": _version_1}
+    for kind in kinds:
+        if kind not in groups:
+            if sys.platform == "win32":
+                break
+            return Sentence(kind, limit_bytes, subprocess.run(command, preexec_fn=_limiter(limit_bytes)).returncode, 0)
         with contextlib.ExitStack() as stack:
             try:
-                group, peak = stack.enter_context(make(limit_bytes))
+                group, peak = stack.enter_context(groups[kind](limit_bytes))
             except OSError:
                 continue
             ended = subprocess.run(command, preexec_fn=_joiner(group))
             return Sentence(kind, limit_bytes, ended.returncode, peak())
-    if sys.platform == "win32":
-        raise UsageError("this system has neither cgroups nor rlimits; run without --jail")
-    import resource
-
-    ended = subprocess.run(
-        command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
-    )
-    return Sentence("rlimit", limit_bytes, ended.returncode, 0)
+    raise UsageError(f"this system has no {' and no '.join(kinds)} that this user may set; run without --jail")
 
 
 def check(sentence: Sentence) -> None:
@@ -78,6 +81,12 @@ def check(sentence: Sentence) -> None:
         raise SystemExit(sentence.returncode)
 
 
+def _limiter(limit_bytes: int) -> Callable[[], None]:
+    import resource
+
+    return lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+
+
 def _joiner(group: Path) -> Callable[[], None]:
     def join() -> None:
         (group / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
@@ -89,12 +98,30 @@ def _joiner(group: Path) -> Callable[[], None]:
 def _version_2(limit_bytes: int) -> Iterator[tuple[Path, Callable[[], int]]]:
     if not (CGROUPS / "cgroup.controllers").exists():
         raise OSError("no cgroup v2")
-    parent = CGROUPS / _own_path("0::").lstrip("/")
-    with _group(parent) as group:
+    with _group(delegated(CGROUPS, _own_path("0::"))) as group:
         (group / "memory.max").write_text(str(limit_bytes))
         with contextlib.suppress(OSError):
             (group / "memory.swap.max").write_text("0")
         yield group, lambda: _number(group / "memory.peak")
+
+
+def delegated(root: Path, own: str) -> Path:
+    """Return the group nearest to our own, or above it, below which this user may make one with a memory limit.
+
+    A group that holds processes gives its children no controllers, so that it is hardly ever our own: with systemd it is the
+    slice around it.
+
+    Raises:
+        OSError: there is none.
+    """
+    group = root / own.lstrip("/")
+    for above in (group, *group.parents):
+        given = (above / "cgroup.subtree_control").read_text(encoding="ascii").split()
+        if "memory" in given and os.access(above, os.W_OK) and os.access(above / "cgroup.procs", os.W_OK):
+            return above
+        if above == root:
+            break
+    raise OSError("no group with a memory controller was given to this user")
 
 
 @contextmanager

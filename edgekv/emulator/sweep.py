@@ -32,6 +32,10 @@ OUTCOME = (
 )  # fmt: skip
 
 
+#: Seconds for a scheduler to answer and to have a worker.
+ANSWER_S = 10.0
+
+
 @dataclass(frozen=True)
 class Case:
     """One run: a prompt that fills ``context`` but for ``max_tokens``, and an answer of so many."""
@@ -158,14 +162,21 @@ def _results(client: Client, shape: Shape, cases: Sequence[Case]) -> Iterator[Ro
 def _client(scheduler: str | None, workers: int) -> Iterator[Client]:
     try:
         from distributed import Client, LocalCluster
+        from distributed import TimeoutError as NoWorker
     except ImportError as error:
         raise EngineMissing("sweeps need dask: pip install 'edgekv[sweep]'") from error
     if scheduler is not None:
         try:
-            client = Client(scheduler, timeout="10s")
+            client = Client(scheduler, timeout=ANSWER_S)
         except (OSError, ValueError) as error:
             raise UsageError(f"no dask scheduler answers at {scheduler}: {error}") from error
         with client:
+            try:
+                client.wait_for_workers(1, timeout=ANSWER_S)
+            except NoWorker as error:
+                raise UsageError(
+                    f"the dask scheduler at {scheduler} has no workers; start some with: dask worker {scheduler}"
+                ) from error
             yield client
         return
     with (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from edgekv.device_profiles.speed import step_seconds
 from edgekv.device_profiles.work import step_work
 from edgekv.emulator import AppKilled, Device, Event
 from edgekv.emulator.cost import StepCost
-from edgekv.emulator.jail import run_in_jail
 from edgekv.errors import BudgetError, StoreError, StoreFull
 from edgekv.runtime.generate import Generator, RunOptions
 
@@ -125,33 +122,3 @@ def test_the_pieces_of_a_step_cost_what_the_profile_s_formula_says(
         model, n_tokens=tokens, context=context, bits_per_weight=cost.bits_per_weight, kv_bytes_per_token=per_token
     )
     assert pieces == pytest.approx(step_seconds(work, profile.rates("onnx", "int4")).total, rel=0.02)
-
-
-def test_a_jail_kills_a_process_that_takes_too_much_and_no_other() -> None:
-    take = (
-        "import sys; block = bytearray(int(sys.argv[1])); block[::4096] = b'x' * len(block[::4096]); print(len(block))"
-    )
-
-    def taken(size: int) -> int:
-        return run_in_jail([sys.executable, "-c", take, str(size)], 200 * 1024**2).returncode
-
-    assert taken(20 * 1024**2) == 0
-    assert taken(400 * 1024**2) != 0
-
-
-def test_a_jailed_emulation_that_fits_says_how_much_it_took(tiny: Path) -> None:
-    command = [
-        "emulate",
-        str(tiny),
-        "--profile",
-        "android-low-4gb",
-        "--prompt-tokens",
-        "64",
-        "-n",
-        "4",
-        "--jail",
-        "--json",
-    ]
-    done = subprocess.run([sys.executable, "-m", "edgekv", *command], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("{")
-    assert "jail: " in done.stderr

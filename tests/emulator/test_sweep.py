@@ -7,9 +7,11 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,59 @@ def test_a_table_of_something_else_is_never_overwritten(shape: Shape, tmp_path: 
         sweep(shape, cases, other)
     with pytest.raises(UsageError, match="must end in"):
         sweep(shape, cases, tmp_path / "sweep.xlsx")
+
+
+@contextlib.contextmanager
+def dask(part: str, address: Path, *arguments: str) -> Iterator[None]:
+    """A scheduler or a worker in a process of its own, as on a cluster; ``address``: where the scheduler says it is."""
+    command = [sys.executable, "-m", f"distributed.cli.dask_{part}", "--scheduler-file", str(address), "--no-dashboard"]
+    process = subprocess.Popen(
+        [*command, *arguments], cwd=address.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while not address.exists():
+            assert process.poll() is None, f"the {part} does not start"
+            time.sleep(0.05)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[Path]:
+    address = tmp_path / "scheduler.json"
+    with dask("scheduler", address, "--host", "127.0.0.1", "--port", "0"):
+        yield address
+
+
+def test_a_sweep_on_a_cluster_gives_the_table_of_this_machine(
+    scheduler: Path, config: Path, shape: Shape, tmp_path: Path
+) -> None:
+    lists = ["--profiles", "android-low-4gb", "--contexts", "512,1024", "--policies", "lru,random", "-n", "8"]
+    command = [sys.executable, "-m", "edgekv", "sweep", str(config), *lists, "--out", str(tmp_path / "sweep.csv")]
+    with dask("worker", scheduler, "--nthreads", "1", "--no-nanny"):
+        done = subprocess.run(
+            [*command, "--scheduler", listens_at(scheduler), "--json"], capture_output=True, text=True, check=True
+        )
+    cases = all_cases(["android-low-4gb"], [512, 1024], ["lru", "random"], ["device"], ["exact"], max_tokens=8, seed=0)
+    assert json.loads(done.stdout) == [run_case(shape, case) for case in cases]
+
+
+def test_a_cluster_that_cannot_work_is_named(
+    scheduler: Path, shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekv.emulator.sweep.ANSWER_S", 0.5)
+    cases = all_cases(["android-low-4gb"], [512], ["lru"], ["device"], ["exact"], max_tokens=8, seed=0)
+    with pytest.raises(UsageError, match=r"has no workers; start some with: dask worker tcp://127.0.0.1:\d+"):
+        sweep(shape, cases, tmp_path / "sweep.csv", scheduler=listens_at(scheduler))
+    with socket.socket() as taken:  # bound and not listening: nobody else answers there
+        taken.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UsageError, match=f"no dask scheduler answers at {address}"):
+            sweep(shape, cases, tmp_path / "sweep.csv", scheduler=address)
+
+
+def listens_at(scheduler: Path) -> str:
+    address: str = json.loads(scheduler.read_text(encoding="utf-8"))["address"]
+    return address
