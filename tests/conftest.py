@@ -28,12 +28,19 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[tuple[object, ...], Path] = {}
 
     def get(
-        source: str | Path, form: str = "split", weights: str = "fp32", page_size: int = 16, engine: str = "onnx"
+        source: str | Path,
+        form: str = "split",
+        weights: str = "fp32",
+        page_size: int = 16,
+        engine: str = "onnx",
+        operators: str | None = None,
     ) -> Path:
-        key = (str(source), form, weights, page_size, engine)
+        key = (str(source), form, weights, page_size, engine, operators)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("bundle") / "model.edgekv"
-            export_model(source, made[key], engine=engine, form=form, weights=weights, page_size=page_size)
+            export_model(
+                source, made[key], engine=engine, form=form, weights=weights, page_size=page_size, operators=operators
+            )
         return made[key]
 
     return get

@@ -1,4 +1,4 @@
-"""One decoder, however it is exported: each (engine, form, weights, architecture) against transformers.
+"""One decoder, however it is exported: each (engine, form, weights, operators, architecture) against transformers.
 
 With fp32 weights the greedy tokens are the same. Quantised weights are held to their own eager reference: transformers
 on the very weights that the bundle stores, in float32. What is left is the INT8 rounding of activations.
@@ -43,7 +43,9 @@ def cases() -> Iterator[Any]:
             quick = weights == "fp32" or architecture == ALWAYS
         if not quick:
             marks.append(pytest.mark.slow)
-        yield pytest.param(engine, form, weights, architecture, marks=marks)
+        yield pytest.param(engine, form, weights, None, architecture, marks=marks)
+        if (engine, form, weights) == ("executorch", "split", "int4"):
+            yield pytest.param(engine, form, weights, "edgekv", architecture, marks=marks)
 
 
 def prompt(count: int) -> list[int]:
@@ -98,9 +100,15 @@ def eager_reference(source: Path, engine: str, form: str, weights: str) -> PreTr
     return model
 
 
-@pytest.mark.parametrize(("engine", "form", "weights", "architecture"), list(cases()))
+@pytest.mark.parametrize(("engine", "form", "weights", "operators", "architecture"), list(cases()))
 def test_every_way_through_the_decoder_computes_what_transformers_does(
-    engine: str, form: str, weights: str, architecture: str, checkpoint: Callable[[str], Path], bundle: Bundle
+    engine: str,
+    form: str,
+    weights: str,
+    operators: str | None,
+    architecture: str,
+    checkpoint: Callable[[str], Path],
+    bundle: Bundle,
 ) -> None:
     source, given = checkpoint(architecture), prompt(40)
     model = eager_reference(source, engine, form, weights)
@@ -110,7 +118,8 @@ def test_every_way_through_the_decoder_computes_what_transformers_does(
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=24, do_sample=False, eos_token_id=None
         )[0]
         reference = model(expected[None]).logits[0].numpy()
-    with Generator.open(bundle(source, form, weights, engine=engine), RunOptions(threads=2, kv=KVMode.FP16)) as run:
+    folder = bundle(source, form, weights, engine=engine, operators=operators)
+    with Generator.open(folder, RunOptions(threads=2, kv=KVMode.FP16)) as run:
         if weights == "fp32":
             assert list(run.tokens(given, max_tokens=24)) == expected[40:].tolist()
         rows = run.score(expected.tolist())

@@ -117,22 +117,25 @@ kernel_tests cortex-a76 || { wait "$other" || cat "$dir/cortex-a72.txt"; exit 1;
 wait "$other" || { cat "$dir/cortex-a72.txt"; exit 1; }
 cat "$dir/cortex-a72.txt"
 
-# 5. a bundle through the shim, which is compiled on first use as on a device: the tokens of this host
+# 5. bundles through the shim, which is compiled on first use as on a device: the tokens of this host
 cd "$OLDPWD"
-bundle=$dir/demo.edgekv
 if ! "$python" -c "import torchao, executorch" 2>/dev/null; then
   echo "arm64: the ExecuTorch shim was not tested: executorch is not installed here"
   exit 0
 fi
-[ -e "$bundle" ] || "$python" -m edgekv export demo --engine executorch --out "$bundle"
 code="
 import sys
 from edgekv.runtime.generate import Generator, RunOptions
 with Generator.open(sys.argv[1], RunOptions(threads=1)) as generator:
-    print(generator.engine, list(generator.tokens([104, 670, 47, 714] * 5, max_tokens=8)))"
-expected=$("$python" -c "$code" "$bundle")
-for cpu in cortex-a72 cortex-a76; do
-  got=$(cd "$tree" && emulated $cpu -c "$code" "$bundle")
-  [ "$got" = "$expected" ] || { echo "arm64: ExecuTorch on $cpu gives $got, not $expected" >&2; exit 1; }
-  echo "arm64: ExecuTorch on $cpu: $got"
+    print(list(generator.tokens([104, 670, 47, 714] * 5, max_tokens=8)))"
+for kind in "xnnpack fp32" "edgekv int4"; do
+  read -r operators weights <<<"$kind"
+  bundle=$dir/$operators.edgekv
+  [ -e "$bundle" ] || "$python" -m edgekv export demo --engine executorch --operators "$operators" --weights "$weights" --out "$bundle"
+  expected=$("$python" -c "$code" "$bundle")
+  for cpu in cortex-a72 cortex-a76; do
+    got=$(cd "$tree" && emulated $cpu -c "$code" "$bundle")
+    [ "$got" = "$expected" ] || { echo "arm64: operators $operators on $cpu give $got, not $expected" >&2; exit 1; }
+    echo "arm64: ExecuTorch, operators $operators, weights $weights on $cpu: $got"
+  done
 done
