@@ -19,6 +19,7 @@ from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.work import step_work
 from edgekv.errors import StoreError, UsageError
 from edgekv.plan import Workload, make_plan, read_model
+from edgekv.runtime.engines.onnx import set_up
 from edgekv.spec import PageSpec
 
 
@@ -141,7 +142,8 @@ def test_the_model_written_by_hand_multiplies_as_numpy_does(bits: int) -> None:
         scaled = (values.astype(np.float32) - 2 ** (bits - 1)) * tensors["s0"][:, :, None]
         weight = scaled.reshape(64, 64).T
     x = np.random.default_rng(1).standard_normal((3, 64), np.float32)
-    (y,) = ort.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, {"x0": x})
+    options = set_up("fp32" if bits == 32 else f"int{bits}", 1, own_process=False).options
+    (y,) = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]).run(None, {"x0": x})
     np.testing.assert_allclose(y, x @ weight, atol=0.02 * np.abs(x @ weight).max())
 
 
