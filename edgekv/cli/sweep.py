@@ -78,11 +78,12 @@ def sweep_command(
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in HEADINGS:
-        table.add_column(heading, no_wrap=heading != "error")
+        table.add_column(heading, no_wrap=True)
     for row in rows:
-        table.add_row(*cells(row))
+        *numbers, why = cells(row)
+        table.add_row(*numbers, why.partition(":")[0])  # the rest is in the table that was written
     console = Console()
-    console.width = max(console.width, 160)  # a line per case; a pager or a wide window shows it whole
+    console.width = max(console.width, 200)  # a line per case; a pager or a wide window shows it whole
     console.print(table)
 
 

@@ -20,7 +20,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1c1f24; background: #fff;
 h1 { font-size: 1.5rem; margin-bottom: .25rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .25rem; } .soft { color: #5d6673; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .75rem .3rem 0; text-align: left; border-bottom: 1px solid #d9dee5; vertical-align: top; }
-th { color: #5d6673; font-weight: 500; } .figure { min-height: 200px; }
+th { color: #5d6673; font-weight: 500; } th, td:first-child { white-space: nowrap; } .figure { min-height: 200px; }
 """
 
 #: Browsers unpack the library since 2023 (DecompressionStream); a third of its size travels.

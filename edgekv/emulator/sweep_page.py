@@ -60,7 +60,7 @@ def _chart(rows: Sequence[dict[str, Any]], column: str) -> go.Figure:
     varying = [name for name in ("policy", "kv_budget", "attend") if len({row[name] for row in rows}) > 1]
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        if row[column] is not None:
+        if row[column] is not None and not row["error"]:
             lines.setdefault(", ".join([row["profile"], *(row[name] for name in varying)]), []).append(
                 (row["context"], row[column])
             )
@@ -68,7 +68,14 @@ def _chart(rows: Sequence[dict[str, Any]], column: str) -> go.Figure:
         go.Scatter(x=[x for x, _ in sorted(points)], y=[y for _, y in sorted(points)], name=name, mode="lines+markers")
         for name, points in lines.items()
     ]
-    scale = "linear" if column == "hit_rate" else "log"
-    drawn = figure(traces, height=380, xaxis={"title": "context (tokens)", "type": "log"}, yaxis={"type": scale})
+    share: dict[str, Any] = {"type": "linear", "tickformat": ".0%", "rangemode": "tozero"}
+    contexts = sorted({row["context"] for row in rows})
+    across: dict[str, Any] = {"tickvals": contexts, "ticktext": [f"{context:,}" for context in contexts]}
+    drawn = figure(
+        traces,
+        height=380,
+        xaxis={"title": "context (tokens)", "type": "log", **across},
+        yaxis=share if column == "hit_rate" else {"type": "log", "dtick": "D2"},
+    )
     drawn.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "font": {"size": 10}}, margin={"r": 20})
     return drawn
