@@ -15,6 +15,8 @@ constexpr size_t kSlabFloats = 1 << 19;
 
 // Runs whose states are merged by themselves, before they join the rest.
 constexpr int64_t kBlockRuns = 4;
+// Fewer runs per thread than this are cut in two, by heads: otherwise one thread would often wait for the other.
+constexpr int kFewRuns = 8, kMaxParts = 2;
 
 // Up to this many partial rows are merged by the caller alone: handing them out would take longer.
 constexpr size_t kInlineMerges = 512;
@@ -119,12 +121,13 @@ State Attention::partial(int64_t run) const {
     return state_in(partials_.data() + run % slab_runs_ * state_floats(n, g_.dim_pad), n);
 }
 
-// Merges the run's block if it was the block's last to be done; the block's state is then its first run's.
-void Attention::end_run(int64_t run) {
+// Merges the run's block if this was the last part of its runs; the block's state is then its first run's.
+void Attention::end_run(int64_t run, int parts) {
     const int64_t block = run / kBlockRuns, first = block * kBlockRuns;
     const int64_t n = std::min(kBlockRuns, runs_ - first);
     std::atomic<int>& done = runs_done_[block % (slab_runs_ / kBlockRuns)];
-    if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < n) return;
+    // A run in one part counts as many.
+    if (done.fetch_add(kMaxParts / parts, std::memory_order_acq_rel) + kMaxParts / parts < n * kMaxParts) return;
     done.store(0, std::memory_order_relaxed);
     for (int64_t i = 1; i < n; ++i) {
         kernels_.merge(partial(first), partial(first + i), static_cast<int>(state_rows()), g_.dim_pad);
@@ -175,16 +178,21 @@ void Attention::pages(const PageRef* refs, int64_t start, int64_t stop, const st
         merge_pending_all();
         // As far as the slab has room, next to the runs of a block that the last piece left unfinished.
         const int64_t end = std::min(end_of_runs, run / kBlockRuns * kBlockRuns + slab_runs_);
+        const int64_t n_runs = end - run;
+        const bool whole = before || g_.n_kv_heads % kMaxParts || n_runs >= kFewRuns * pool_.size();
+        const int parts = whole ? 1 : kMaxParts;
+        const int heads = g_.n_kv_heads / parts;
         const auto decode = [&, run](int item, int) {
-            const int64_t first = (run + item) * kRunPages;
+            const int64_t index = run + item / parts, first = index * kRunPages;
+            const int head = item % parts * heads;
             const int n = static_cast<int>(std::min<int64_t>(kRunPages, stop - first));
             const int after = static_cast<int>(std::min<int64_t>(kRunPages, stop - first - n));
             for (int page = 0; before && page < n; ++page) before(first + page);
-            kernels_.decode_run(batch_, refs + first, n, after, partial(run + item),
-                                mass ? mass + (run + item) * mass_stride : nullptr);
-            end_run(run + item);
+            kernels_.decode_run(batch_, {head, head + heads}, refs + first, n, after, partial(index),
+                                mass ? mass + index * mass_stride : nullptr);
+            end_run(index, parts);
         };
-        const int items = static_cast<int>(end - run);
+        const int items = static_cast<int>(n_runs) * parts;
         const size_t bytes = 2 * g_.elements() * static_cast<size_t>(std::min(stop, end * kRunPages) - run * kRunPages);
         if (bytes <= (pool_.lent() ? kAloneBytesLent : kAloneBytes)) {
             for (int item = 0; item < items; ++item) decode(item, 0);

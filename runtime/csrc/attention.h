@@ -64,7 +64,7 @@ class Attention {
   private:
     void copy_padded(const float* from, size_t n, Buffer& buffer) const;
     State partial(int64_t run) const;
-    void end_run(int64_t run);
+    void end_run(int64_t run, int parts);
     size_t state_rows() const { return static_cast<size_t>(g_.n_kv_heads) * batch_.rows; }
     void merge_pending(int head, int heads);
     void merge_pending_all();

@@ -252,15 +252,15 @@ bool fits_tiles(const Batch& b, const Seen& seen) {
 }
 
 template <int Dim, int Page>
-void attend_run(const Batch& b, const PageRef* pages, int n_pages, int n_after, const Seen& seen, const State& out,
-                float* mass, Work& w) {
+void attend_run(const Batch& b, Heads part, const PageRef* pages, int n_pages, int n_after, const Seen& seen,
+                const State& out, float* mass, Work& w) {
     const Geometry& g = *b.g;
     Run<Dim, Page> run{b, g, seen, w};
     const int lines = 2 * g.dim * g.page / 64;
     const int steps = g.dim / tile_depth(g.dim) + (g.dim + 63) / 64 * (1 + g.page / tile_depth(g.page));
     const int fetches = seen.n * (5 + steps);
     w.ahead.per_fetch = (lines + fetches - 1) / fetches;
-    for (int head = 0; head < g.n_kv_heads; ++head) {
+    for (int head = part.first; head < part.end; ++head) {
         // The next head, and after the last one the first head of the next run.
         const bool last = head + 1 == g.n_kv_heads;
         w.ahead.n = 0;
@@ -290,16 +290,17 @@ Seen seen_of(const Batch& b, const PageRef* pages, int n_pages) {
     return seen;
 }
 
-void decode_tiles(const Batch& b, const PageRef* pages, int n_pages, int n_after, const State& out, float* mass) {
+void decode_tiles(const Batch& b, Heads part, const PageRef* pages, int n_pages, int n_after, const State& out,
+                  float* mass) {
     const Geometry& g = *b.g;
     const Seen seen = seen_of(b, pages, n_pages);
     if (!fits_tiles(b, seen)) {
-        avx512_kernels()->decode_run(b, pages, n_pages, n_after, out, mass);
+        avx512_kernels()->decode_run(b, part, pages, n_pages, n_after, out, mass);
         return;
     }
     if (mass) {
-        const size_t n = static_cast<size_t>(g.n_kv_heads) * b.rows * kMassStride;
-        for (size_t i = 0; i < n; ++i) mass[i] = 0.f;
+        const size_t row_floats = static_cast<size_t>(b.rows) * kMassStride;
+        for (size_t i = part.first * row_floats; i < part.end * row_floats; ++i) mass[i] = 0.f;
     }
     TileShapes shapes;
     for (int sums = 0; sums < 4; ++sums) shapes.set(sums, 2 * b.rows, 64);
@@ -311,11 +312,11 @@ void decode_tiles(const Batch& b, const PageRef* pages, int n_pages, int n_after
     Work w;
     for (VF& part : w.parts) part = vset(0.f);
     if (g.dim == 64 && g.page == 32) {
-        attend_run<64, 32>(b, pages, n_pages, n_after, seen, out, mass, w);
+        attend_run<64, 32>(b, part, pages, n_pages, n_after, seen, out, mass, w);
     } else if (g.dim == 128 && g.page == 32) {
-        attend_run<128, 32>(b, pages, n_pages, n_after, seen, out, mass, w);
+        attend_run<128, 32>(b, part, pages, n_pages, n_after, seen, out, mass, w);
     } else {
-        attend_run<0, 0>(b, pages, n_pages, n_after, seen, out, mass, w);
+        attend_run<0, 0>(b, part, pages, n_pages, n_after, seen, out, mass, w);
     }
     TileShapes::release();
 }

@@ -266,16 +266,17 @@ inline void decode_chunk(const Batch& b, const PageRef& ref, Mask128 live, const
 
 inline int steps(int lines, int n) { return lines > n ? (lines + n / 2) / n : 1; }
 
-void decode_run(const Batch& b, const PageRef* pages, int n_pages, int n_after, const State& out, float* mass) {
+void decode_run(const Batch& b, Heads part, const PageRef* pages, int n_pages, int n_after, const State& out,
+                float* mass) {
     const Geometry& g = *b.g;
-    const size_t n = static_cast<size_t>(g.n_kv_heads) * b.rows;
-    for (size_t i = 0; i < n; ++i) {
+    const size_t first = static_cast<size_t>(part.first) * b.rows, n = static_cast<size_t>(part.end) * b.rows;
+    for (size_t i = first; i < n; ++i) {
         out.peak[i] = -kScoreLimit;
         out.total[i] = 0.f;
     }
-    for (size_t i = 0; i < n * g.dim_pad; ++i) out.acc[i] = 0.f;
+    for (size_t i = first * g.dim_pad; i < n * g.dim_pad; ++i) out.acc[i] = 0.f;
     if (mass) {
-        for (size_t i = 0; i < n * kMassStride; ++i) mass[i] = 0.f;
+        for (size_t i = first * kMassStride; i < n * kMassStride; ++i) mass[i] = 0.f;
     }
     Work w;
     w.ahead = {nullptr, nullptr};
@@ -290,9 +291,9 @@ void decode_run(const Batch& b, const PageRef* pages, int n_pages, int n_after, 
         const PageRef* after = p + 1 < n_pages + n_after ? &pages[p + 1] : nullptr;
         const char* ahead = after ? reinterpret_cast<const char*>(static_cast<uintptr_t>(after->data)) : nullptr;
         const size_t bytes = !ahead ? 0 : after->kind == kHot ? g.hot_bytes() : g.warm_bytes();
-        for (int head = 0; head < g.n_kv_heads; head += heads) {
+        for (int head = part.first; head < part.end; head += heads) {
             chunk.head0 = head;
-            chunk.heads = min_of(heads, g.n_kv_heads - head);
+            chunk.heads = min_of(heads, part.end - head);
             for (int h = 0; h < chunk.heads; ++h) chunk.at[h] = head_page(g, ref, head + h);
             // Half of this chunk's share of the next page during the products, half during the rest.
             const size_t share = (bytes * chunk.heads / g.n_kv_heads + 63) / 64 * 64;
@@ -317,7 +318,7 @@ void decode_run(const Batch& b, const PageRef* pages, int n_pages, int n_after, 
         }
     }
     if (mass) {
-        for (size_t i = 0; i < n; ++i) mass[i * kMassStride + kRunPages] = out.peak[i];
+        for (size_t i = first; i < n; ++i) mass[i * kMassStride + kRunPages] = out.peak[i];
     }
 }
 

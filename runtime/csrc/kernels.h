@@ -102,12 +102,18 @@ struct State {
     State at(size_t row, int dim_pad) const { return {peak + row, total + row, acc + row * dim_pad}; }
 };
 
+// KV heads [first, end).
+struct Heads {
+    int first, end;
+};
+
 struct Kernels {
     const char* name;
 
-    // Attends all rows to a run of pages, from an empty state. mass is [n_kv_heads * rows, kMassStride] or null;
-    // n_after pages follow those of the run in memory, to be fetched ahead.
-    void (*decode_run)(const Batch&, const PageRef* pages, int n_pages, int n_after, const State& out, float* mass);
+    // Attends the rows of some heads to a run of pages, from an empty state. out and mass, [n_kv_heads * rows,
+    // kMassStride] or null, are those of all heads. n_after pages follow those of the run in memory, to be fetched ahead.
+    void (*decode_run)(const Batch&, Heads, const PageRef* pages, int n_pages, int n_after, const State& out,
+                       float* mass);
     // Continues the state of rows [row0, row1) of a head with n_pages pages from the start of a run. mass points to
     // the first run's; the next run's lies mass_run_stride floats further.
     void (*blocked_pages)(const Batch&, int head, int row0, int row1, const PageRef* pages, int n_pages,
