@@ -172,7 +172,7 @@ class Device:
         """Return a reader, at the speed of the drive."""
         assert self._cost is not None
         return EmulatedReader(
-            store, spec, capacity, ring, self.medium, self.clock, self._cost, self._link, self.count_fetched
+            store, spec, capacity, ring, self.medium, self.clock, self._cost, self._link, self.count_fetched, pool
         )
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:

@@ -16,6 +16,7 @@ from edgekv.emulator.clock import Clock
 from edgekv.emulator.cost import StepCost
 from edgekv.emulator.link import LinkTraffic
 from edgekv.errors import EdgeKVError
+from edgekv.runtime.kernels import Pool
 from edgekv.runtime.medium import SYSTEM
 from edgekv.runtime.reader import PageReader, Request
 from edgekv.runtime.reads import Reads
@@ -134,8 +135,9 @@ class EmulatedReader(PageReader):
         cost: StepCost,
         link: LinkTraffic,
         fetched: Callable[[int], None],
+        pool: Pool,
     ) -> None:
-        super().__init__(store, spec, capacity, ring, _AtOnce())
+        super().__init__(store, spec, capacity, ring, _AtOnce(pool))
         self._medium = medium
         self._clock = clock
         self._cost = cost
