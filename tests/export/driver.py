@@ -13,17 +13,14 @@ from edgekv.bundle import EmbeddingSpec, Manifest, read_manifest
 from edgekv.codec import quantise_keys, quantise_values
 from edgekv.seam import PageView, paged_attention
 from edgekv.spec import RopeSpec
+from tests.sessions import session_options
 
 Float = NDArray[np.float32]
 
 
 def open_session(path: Path) -> ort.InferenceSession:
     """Open one graph with two threads."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 2
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(path, session_options(), providers=["CPUExecutionProvider"])
 
 
 def rope_tables(rope: RopeSpec, positions: NDArray[np.int64]) -> tuple[Float, Float]:

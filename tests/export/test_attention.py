@@ -10,6 +10,7 @@ from edgekv.contract import GraphSpec, TensorSpec
 from edgekv.export.graph import GraphBuilder
 from edgekv.export.pieces import export_attention
 from edgekv.seam import PageView, paged_attention
+from tests.sessions import session_options
 
 T, Q_HEADS, KV_HEADS, DIM, PAGE = 5, 4, 2, 32, 16
 SCALE = DIM**-0.5
@@ -41,7 +42,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> ort.InferenceSession:
     builder.add(piece, "/seam", {})
     path = tmp_path_factory.mktemp("seam") / "seam.onnx"
     builder.save(spec, path)
-    return ort.InferenceSession(path)
+    return ort.InferenceSession(path, session_options())
 
 
 @pytest.mark.parametrize("n_new", [1, T])

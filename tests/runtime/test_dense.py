@@ -12,6 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.sessions import session_options
+
 kernels = pytest.importorskip("edgekv.runtime._kernels", reason="the native extension is not built")
 pytestmark = pytest.mark.skipif(
     not kernels.dense_names(), reason="no kernels for 4-bit products on this processor: ONNX Runtime's own serve"
@@ -60,9 +62,7 @@ class Matrix:
 
 
 def open_session(model: bytes, *, ours: bool) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 2
+    options = session_options()
     if ours:
         options.register_custom_ops_library(kernels.__file__)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
