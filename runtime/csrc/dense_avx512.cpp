@@ -1,5 +1,6 @@
 // Rows as 8-bit numbers with one scale per block of 32, as accuracy level 4 of MatMulNBits has them.
 #include "dense.h"
+#include "kernels.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
@@ -208,10 +209,7 @@ void product(const Int4Weights& w, const uint8_t* ready, int rows, int col0, int
 const DenseKernels* dense_avx512() {
     static const DenseKernels kernels{"avx512", kColumns, 1, ready_bytes, prepare,
                                       [](int, int) { return size_t{0}; }, product};
-    static const bool usable = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                               __builtin_cpu_supports("avx512vnni");
-    return usable ? &kernels : nullptr;
+    return avx512_kernels() ? &kernels : nullptr;
 }
 
 }  // namespace edgekv
