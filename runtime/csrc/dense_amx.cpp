@@ -1,12 +1,11 @@
 // Many rows at once, as products of bf16 tiles: half of a float's digits for rows and weights, sums in float. That is
 // nearer to the true product than rows of 8 bits are, and the weights are decoded once for all rows.
 #include "dense.h"
+#include "kernels.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cstring>
 
@@ -206,20 +205,19 @@ void product(const Int4Weights& w, const uint8_t* ready, int rows, int col0, int
     _mm_sfence();  // before another thread is told
 }
 
-bool processor_has_tiles() {
-    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kAvx512Bf16 = 1u << 5;
-    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of Linux 5.16
+// Beside the tiles themselves, which amx_kernels() has found and asked the system for.
+bool processor_has_bf16() {
+    constexpr unsigned kTileBf16 = 1u << 22, kAvx512Bf16 = 1u << 5;
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTiles)) return false;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTileBf16)) return false;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
 }
 
 }  // namespace
 
 const DenseKernels* dense_amx() {
     static const DenseKernels kernels{"amx", kColumns, kMinRows, ready_bytes, prepare, work_bytes, product};
-    static const bool usable = dense_avx512() && processor_has_tiles();
+    static const bool usable = amx_kernels() && processor_has_bf16();
     return usable ? &kernels : nullptr;
 }
 
