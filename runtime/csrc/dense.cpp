@@ -75,6 +75,11 @@ void dense(const Int4Weights& weights, const float* x, int rows, float* y, const
         const int col1 = col0 + kernels.columns < weights.n ? col0 + kernels.columns : weights.n;
         uint8_t* const work = work_scratch().at_least(kernels.work_bytes(rows, weights.k));
         kernels.product(weights, ready, rows, col0, col1, y, work);
+        if (!weights.bias) return;
+        for (int row = 0; row < rows; ++row) {
+            float* const at = y + static_cast<size_t>(row) * weights.n;
+            for (int c = col0; c < col1; ++c) at[c] += weights.bias[c];
+        }
     });
 }
 

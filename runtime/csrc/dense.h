@@ -1,4 +1,4 @@
-// Products of rows with a matrix of 4-bit weights, as the operator MatMulNBits of ONNX Runtime stores it, or XNNPACK.
+// Products of rows with a matrix of 4-bit weights, and a bias, as the operator MatMulNBits of ONNX Runtime stores it, or XNNPACK.
 #pragma once
 
 #include <cstddef>
@@ -19,6 +19,7 @@ struct Int4Weights {
     const uint8_t* zeros;  // [n, (blocks + 1) / 2], two to a byte; null: 8
     int n, k;
     ScaleType scale_type;
+    const float* bias = nullptr;  // [n], added to every row; null: none
 };
 
 struct DenseKernels {
@@ -33,7 +34,7 @@ struct DenseKernels {
     void (*prepare)(const float* x, int rows, int k, int row0, int row1, uint8_t* ready);
     // Bytes that one call of product() works in.
     size_t (*work_bytes)(int rows, int k);
-    // y[rows, n] at columns [col0, col1); col0 is a multiple of `columns`.
+    // y[rows, n] without bias at columns [col0, col1); col0 is a multiple of `columns`.
     void (*product)(const Int4Weights&, const uint8_t* ready, int rows, int col0, int col1, float* y, uint8_t* work);
 };
 
@@ -51,7 +52,7 @@ struct Fork {
 // where EDGEKV_ISA names another instruction set.
 const char* dense_names();
 
-// y[rows, n] = x[rows, k] times the transposed weights, with the best kernels there are.
+// y[rows, n] = x[rows, k] times the transposed weights, plus the bias, with the best kernels there are.
 void dense(const Int4Weights&, const float* x, int rows, float* y, const Fork&);
 
 }  // namespace edgekv

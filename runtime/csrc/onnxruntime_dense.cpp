@@ -61,30 +61,27 @@ struct Product {
 
     // The weights are initialisers: they stay where they are for as long as the session lives.
     Status find_weights(void* context) {
-        const void *codes, *scales, *zeros = nullptr, *other = nullptr;
-        Shape shapes[3], unused;
+        const void* data[kInputs] = {};
+        Shape shapes[kInputs];
         size_t n_inputs = 0;
         if (Status status = call<kKernelContextGetInputCount>(context, &n_inputs)) return status;
-        if (Status status = tensor(context, kCodes, &codes, &shapes[0])) return status;
-        if (Status status = tensor(context, kScales, &scales, &shapes[1])) return status;
-        if (n_inputs > kZeros) {
-            if (Status status = tensor(context, kZeros, &zeros, &shapes[2])) return status;
+        for (size_t i = kCodes; i < n_inputs; ++i) {
+            if (Status status = tensor(context, i, &data[i], &shapes[i])) return status;
         }
-        for (size_t i = kGroupIndex; i < n_inputs; ++i) {
-            if (Status status = tensor(context, i, &other, &unused)) return status;
-            if (other) return failure("MatMulNBits: edgekv's kernels take no g_idx and no bias");
-        }
+        if (data[kGroupIndex]) return failure("MatMulNBits: edgekv's kernels take no g_idx");
         const int64_t blocks = dense_blocks(static_cast<int>(k));
-        if (shapes[0].elements() != n * blocks * 16 || shapes[1].elements() != n * blocks ||
-            (zeros && shapes[2].elements() != n * ((blocks + 1) / 2))) {
+        if (shapes[kCodes].elements() != n * blocks * 16 || shapes[kScales].elements() != n * blocks ||
+            (data[kZeros] && shapes[kZeros].elements() != n * ((blocks + 1) / 2)) ||
+            (data[kBias] && shapes[kBias].elements() != n)) {
             return failure("MatMulNBits: the weights do not have the size that N, K and blocks of 32 ask for");
         }
-        weights = {static_cast<const uint8_t*>(codes),
-                   scales,
-                   static_cast<const uint8_t*>(zeros),
+        weights = {static_cast<const uint8_t*>(data[kCodes]),
+                   data[kScales],
+                   static_cast<const uint8_t*>(data[kZeros]),
                    static_cast<int>(n),
                    static_cast<int>(k),
-                   ScaleType::kFloat};
+                   ScaleType::kFloat,
+                   static_cast<const float*>(data[kBias])};
         return nullptr;
     }
 

@@ -49,11 +49,7 @@ void in_parts(int64_t n, int64_t width, F&& body) {
 
 void linear_int4(const float* x, const uint8_t* codes, const void* scales, const float* bias, int rows, int n, int k,
                  float* y) {
-    dense(Int4Weights{codes, scales, nullptr, n, k, ScaleType::kBf16}, x, rows, y, operator_fork);
-    if (!bias) return;
-    for (int row = 0; row < rows; ++row) {
-        for (int i = 0; i < n; ++i) y[static_cast<size_t>(row) * n + i] += bias[i];
-    }
+    dense(Int4Weights{codes, scales, nullptr, n, k, ScaleType::kBf16, bias}, x, rows, y, operator_fork);
 }
 
 void rms_norm(const float* x, const float* residual, const float* weight, float eps, int rows, int k, float* y,

@@ -26,13 +26,14 @@ Float = NDArray[np.float32]
 class Matrix:
     """Random 4-bit weights [n, k]."""
 
-    def __init__(self, n: int, k: int, *, zeros: bool, seed: int) -> None:
+    def __init__(self, n: int, k: int, *, zeros: bool, seed: int, bias: bool = False) -> None:
         random = np.random.default_rng(seed)
         blocks = -(-k // BLOCK)
         self.n, self.k = n, k
         self.codes = random.integers(0, 256, (n, blocks, BLOCK // 2), np.uint8)
         self.scales = random.uniform(0.001, 0.1, (n, blocks)).astype(np.float32)
         self.zeros = random.integers(0, 256, (n, -(-blocks // 2)), np.uint8) if zeros else None
+        self.bias = random.standard_normal(n).astype(np.float32) if bias else None
 
     def decoded(self) -> Float:
         """The weights, [n, k]."""
@@ -45,11 +46,17 @@ class Matrix:
 
     def model(self, **changed: Any) -> bytes:
         """A graph of one product."""
-        tensors = {"codes": self.codes, "scales": self.scales} | (
-            {"zeros": self.zeros} if self.zeros is not None else {}
-        )
+        # An input that is not given has no name.
+        inputs = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "": None, "bias": self.bias}
+        tensors = {name: array for name, array in inputs.items() if array is not None}
         attributes = {"K": self.k, "N": self.n, "bits": 4, "block_size": BLOCK, "accuracy_level": 4} | changed
-        node = onnx.helper.make_node("MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft", **attributes)
+        node = onnx.helper.make_node(
+            "MatMulNBits",
+            ["x", *(name if name in tensors else "" for name in inputs)],
+            ["y"],
+            domain="com.microsoft",
+            **attributes,
+        )
         graph = onnx.helper.make_graph(
             [node],
             "product",
@@ -78,18 +85,22 @@ def relative_error(y: Float, truth: Float) -> float:
     k=st.integers(1, 12).map(lambda blocks: 16 * blocks),
     rows=st.integers(1, 70),
     zeros=st.booleans(),
+    bias=st.booleans(),
     seed=st.integers(0, 9),
 )
-@example(n=300, k=1056, rows=1, zeros=True, seed=0)
-@example(n=300, k=1056, rows=33, zeros=True, seed=0)
-@example(n=64, k=2816, rows=128, zeros=False, seed=0)
-def test_a_product_is_that_of_the_decoded_weights(n: int, k: int, rows: int, zeros: bool, seed: int) -> None:
-    matrix = Matrix(n, k, zeros=zeros, seed=seed)
+@example(n=300, k=1056, rows=1, zeros=True, bias=True, seed=0)
+@example(n=300, k=1056, rows=33, zeros=True, bias=True, seed=0)
+@example(n=64, k=2816, rows=128, zeros=False, bias=False, seed=0)
+def test_a_product_is_that_of_the_decoded_weights(
+    n: int, k: int, rows: int, zeros: bool, bias: bool, seed: int
+) -> None:
+    matrix = Matrix(n, k, zeros=zeros, bias=bias, seed=seed)
     x = np.random.default_rng(seed).standard_normal((rows, k)).astype(np.float32)
     (y,) = open_session(matrix.model(), ours=True).run(None, {"x": x})
     # Rows of 8 bits are within 1/254 of their block's largest number; tiles have 8 bits of each number.
     bound = np.abs(x).max() / 127 * np.abs(matrix.decoded()).sum(axis=1) + 1e-4
-    assert np.all(np.abs(y - x @ matrix.decoded().T) <= bound)
+    truth = x @ matrix.decoded().T + (0 if matrix.bias is None else matrix.bias)
+    assert np.all(np.abs(y - truth) <= bound)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
