@@ -268,21 +268,32 @@ def thrashing(group: tuple[Path, str], tmp_path: Path) -> Iterator[None]:
     program.wait()
 
 
+def stalled_us(watched: Path) -> int:
+    """Microseconds that some task has stalled for memory, by the kernel's own count in the file that is watched."""
+    return int(watched.read_text().split("total=")[1].split()[0])
+
+
 @pytest.mark.slow
 def test_a_run_gives_memory_back_when_the_kernel_says_that_programs_stall(
     thrashing: None, expected: list[int], bundle: Bundle, tmp_path: Path
 ) -> None:
-    if SystemPressure()._stalls is None:
+    system = SystemPressure()
+    if system._stalls is None:
         pytest.skip("this kernel has no pressure stall information, or does not let us wait for it")
+    watched = Path(f"/proc/self/fd/{system._stalls}").readlink()
+    system.close()
     options = RunOptions(kv=KVMode.INT8, threads=2, context=1000, offload=tmp_path / "flash")
     with Generator.open(bundle("demo"), options, OnlyStalls()) as generator:
-        deadline, changes = time.monotonic() + 60, 0
+        began_us, deadline, changes = stalled_us(watched), time.monotonic() + 60, 0
         while not changes and time.monotonic() < deadline:
             assert list(generator.tokens(TOKENS, max_tokens=COUNT)) == expected
             changes = generator.report().pressure.changes  # type: ignore[union-attr]
         pressure = generator.report().pressure
         assert pressure is not None
-        assert pressure.changes > 0, "the kernel reported no stall in a minute"
+        # The trigger asks for 7.5 % of the time: a minute with twice that must have fired it.
+        if not changes and stalled_us(watched) - began_us < 9_000_000:
+            pytest.skip("nothing here makes this kernel's tasks stall for memory: its drive is as fast")
+        assert pressure.changes > 0
         assert pressure.freed_bytes > 0
         assert pressure.failed == 0
         generator.cache.check()  # type: ignore[union-attr]
