@@ -34,7 +34,8 @@ struct Seen {
 };
 
 // What is fetched ahead: a head's keys and values in the pages of a run, a line of each page in turn. Memory answers
-// that sooner than it answers a walk from one end to the other.
+// that sooner than it answers a walk from one end to the other. Into the first cache: a head's part of a run is 32 KiB
+// for channels of 64 and pages of 32.
 struct Pieces {
     const char* keys[kRunPages];
     const char* values[kRunPages];
@@ -52,7 +53,7 @@ struct Pieces {
         for (int i = 0; i < per_fetch && left > 0; ++i, --left) {
             const char** at = left & 1 ? values : keys;
             for (int piece = 0; piece < n; ++piece, ++at) {
-                prefetch(*at);
+                _mm_prefetch(*at, _MM_HINT_T0);
                 *at += 64;
             }
         }
