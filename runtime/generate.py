@@ -31,8 +31,9 @@ from edgekv.runtime.options import check_length, planned_context, verified_stamp
 from edgekv.runtime.options import default_threads as default_threads
 from edgekv.runtime.prepare import Prepared, Segments, check_options, load_dense, prepare_cache
 from edgekv.runtime.sampling import Sampler, SamplingOptions
-from edgekv.runtime.session import Session, common_prefix
+from edgekv.runtime.session import Session
 from edgekv.runtime.session_keeper import SessionKeeper, with_prefix
+from edgekv.runtime.session_restore import common_prefix
 from edgekv.runtime.stats import RunStats
 from edgekv.runtime.text import Text, TextStream
 

@@ -38,7 +38,14 @@ from edgekv.runtime.session_files import (
     write_backup,
 )
 from edgekv.runtime.session_index import INDEX, Row, SessionIndex, State, Tail, chain, from_ranges, to_ranges
-from edgekv.runtime.session_restore import OPEN_HALVES, records_of, restore_open, restore_pages, store_open
+from edgekv.runtime.session_restore import (
+    OPEN_HALVES,
+    common_prefix,
+    records_of,
+    restore_open,
+    restore_pages,
+    store_open,
+)
 from edgekv.runtime.session_store import SessionStore, segment_paths, sync_folder
 from edgekv.runtime.store import aligned_rows
 from edgekv.runtime.wear import WearLedger
@@ -199,14 +206,15 @@ class Session:
         count = restored * size
         open_to = max((step for step in steps if count < step <= known), default=0)
         pruned = from_ranges(state.tail.pruned)
-        if restored == len(state.rows) and open_to:
-            all_pruned = np.isin(np.arange(sealed, open_to), pruned).all()
-            if (state.tail.records or all_pruned) and restore_open(cache, open_to, state.tail.records, self.store):
+        stored = state.tail.records or np.isin(np.arange(sealed, open_to), pruned).all()
+        if restored == len(state.rows) and open_to and stored:
+            if restore_open(cache, open_to, state.tail.records, self.store):
                 count = open_to
+            else:
+                self.problems.append("the open page is damaged; its tokens are computed again")
         cache.prune(pruned[pruned < count])
-        for row in state.rows[restored:]:
-            for record in row.records:
-                self.store.free(record)
+        for record in (record for row in state.rows[restored:] for record in row.records):
+            self.store.free(record)
         self._rows = state.rows[:restored]
         self.discarded_tokens = max(0, len(held) - common_prefix(held, prompt))
         return count, [step for step in steps if step > count]
@@ -389,11 +397,3 @@ class Session:
     def _adopt(self) -> None:
         parts: list[Row | Tail] = [*self._state.rows, self._state.tail]
         self.store.adopt([r for part in parts for r in part.records], [c for part in parts for c in part.checks])
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many tokens two sequences begin with alike."""
-    for count, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return count
-    return min(len(first), len(second))

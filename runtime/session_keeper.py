@@ -2,13 +2,17 @@
 
 Floating point depends on how tokens are cut into steps. So that a resumed run gives the bits of one that never stopped, a
 step of prefill ends at the last page boundary before the end of the prompt, and the positions at which the last steps
-began are saved: tokens of the open page, which a checkpoint does not store, are computed again in the same steps.
+began are saved: tokens of the open page, which a checkpoint does not store, are computed again in the same steps. Those among
+them that were pruned are pruned again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.bundle import Manifest
 from edgekv.errors import StoreError, UsageError
@@ -17,6 +21,8 @@ from edgekv.runtime.machine import HOST, Machine
 from edgekv.runtime.objects import is_url
 from edgekv.runtime.options import RunOptions, daily_limit
 from edgekv.runtime.session import Session, SessionOptions
+from edgekv.runtime.session_index import from_ranges
+from edgekv.runtime.session_restore import common_prefix
 from edgekv.types import KVMode
 
 
@@ -50,6 +56,8 @@ class SessionKeeper:
         self._starts: list[int] = []
         self._steps: list[int] = []
         self._cache: KVCache | None = None
+        #: Positions that are computed again, and were pruned.
+        self._gone: NDArray[np.int64] = np.empty(0, np.int64)
         self._saved = (0, self._now())
 
     def restore(self, cache: KVCache, prompt: Sequence[int]) -> list[int] | None:
@@ -58,10 +66,14 @@ class SessionKeeper:
         Raises:
             StoreError: the medium refused.
         """
+        known = self.sequence if cache is self._cache else self.session.tokens
+        gone = self._gone if cache is self._cache else from_ranges(self.session.state.tail.pruned)
+        self._gone = gone[gone < common_prefix(known, prompt)]
         self.sequence = list(prompt)
         if cache is self._cache:
             return None
         count, self._steps = self.session.restore(cache, prompt)
+        self._gone = self._gone[self._gone >= count]
         self._starts = [start for start in self.session.starts if start < count]
         self._cache = cache
         self._saved = (count, self._now())
@@ -84,7 +96,10 @@ class SessionKeeper:
         return stop
 
     def stepped(self, start: int, cache: KVCache, tokens: Sequence[int]) -> None:
-        """A step that began at ``start`` is done; save if it is time to."""
+        """A step that began at ``start`` is done: prune again what was pruned, and save if it is time to."""
+        if self._gone.size:
+            cache.prune(self._gone[self._gone < len(tokens)])
+            self._gone = self._gone[self._gone >= len(tokens)]
         while self._starts and self._starts[-1] >= start:
             self._starts.pop()
         self._starts.append(start)
@@ -93,7 +108,12 @@ class SessionKeeper:
             self.save(cache, tokens, whole=False)
 
     def save(self, cache: KVCache, tokens: Sequence[int], *, whole: bool) -> None:
-        """Write a checkpoint; a failure is remembered, the run goes on."""
+        """Write a checkpoint; a failure is remembered, the run goes on.
+
+        While tokens are still to be pruned again, the last checkpoint stays: it says which.
+        """
+        if self._gone.size:
+            return
         self._saved = (len(tokens), self._now())
         pending = self.sequence[len(tokens) :] if self.sequence[: len(tokens)] == list(tokens) else []
         starts = [start for start in self._starts if start < len(tokens)]

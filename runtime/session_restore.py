@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +21,14 @@ Bytes = NDArray[np.uint8]
 #: In the tag of a record: it is half of an open fp16 page, the first or the second.
 OPEN_HALVES = (1 << 30, 1 << 31)
 _BATCH_BYTES = 4 * 1024 * 1024
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    for count, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return count
+    return min(len(first), len(second))
 
 
 def restore_pages(cache: KVCache, rows: list[Row], store: SessionStore) -> int:

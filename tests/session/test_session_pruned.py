@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.runtime.session import SessionOptions
+from edgekv.runtime.session import Session, SessionOptions
 from edgekv.runtime.session_index import Tail, _read_tail, from_ranges, to_ranges
+from edgekv.runtime.session_store import segment_paths
 from edgekv.runtime.session_tools import compact, verify
 from edgekv.types import KVMode, Tier
 
@@ -82,6 +84,40 @@ def test_an_open_page_without_a_token_left_is_resumed_as_one(bundle: Bundle, tmp
         generator.cache.check()  # type: ignore[union-attr]
     for logits, right in zip(mine, expected, strict=True):
         np.testing.assert_array_equal(logits, right)
+
+
+def flip_a_bit(path: Path, position: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("which", ["open page", "sealed page"])
+def test_tokens_that_are_computed_again_because_of_damage_stay_pruned(
+    which: str, bundle: Bundle, tmp_path: Path
+) -> None:
+    folder, path = bundle("demo"), tmp_path / "chat.kv"
+    with opened(folder, path, context=400) as generator:
+        generator.prefill(PROMPT, max_tokens=4)
+        assert generator.cache is not None
+        size = generator.manifest.page_size
+        gone = np.concatenate([[3, 3 * size + 1], np.arange(len(PROMPT) // size * size, len(PROMPT) - 2)])
+        generator.cache.prune(gone)
+        expected = generator.cache.table.tokens[:, : len(PROMPT)].tolist()
+    with contextlib.closing(Session.open(SessionOptions(path), None, save=False)) as session:
+        records = session.state.tail.records if which == "open page" else session.state.rows[2].records
+        segment, place = divmod(records[0], 1 << 32)
+        flip_a_bit(segment_paths(path)[segment], place * session.store.spec.record_bytes + 100)
+    for attempt in range(2):  # what the first one saved is whole again
+        with opened(folder, path, context=400) as generator:
+            generator.prefill([*PROMPT, 6, 7], max_tokens=4)
+            assert generator.cache is not None
+            assert generator.cache.table.tokens[:, : len(PROMPT)].tolist() == expected
+            generator.cache.check()
+            assert generator.session is not None
+            assert len(generator.session.problems) == 1 - attempt
 
 
 def test_the_index_of_before_is_read_as_one_where_nothing_was_pruned() -> None:
