@@ -154,7 +154,8 @@ int Attention::row_block() const {
     return std::max((block + kRowBlock - 1) / kRowBlock * kRowBlock, 4 * kRowBlock);
 }
 
-void Attention::pages(const PageRef* refs, int64_t start, int64_t stop, const std::function<void(int64_t)>& before) {
+void Attention::pages(const PageRef* refs, int64_t start, int64_t stop, const std::function<void(int64_t)>& before,
+                      const std::function<void(int64_t)>& after) {
     next_page_ = stop;
     const size_t mass_stride = state_rows() * kMassStride;
     float* mass = want_mass_ ? mass_.data() : nullptr;
@@ -186,10 +187,11 @@ void Attention::pages(const PageRef* refs, int64_t start, int64_t stop, const st
             const int64_t index = run + item / parts, first = index * kRunPages;
             const int head = item % parts * heads;
             const int n = static_cast<int>(std::min<int64_t>(kRunPages, stop - first));
-            const int after = static_cast<int>(std::min<int64_t>(kRunPages, stop - first - n));
+            const int following = static_cast<int>(std::min<int64_t>(kRunPages, stop - first - n));
             for (int page = 0; before && page < n; ++page) before(first + page);
-            kernels_.decode_run(batch_, {head, head + heads}, refs + first, n, after, partial(index),
+            kernels_.decode_run(batch_, {head, head + heads}, refs + first, n, following, partial(index),
                                 mass ? mass + index * mass_stride : nullptr);
+            for (int page = 0; after && page < n; ++page) after(first + page);
             end_run(index, parts);
         };
         const int items = static_cast<int>(n_runs) * parts;

@@ -56,8 +56,10 @@ class Attention {
     void begin(const float* q, const float* new_k, const float* new_v, const int64_t* positions, int n_new,
                int64_t window, int64_t n_pages, bool want_mass);
     // refs[start:stop) of the step's array; start is a multiple of kRunPages, stop too or the end. `before`, if there is one, is
-    // called with each page right before it is attended to, on the thread that does.
-    void pages(const PageRef* refs, int64_t start, int64_t stop, const std::function<void(int64_t)>& before = nullptr);
+    // called with each page right before it is attended to, on the thread that does; `after` when this thread is done with it, in
+    // a step of few rows.
+    void pages(const PageRef* refs, int64_t start, int64_t stop, const std::function<void(int64_t)>& before = nullptr,
+               const std::function<void(int64_t)>& after = nullptr);
     // log_sum_exp [n_new, q_heads] or null: of all scores that a query saw, sinks included; -kScoreLimit for none.
     void finish(float* out, float* page_mass, float* log_sum_exp);
 

@@ -89,9 +89,14 @@ int64_t RowStream::feed(Attention& attention, int layer, std::vector<PageRef>& r
                 refs[page].data = reinterpret_cast<uint64_t>(request.rows + row * row_bytes_ + kPayloadAt);
                 refs[page].kind = kWarm;
             }
-            attention.pages(refs.data(), start, stop, [&](int64_t page) {
-                if (row_of[page - start] >= 0) reader_.check(request, row_of[page - start]);
-            });
+            attention.pages(
+                refs.data(), start, stop,
+                [&](int64_t page) {
+                    if (row_of[page - start] >= 0) reader_.check(request, row_of[page - start]);
+                },
+                [&](int64_t page) {
+                    if (row_of[page - start] >= 0) RowReader::leave(request, row_of[page - start]);
+                });
         }
         free_.push_back(taken.slot);
         if (*error) return -1;
