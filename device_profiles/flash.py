@@ -24,14 +24,17 @@ class FlashDevice:
 
     def __init__(self, flash: Flash) -> None:
         self._flash = flash
+        self._read_t0_s = flash.read_t0_s.value
+        self._read_bytes_per_s = flash.read_bytes_per_s.value
+        self._turn_s = 1.0 / flash.iops_limit.value
         self._free = [0.0] * flash.queue_depth.value  # a heap: when each place in the queue is free again
         self._next_request = self._read_channel = self._drained = 0.0
         self.bytes_read = self.bytes_written = 0
 
     def read(self, now: float, size_bytes: int) -> float:
         """Return when a read of ``size_bytes`` that is asked for at ``now`` seconds is done."""
-        ready = self._start(now) + self._flash.read_t0_s.value
-        done = max(ready, self._read_channel) + size_bytes / self._flash.read_bytes_per_s.value
+        ready = self._start(now) + self._read_t0_s
+        done = max(ready, self._read_channel) + size_bytes / self._read_bytes_per_s
         self._read_channel = done
         self.bytes_read += size_bytes
         return self._finish(done)
@@ -51,7 +54,7 @@ class FlashDevice:
 
     def _start(self, now: float) -> float:
         start = max(now, heapq.heappop(self._free), self._next_request)
-        self._next_request = start + 1.0 / self._flash.iops_limit.value
+        self._next_request = start + self._turn_s
         return start
 
     def _finish(self, done: float) -> float:

@@ -24,6 +24,12 @@ class ThermalState:
         """Share of the cold speed that is left now."""
         return self._floor + (1.0 - self._floor) * self._cold
 
+    def work(self, cold_seconds: float) -> float:
+        """Do under full load what takes ``cold_seconds`` on a cold device; return how long it took, at the speed of now."""
+        seconds = cold_seconds / (self._floor + (1.0 - self._floor) * self._cold)
+        self._cold *= math.exp(-seconds / self._time_constant_s)
+        return seconds
+
     def advance(self, seconds: float, load: float = 1.0) -> None:
         """Let time pass under a load between 0 (idle, it cools) and 1 (full, it heats)."""
         target = 1.0 - load

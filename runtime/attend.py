@@ -86,7 +86,6 @@ class Attender:
         self._reader: PageReader | None = None
         self._lookahead: Lookahead | None = None
         self._streaming: Streaming | None = None
-        self._native = attention
         if cache.manager.store is not None:
             self.stream(cache.manager.store)
 
@@ -95,8 +94,8 @@ class Attender:
         spec = self._cache.spec
         self._reader = self._machine.reader(store, spec, self._piece_pages, self._ring_pieces, self._pool)
         self._lookahead = Lookahead(self._cache, self._reader, self._piece_pages, self._run_pages)
-        native = cast(StreamingAttention, self._native)
-        self._streaming = Streaming(self._cache, native, self._reader, self._lookahead, self._windows)
+        attention = cast(StreamingAttention, self._attention)
+        self._streaming = Streaming(self._cache, attention, self._reader, self._lookahead, self._windows)
         return self._ring_pieces * self._piece_pages * spec.record_bytes
 
     def close(self) -> None:
@@ -133,6 +132,10 @@ class Attender:
     def streams(self, n_pages: int) -> bool:
         """Return whether :meth:`attend_all` can bring the pages of a step that are on flash now."""
         return self._streaming is not None and self._streaming.begin(n_pages)
+
+    def begin_all(self, refs: NDArray[np.void]) -> None:
+        """Begin a step of one token over ``refs`` [n_layers, n_pages]: :meth:`attend_all` follows for each layer."""
+        self._machine.begin_token(refs)
 
     def attend_all(
         self, layer: int, buffers: StepBuffers, positions: NDArray[np.int64], refs: NDArray[np.void], mass: Float

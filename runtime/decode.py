@@ -61,6 +61,7 @@ class TokenStep:
             self._mass_rows = list(self._mass)
         self._mass.fill(0)
         self._addresses = (table.offset[:, page] + cache.manager.arena.address).tolist()
+        self._attender.begin_all(table.refs[:, :n_pages])
         return True
 
     def layer(self, layer: int, buffers: StepBuffers, positions: Int) -> None:

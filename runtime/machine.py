@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgekv.runtime.budget import BudgetPlan
     from edgekv.runtime.cache import KVCache
     from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
-    from edgekv.runtime.kernels import PagedAttention, Pool
+    from edgekv.runtime.kernels import PagedAttention, Pool, Refs
     from edgekv.runtime.store import PageStore
     from edgekv.spec import ModelSpec, PageSpec
 
@@ -52,6 +52,10 @@ class Machine(Protocol):
 
     def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int, pool: Pool) -> PageReader:
         """Return what reads pages ahead; see :class:`PageReader`. ``pool`` checks what came."""
+        ...
+
+    def begin_token(self, refs: Refs) -> None:
+        """A step of one token begins over ``refs`` [n_layers, n_pages]; no page moves before every layer has attended."""
         ...
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
@@ -91,6 +95,9 @@ class Host:
     def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int, pool: Pool) -> PageReader:
         """Return a reader."""
         return PageReader(store, spec, capacity, ring, Reads(pool))
+
+    def begin_token(self, refs: Refs) -> None:
+        """Let it begin."""
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
         """Let it run."""

@@ -25,13 +25,18 @@ class Clock:
 
     def compute(self, cold_seconds: float) -> None:
         """Compute for what takes ``cold_seconds`` on a device that is cold."""
-        seconds = cold_seconds / self.heat.speed
-        self.now += seconds
-        self.busy_s += seconds
-        self.heat.advance(seconds)
-        if self._agenda.next_s <= self.now:
-            self._agenda.run(self.now)
+        self.work(cold_seconds)
         self._passed()
+
+    def work(self, *cold_seconds: float) -> None:
+        """Compute one thing after another, during which the app takes no memory."""
+        for cold_s in cold_seconds:
+            seconds = self.heat.work(cold_s)
+            self.now += seconds
+            self.busy_s += seconds
+            if self._agenda.next_s <= self.now:
+                self._agenda.run(self.now)
+                self._passed()
 
     def wait_until(self, moment_s: float) -> None:
         """Wait; does nothing when the moment has passed."""
@@ -39,5 +44,6 @@ class Clock:
             stop_s = max(min(moment_s, self._agenda.next_s), self.now)
             self.heat.advance(stop_s - self.now, load=0.0)
             self.now = stop_s
-            self._agenda.run(stop_s)
+            if self._agenda.next_s <= stop_s:
+                self._agenda.run(stop_s)
             self._passed()

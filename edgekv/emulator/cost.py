@@ -10,8 +10,25 @@ import numpy as np
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.schema import Compute, DeviceProfile
 from edgekv.device_profiles.work import BITS_PER_WEIGHT
-from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, Refs
+from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, Int64, Refs
 from edgekv.spec import PageSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """How the pages of some layers, one layer after another, are cut: where each piece starts, and which pages are on flash.
+
+    ``starts`` [n_pieces], ``cold`` [n_cold]: indices into the pages of all these layers.
+    """
+
+    starts: Int64
+    cold: Int64
+
+
+@functools.lru_cache(maxsize=4)
+def whole_layers(n_layers: int, n_pages: int) -> Pieces:
+    """Return layers that are not cut, with all their pages in RAM."""
+    return Pieces(np.arange(n_layers) * n_pages, np.empty(0, np.int64))
 
 
 @dataclass(frozen=True)
@@ -94,3 +111,34 @@ class StepCost:
             wanted &= refs["position"] + self.pages.page_size > first_position
         hot, warm = np.bincount(refs["kind"], refs["n_slots"] * wanted, 2).tolist()
         return self.attention(hot, warm, n_tokens * (hot + warm)), int(np.count_nonzero(wanted))
+
+    def pieces_slots(
+        self, refs: Refs, pieces: Pieces, first_positions: Int64 | None = None
+    ) -> tuple[list[int], list[int], int]:
+        """Count what is read of the pages ``refs`` [n_layers, n_pages] of some layers.
+
+        Args:
+            refs: in RAM, or among those on flash that ``pieces`` names.
+            first_positions: [n_layers]; a layer's pages that end before it are outside its window.
+
+        Returns:
+            for each piece its slots, and those of them that are fp16; the number of pages.
+        """
+        if not refs.size:
+            return [0] * len(pieces.starts), [0] * len(pieces.starts), 0
+        slots, count = refs["n_slots"].reshape(-1), refs.size
+        if first_positions is not None:
+            inside = refs["position"] + self.pages.page_size > first_positions[:, None]
+            slots, count = slots * inside.reshape(-1), int(np.count_nonzero(inside))
+        hot = slots * (refs["kind"].reshape(-1) == KIND_HOT)
+        if len(pieces.cold):
+            hot[pieces.cold] = 0
+        return (
+            np.add.reduceat(slots, pieces.starts, dtype=np.int64).tolist(),
+            np.add.reduceat(hot, pieces.starts, dtype=np.int64).tolist(),
+            count,
+        )
+
+    def token_attention(self, slots: int, hot: int) -> float:
+        """Return the seconds in which one token attends to so many slots of a layer, of which so many are fp16."""
+        return self.attention(hot, slots - hot, slots)

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgekv.bundle import Manifest, read_manifest
 from edgekv.device_profiles import DeviceProfile, kv_budget, load
 from edgekv.device_profiles.geometry import Geometry
@@ -26,22 +24,26 @@ from edgekv.emulator.clock import Clock
 from edgekv.emulator.cost import StepCost
 from edgekv.emulator.events import Agenda, Event
 from edgekv.emulator.link import Link, LinkTraffic
-from edgekv.emulator.medium import EmulatedMedium, EmulatedReader
+from edgekv.emulator.medium import EmulatedMedium
 from edgekv.emulator.memory import AppMemory
 from edgekv.emulator.parts import EmulatedAttention, EmulatedInline, EmulatedSegments
+from edgekv.emulator.reader import EmulatedReader
 from edgekv.emulator.timeline import Timeline
+from edgekv.emulator.token import TokenCharges
 from edgekv.errors import EdgeKVError
 from edgekv.runtime.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
 from edgekv.runtime.generate import Generator
-from edgekv.runtime.kernels import PagedAttention, Pool
+from edgekv.runtime.kernels import PagedAttention, Pool, Refs
 from edgekv.runtime.options import RunOptions
 from edgekv.runtime.pressure import Calm, Pressure
 from edgekv.runtime.reader import PageReader
 from edgekv.runtime.store import PageStore
 from edgekv.spec import ModelSpec, PageSpec
 from edgekv.types import Tier, format_bytes, parse_bytes
+
+_HOT, _WARM, _COLD = int(Tier.HOT), int(Tier.WARM), int(Tier.COLD)
 
 
 class Device:
@@ -74,9 +76,9 @@ class Device:
             found = _with_limit(found, parse_bytes(app_limit) if isinstance(app_limit, str) else app_limit)
         self.profile = found
         self._agenda = Agenda()
-        self.clock = Clock(found.thermal, self._agenda, self._hold)
-        self.medium = EmulatedMedium(found.flash, self.clock, seed)
         self.memory = AppMemory(found.memory, found.memory.app_limit_bytes.value)
+        self.clock = Clock(found.thermal, self._agenda, self.memory.check)
+        self.medium = EmulatedMedium(found.flash, self.clock, seed)
         self.timeline = Timeline()
         self._link = LinkTraffic(link or Link())
         self.pages_used = self.pages_fetched = 0
@@ -84,6 +86,7 @@ class Device:
         self._step_tokens = 0
         self._step_began_s = 0.0
         self._cost: StepCost | None = None
+        self._token: TokenCharges | None = None
         for event in events:
             self.schedule(event)
 
@@ -157,7 +160,9 @@ class Device:
 
     def segments(self, engine: SegmentEngine, manifest: Manifest) -> SegmentEngine:
         """Load the weights from the drive."""
-        return EmulatedSegments(engine, self._load(manifest), self.clock, self.begin_step)
+        cost = self._load(manifest)
+        self._token = TokenCharges(cost, self.clock, self.count_used)
+        return EmulatedSegments(engine, cost, self.clock, self._token, self.begin_step)
 
     def inline(self, engine: InlineEngine, manifest: Manifest) -> InlineEngine:
         """Load the weights from the drive."""
@@ -166,7 +171,8 @@ class Device:
     def attention(self, attention: PagedAttention, model: ModelSpec, spec: PageSpec) -> PagedAttention:
         """Return the kernel, at the speed of the device."""
         assert self._cost is not None
-        return EmulatedAttention(attention, self._cost, self.clock, self.count_used)
+        assert self._token is not None
+        return EmulatedAttention(attention, self._cost, self.clock, self._token, self.count_used)
 
     def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int, pool: Pool) -> PageReader:
         """Return a reader, at the speed of the drive."""
@@ -174,6 +180,12 @@ class Device:
         return EmulatedReader(
             store, spec, capacity, ring, self.medium, self.clock, self._cost, self._link, self.count_fetched, pool
         )
+
+    def begin_token(self, refs: Refs) -> None:
+        """Charge the step as a whole; where reads may fail, each layer by itself, so that the page that did is named."""
+        assert self._token is not None
+        if not self.medium.faulty:
+            self._token.begin(refs)
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
         """Count the memory of a new cache."""
@@ -206,6 +218,8 @@ class Device:
     def begin_step(self, n_tokens: int) -> None:
         """The app begins a step; it answers to a new limit before."""
         self.end_step()
+        if self._token is not None:
+            self._token.cancel()
         if self._announced_bytes is not None:
             limit_bytes, self._announced_bytes = self._announced_bytes, None
             self._give_back(limit_bytes)
@@ -233,10 +247,10 @@ class Device:
         cache, memory, drive = self.memory.cache, self.memory, self.medium.drive
         held = hot = warm = cold = 0
         if cache is not None:
-            pages, spec = np.bincount(cache.table.tier.reshape(-1), minlength=len(Tier)).tolist(), cache.spec
-            held = int(cache.table.n_slots.max())
-            hot, warm = pages[Tier.HOT] * spec.hot_bytes, pages[Tier.WARM] * spec.warm_bytes
-            cold = pages[Tier.COLD] * spec.warm_bytes
+            tiers, spec = cache.table.tier.tobytes(), cache.spec
+            held = max(cache.table.n_slots.tolist())
+            hot, warm = tiers.count(_HOT) * spec.hot_bytes, tiers.count(_WARM) * spec.warm_bytes
+            cold = tiers.count(_COLD) * spec.warm_bytes
         self.timeline.sample(
             self.clock.now, seconds, n_tokens, held, self.clock.heat.speed, memory.rss_bytes, memory.limit_bytes,
             hot, warm, cold, self.pages_used, self.pages_fetched, drive.bytes_read, drive.bytes_written,
@@ -249,9 +263,6 @@ class Device:
     def count_fetched(self, pages: int) -> None:
         """So many pages came from flash."""
         self.pages_fetched += pages
-
-    def _hold(self) -> None:
-        self.memory.check()
 
     # -- what happens ------------------------------------------------------------------------------------------
 

@@ -13,16 +13,10 @@ from numpy.typing import NDArray
 from edgekv.device_profiles.flash import FlashDevice
 from edgekv.device_profiles.schema import Flash
 from edgekv.emulator.clock import Clock
-from edgekv.emulator.cost import StepCost
-from edgekv.emulator.link import LinkTraffic
-from edgekv.errors import EdgeKVError
-from edgekv.runtime.kernels import Pool
 from edgekv.runtime.medium import SYSTEM
-from edgekv.runtime.reader import PageReader, Request
 from edgekv.runtime.reads import Reads
 from edgekv.runtime.record import Wanted
-from edgekv.runtime.store import Bytes, PageStore, neighbours
-from edgekv.spec import PageSpec
+from edgekv.runtime.store import Bytes, neighbours
 
 
 class EmulatedMedium:
@@ -92,68 +86,16 @@ class EmulatedMedium:
         self.reads += 1
         return self.drive.read(at_s, size_bytes)
 
+    @property
+    def faulty(self) -> bool:
+        """Whether anything may go wrong with a read."""
+        return bool(self.error_rate or self.damage_rate)
+
     def draw(self) -> str:
         """Decide what goes wrong with the next request: ``error``, ``damage``, or nothing."""
-        if not self.error_rate and not self.damage_rate:
+        if not self.faulty:
             return ""
         chance = self._random.random()
         fault = "error" if chance < self.error_rate else "damage" if chance < self.error_rate + self.damage_rate else ""
         self.faults += bool(fault)
         return fault
-
-
-class _AtOnce(Reads):
-    """Reads that the drive does not know how to do ahead happen when they are asked for, on the thread that runs the app."""
-
-    def stream(self, rows: NDArray[np.uint8], capacity: int, n_layers: int) -> None:
-        """There is no way around the drive."""
-
-    def call(self, read: Callable[[], None]) -> Callable[[], None]:
-        try:
-            read()
-        except EdgeKVError as error:
-            failed = error
-
-            def fail() -> None:
-                raise failed
-
-            return fail
-        return lambda: None
-
-
-class EmulatedReader(PageReader):
-    """A :class:`PageReader` whose reads take the time of the drive, beside the computing that goes on meanwhile."""
-
-    def __init__(
-        self,
-        store: PageStore,
-        spec: PageSpec,
-        capacity: int,
-        ring: int,
-        medium: EmulatedMedium,
-        clock: Clock,
-        cost: StepCost,
-        link: LinkTraffic,
-        fetched: Callable[[int], None],
-        pool: Pool,
-    ) -> None:
-        super().__init__(store, spec, capacity, ring, _AtOnce(pool))
-        self._medium = medium
-        self._clock = clock
-        self._cost = cost
-        self._link = link
-        self._fetched = fetched
-        self._done_s = [0.0] * ring  # by slot
-
-    def request(self, wanted: Wanted) -> None:
-        """Ask the drive, and start to read."""
-        now = self._medium.asked_until = self._clock.now
-        super().request(wanted)
-        remote = self._link.done(now, self._store.counters)
-        self._done_s[self._pending[-1].slot] = max(self._medium.asked_until, remote)
-
-    def _finish(self, request: Request) -> None:
-        super()._finish(request)
-        self._clock.compute(self._cost.fetch(len(request.wanted.records)))
-        self._clock.wait_until(self._done_s[request.slot])
-        self._fetched(len(request.wanted.records))

@@ -38,18 +38,17 @@ class AppMemory:
 
     @property
     def rss_bytes(self) -> int:
-        """Resident set of the app now; 0 when it does not run."""
-        return self.weights_bytes + RUNTIME_OVERHEAD_BYTES + self.cache_bytes if self.weights_bytes else 0
-
-    @property
-    def cache_bytes(self) -> int:
-        """The part of the resident set that is the KV cache. Frames that were touched stay until the arena shrinks."""
-        cache = self._cache
-        if cache is None:
+        """Resident set of the app now; 0 when it does not run. Frames that were touched stay until the arena shrinks."""
+        if not self.weights_bytes:
             return 0
-        arena = cache.manager.arena
-        self._touched_frames = min(max(self._touched_frames, arena.n_frames - arena.free_frames), arena.n_frames)
-        return self._touched_frames * self._frame_bytes + self._staging_bytes
+        if self._cache is None:
+            return self.weights_bytes + RUNTIME_OVERHEAD_BYTES
+        arena = self._cache.manager.arena
+        touched, frames = self._touched_frames, arena.n_frames
+        used = frames - arena.free_frames
+        if used > touched or touched > frames:
+            self._touched_frames = touched = min(max(touched, used), frames)
+        return self.weights_bytes + RUNTIME_OVERHEAD_BYTES + touched * self._frame_bytes + self._staging_bytes
 
     @property
     def cache(self) -> KVCache | None:

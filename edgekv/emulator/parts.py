@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.emulator.clock import Clock
 from edgekv.emulator.cost import StepCost
+from edgekv.emulator.stream import EmulatedStream
+from edgekv.emulator.token import TokenCharges
 from edgekv.runtime.engines.base import InlineEngine, SegmentEngine, StepBuffers
-from edgekv.runtime.kernels import Float, Int64, PagedAttention, Refs
+from edgekv.runtime.kernels import Float, Int64, PagedAttention, Refs, StreamingAttention
 
 
 class EmulatedSegments:
     """A :class:`SegmentEngine` that takes the time of a device.
 
     Args:
+        token: charges for steps of one token instead, when it is active.
         began: called at the start of a step, with its number of tokens.
     """
 
-    def __init__(self, engine: SegmentEngine, cost: StepCost, clock: Clock, began: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        engine: SegmentEngine,
+        cost: StepCost,
+        clock: Clock,
+        token: TokenCharges,
+        began: Callable[[int], None],
+    ) -> None:
+        self._token = token
         self.description = engine.description
         self.executor = engine.executor
         self._engine = engine
-        self._cost = cost
         self._clock = clock
         self._began = began
+        self._segment = functools.cache(cost.segment)
+        self._head = functools.cache(cost.head)
         self._segment_s = 0.0
 
     def prepare(self, n_tokens: int) -> StepBuffers:
         """Begin a step."""
         self._began(n_tokens)
-        self._segment_s = self._cost.segment(n_tokens)
+        self._segment_s = self._segment(n_tokens)
         return self._engine.prepare(n_tokens)
 
     def run(self, index: int, buffers: StepBuffers) -> None:
         """Run a segment."""
         self._engine.run(index, buffers)
-        self._clock.compute(self._segment_s)
+        if not self._token.active:
+            self._clock.compute(self._segment_s)
 
     def head(self, residual: Float, attention: Float) -> Float:
         """Run the last segment."""
         logits = self._engine.head(residual, attention)
-        self._clock.compute(self._cost.head(len(residual)))
+        self._clock.compute(self._head(len(residual)))
         return logits
 
 
@@ -80,11 +95,20 @@ class EmulatedAttention:
     Arguments that cost nothing are handed through as they are.
 
     Args:
+        token: charges for steps of one token instead, when it is active.
         used: called with how many pages the kernel attended to.
     """
 
-    def __init__(self, attention: PagedAttention, cost: StepCost, clock: Clock, used: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        attention: PagedAttention,
+        cost: StepCost,
+        clock: Clock,
+        token: TokenCharges,
+        used: Callable[[int], None],
+    ) -> None:
         self._attention = attention
+        self._token = token
         self._cost = cost
         self._clock = clock
         self._used = used
@@ -94,6 +118,9 @@ class EmulatedAttention:
     def run(self, q: Float, new_k: Float, new_v: Float, positions: Int64, refs: Refs, *rest: Any, **named: Any) -> None:
         """Attend to pages that are all in memory."""
         self._attention.run(q, new_k, new_v, positions, refs, *rest, **named)
+        if self._token.active:
+            self._token.attended(positions)
+            return
         self._begin(positions, rest[1] if len(rest) > 1 else named.get("window", 0))
         self._charge(refs, own=True)
 
@@ -108,6 +135,32 @@ class EmulatedAttention:
         """Attend to a piece."""
         self._attention.pages(refs, start, stop)
         self._charge(refs[start:stop], own=False)
+
+    def stream(
+        self,
+        rows: EmulatedStream,
+        layer: int,
+        q: Float,
+        new_k: Float,
+        new_v: Float,
+        positions: Int64,
+        refs: Refs,
+        out: Float,
+        window: int = 0,
+        page_mass: Float | None = None,
+    ) -> int:
+        """Attend to the pages of a plan; the native call moves the bytes, the plan says what that takes."""
+        native = cast(StreamingAttention, self._attention)
+        bad = native.stream(rows.native, layer, q, new_k, new_v, positions, refs, out, window, page_mass)
+        if self._token.active:
+            return max(bad, self._token.attended(positions, rows))
+        self._begin(positions, window)
+        first = np.array([self._from]) if window else None
+        slots, hot, count = self._cost.pieces_slots(refs[None], rows.of(layer), first)
+        self._used(count)
+        damaged = rows.walk(layer, list(map(self._cost.token_attention, slots, hot)), heed=True)
+        self._charge(None, own=True)
+        return max(bad, damaged)
 
     def finish(self, *rest: Any, **named: Any) -> None:
         """Attend to the new tokens themselves."""
