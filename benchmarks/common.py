@@ -32,7 +32,6 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--kv", required=True)
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory-only", action="store_true", help="allocate for the context, fill little of it")
     return parser.parse_args()
 
 
@@ -100,7 +99,7 @@ class Timing:
             step: generates one more token.
         """
         context = self._options.context
-        tokens = prompt(min(context, 512) if self._options.memory_only else context)
+        tokens = prompt(context)
         meter = Meter()
         started = time.perf_counter()
         prefill(tokens)
@@ -110,7 +109,7 @@ class Timing:
             started = time.perf_counter()
             step()
             times.append(time.perf_counter() - started)
-        line = {
+        return {
             "name": self._options.name,
             "peer": self._peer,
             "kv": self._options.kv,
@@ -126,9 +125,6 @@ class Timing:
             "load_s": round(self._load_s, 2),
             "other_cpu": meter.other_cpu(),
         }
-        if self._options.memory_only:
-            line = {key: value for key, value in line.items() if not key.endswith(("tok_s", "token_s"))}
-        return line
 
 
 def emit(line: dict[str, Any]) -> None:

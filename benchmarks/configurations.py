@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -17,7 +17,6 @@ class Configuration:
         script: measures it. ``python``: of the environment that it needs, in the peers' folder; "" is our own.
         model: file or folder in the peers' folder.
         rounds: how often it runs at each context, at the most; contexts that are missing are not run.
-        memory_only: contexts where only its memory is measured, because filling its cache takes minutes.
         float_kv: its cache holds floats.
         in_bars: it counts among the peers that the bars name.
     """
@@ -28,7 +27,6 @@ class Configuration:
     model: str
     kv: str
     rounds: dict[int, int]
-    memory_only: frozenset[int] = field(default_factory=frozenset)
     float_kv: bool = False
     in_bars: bool = True
 
@@ -41,13 +39,12 @@ class Configuration:
 
     def command(self, peers: Path, context: int, *, threads: int, own_python: str) -> list[str]:
         """Return the command of one measurement."""
-        words = [
+        return [
             str(peers / self.python) if self.python else own_python,
             str(HERE / self.script),
             str(peers / self.model),
             *("--name", self.name, "--kv", self.kv, "--context", str(context), "--threads", str(threads)),
         ]
-        return [*words, "--memory-only"] if context in self.memory_only else words
 
 
 EVERY = {512: 3, 2048: 3, 8192: 2}
@@ -88,14 +85,7 @@ CONFIGURATIONS = (
         "onnxruntime-genai int4, INT8 cache", *_GENAI, "models/genai-int4-int8", "int8", {512: 3, 2048: 3, 8192: 1}
     ),
     Configuration("onnxruntime-genai int4, INT4 cache", *_GENAI, "models/genai-int4-int4", "int4", {512: 3, 2048: 2}),
-    Configuration(
-        "llama.cpp Q4_0, INT8 cache",
-        *_LLAMA,
-        "models/q4_0.gguf",
-        "int8",
-        {512: 3, 2048: 2, 8192: 1},
-        memory_only=frozenset({8192}),
-    ),
+    Configuration("llama.cpp Q4_0, INT8 cache", *_LLAMA, "models/q4_0.gguf", "int8", {512: 3, 2048: 2, 8192: 1}),
     Configuration(
         "transformers bf16",
         "measure_transformers.py",
