@@ -110,23 +110,23 @@ class EmulatedStream:
         return self._cut[layer]
 
     def count(self, layer: int) -> int:
-        """Return in how many pieces a layer is cut."""
-        return len(self._layers[layer])
+        """Return in how many pieces a layer is cut; one of which nothing is on flash is not."""
+        return len(self._layers[layer]) or 1
 
     def whole(self) -> Pieces:
         """Return how all layers are cut, as one."""
         if self._whole is None:
-            cuts = [self._cut[layer] for layer in sorted(self._cut)]
-            sizes = [pieces[-1].stop for _, pieces in sorted(self._layers.items())]
-            before = np.cumsum([0, *sizes[:-1]])
+            layers = sorted(self._layers)
+            n_pages = max(self._layers[layer][-1].stop for layer in layers if self._layers[layer])
+            starts = [self._cut[layer].starts if self._layers[layer] else [0] for layer in layers]
             self._whole = Pieces(
-                np.concatenate([cut.starts + first for cut, first in zip(cuts, before, strict=True)]),
-                np.concatenate([cut.cold + first for cut, first in zip(cuts, before, strict=True)]),
+                np.concatenate([np.add(start, at * n_pages) for at, start in enumerate(starts)]),
+                np.concatenate([self._cut[layer].cold + at * n_pages for at, layer in enumerate(layers)]),
             )
             self._order, self._begins = [], []
-            for _, pieces in sorted(self._layers.items()):
+            for layer in layers:
                 self._begins.append(len(self._order))
-                self._order += [piece for piece in pieces if piece.n_rows]
+                self._order += [piece for piece in self._layers[layer] if piece.n_rows]
         return self._whole
 
     def walk(self, layer: int, attention_s: Sequence[float], *, heed: bool) -> int:

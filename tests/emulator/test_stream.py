@@ -21,15 +21,20 @@ from edgekv.emulator.stream import EmulatedStream
 from edgekv.errors import CorruptPage, StoreError
 from edgekv.runtime.kernels import load_kernels
 from edgekv.runtime.stream import Streaming
+from edgekv.types import Tier
 
 PROMPT = [*range(2, 250), *range(3, 200)]
 needs_native = pytest.mark.skipif(load_kernels().isa() == "numpy", reason="only the native kernels stream")
 
 
-def steps(device: Device, bundle: Path, count: int = 12) -> tuple[list[int], float]:
+def steps(device: Device, bundle: Path, budget: str = "30%", count: int = 12) -> tuple[list[int], float]:
     """Return the tokens of an answer whose pages stream from flash, and its virtual seconds."""
-    with device.open(bundle, kv_budget="30%") as generator:
+    with device.open(bundle, kv_budget=budget) as generator:
         tokens = list(generator.tokens(PROMPT, max_tokens=1))
+        assert generator.cache is not None
+        on_flash = (generator.cache.table.tier == Tier.COLD).any(axis=1)
+        assert on_flash.any()
+        assert on_flash.all() == (budget == "30%")
         began = device.now()
         for _ in range(count):
             tokens.append(int(generator.step([tokens[-1]]).argmax()))
@@ -43,13 +48,14 @@ def phone() -> Iterator[Device]:
 
 
 @needs_native
+@pytest.mark.parametrize("budget", ["30%", "58%"], ids=["of every layer", "of some layers"])
 def test_a_step_charged_as_a_whole_takes_exactly_what_its_layers_take_one_by_one(
-    phone: Device, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    budget: str, phone: Device, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = steps(phone, tiny)
+    together = steps(phone, tiny, budget)
     monkeypatch.setattr(Device, "begin_token", lambda self, refs: None)
     with Device("android-low-4gb") as other:
-        assert steps(other, tiny) == together
+        assert steps(other, tiny, budget) == together
         assert other.timeline.columns() == phone.timeline.columns()
 
 
