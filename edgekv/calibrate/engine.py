@@ -17,6 +17,7 @@ import numpy as np
 
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.work import kv_bytes_per_token, step_work
+from edgekv.errors import BudgetError
 from edgekv.plan.model import read_model
 from edgekv.runtime.budget import pieces_of
 from edgekv.runtime.cache import KVCache
@@ -27,6 +28,10 @@ from edgekv.types import KVMode, Tier
 CONTEXTS, FLASH_CONTEXTS = (64, 2048, 8192), (512, 2048, 8192)
 #: Tokens of a chunk; chunks and tokens that are timed at each context, of which the fastest and the median count; room for them.
 CHUNK, CHUNKS, STEPS, ROOM = 256, 2, 24, 640
+#: Room for the tokens alone: pieces are as large as the budget of the context makes them.
+FLASH_ROOM = 48
+#: From this share of what the drive can do on, a token that streams waits for the drive.
+DRIVE_BOUND_SHARE = 0.9
 #: The longest context is shorter where its fp16 cache would exceed this.
 CACHE_BYTES = 1 << 30
 
@@ -55,12 +60,17 @@ class Timed:
 
 
 @dataclass(frozen=True)
-class _Fetched:
-    """A token that read so many pages from flash, in so many pieces."""
+class Fetched:
+    """A token that read so many pages from flash, in so many pieces.
+
+    ``beyond_s``: seconds of it beyond the computing. ``waits``: for the drive, so that what the host did may have taken less.
+    """
 
     pages: int
     pieces: int
-    token: Timed
+    token_s: float
+    beyond_s: float
+    waits: bool = False
 
 
 def measure_engine(
@@ -68,6 +78,7 @@ def measure_engine(
     threads: int,
     folder: Path,
     weight_read_bytes_per_s: float | None,
+    drive_bytes_per_s: float,
     advance: Callable[[], None] = lambda: None,
 ) -> EngineRates:
     """Measure an engine.
@@ -75,6 +86,7 @@ def measure_engine(
     Args:
         folder: where pages go that do not fit.
         weight_read_bytes_per_s: of its matrix products alone, if known: what a token takes beyond that is overhead.
+        drive_bytes_per_s: what the drive under the folder reads at the most, as far as is known.
         advance: called four times.
     """
     model = read_model(bundle)
@@ -94,11 +106,19 @@ def measure_engine(
         after = _fetched(generator, shortened(FLASH_CONTEXTS, most))
         advance()
     base_s, fp16_s, int8_s = fit_tokens(tokens[KVMode.FP16], tokens[KVMode.INT8])
-    fetches, streamed = [], 0.0
-    for pair in zip(before, after, strict=True):
-        found = min(pair, key=lambda one: one.token.seconds)
-        streamed = max(streamed, found.pages * model.pages.record_bytes / found.token.seconds)
-        fetches.append((found.pages, found.pieces, found.token.seconds - base_s - int8_s * found.token.context))
+    best = [min(pair, key=lambda one: one[2].seconds) for pair in zip(before, after, strict=True)]
+    rates = [pages * model.pages.record_bytes / token.seconds for pages, _, token in best]
+    drive_most = max(drive_bytes_per_s, *rates)
+    fetches = [
+        Fetched(
+            pages,
+            pieces,
+            token.seconds,
+            token.seconds - base_s - int8_s * token.context,
+            rate > DRIVE_BOUND_SHARE * drive_most,
+        )
+        for (pages, pieces, token), rate in zip(best, rates, strict=True)
+    ]
     dense = step_work(
         model.geometry, n_tokens=1, context=0, bits_per_weight=model.bits_per_weight, kv_bytes_per_token=0
     )
@@ -117,18 +137,26 @@ def measure_engine(
         overhead_s=overhead,
         page_fetch_s=page_s,
         piece_fetch_s=piece_s,
-        streamed_bytes_per_s=streamed,
+        streamed_bytes_per_s=max(rates),
     )
 
 
-def _fetched(loaded: Generator, contexts: Sequence[int]) -> list[_Fetched]:
-    """Time tokens with a quarter of the fp16 cache in RAM."""
+def _fetched(loaded: Generator, contexts: Sequence[int]) -> list[tuple[int, int, Timed]]:
+    """Time tokens with a quarter of the fp16 cache in RAM; return pages and pieces that came from flash, and the time.
+
+    Contexts of which a quarter is too little to run with are left out, but not the longest.
+    """
     found = []
     for context in contexts:
-        sequence = _Sequence(loaded, KVMode.INT8, "25%", context)
+        try:
+            sequence = _Sequence(loaded, KVMode.INT8, "25%", context, FLASH_ROOM)
+        except BudgetError:
+            if context == contexts[-1]:
+                raise
+            continue
         for _ in sequence.filled([context]):
             token = sequence.tokens()
-            found.append(_Fetched(*sequence.cold(), token))
+            found.append((*sequence.cold(), token))
         sequence.close()
     return found
 
@@ -141,19 +169,19 @@ def shortened(contexts: Sequence[int], most: int) -> list[int]:
 class _Sequence:
     """A sequence on a loaded bundle whose cache is filled with random numbers."""
 
-    def __init__(self, loaded: Generator, mode: KVMode, budget: str | None, context: int) -> None:
+    def __init__(self, loaded: Generator, mode: KVMode, budget: str | None, context: int, room: int = ROOM) -> None:
         options = loaded.options
         self._generator = loaded.fork(
             RunOptions(
                 kv=mode,
                 kv_budget=budget,
-                context=context + ROOM,
+                context=context + room,
                 threads=options.threads,
                 offload=options.offload,
                 prefill_chunk=options.prefill_chunk,
             )
         )
-        self._plan = self._generator.prepare(context, ROOM)
+        self._plan = self._generator.prepare(context, room)
         self._held = 0
         self._random = np.random.default_rng(7)
 
@@ -163,6 +191,7 @@ class _Sequence:
         for context in contexts:
             while self._held < context:
                 count = min(CHUNK, context - self._held)
+                cache.manager.step += 1  # as a chunk of a prompt does: the oldest pages of every layer leave first
                 keys = self._random.standard_normal((count, cache.spec.n_kv_heads, cache.spec.head_dim), np.float32)
                 positions = np.arange(self._held, self._held + count)
                 for layer in range(cache.spec.n_layers):
@@ -232,17 +261,29 @@ def fit_chunks(shape: Geometry, chunks: Sequence[Timed], overhead: float) -> tup
     return 1 / max(float(matrix_s), 0.1 * fastest), 1 / max(float(attention_s), 1e-15)
 
 
-def fit_fetches(fetches: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
-    """Return the seconds per page and per piece from (pages, pieces, seconds); neither is below zero."""
-    known = [(pages, pieces, seconds) for pages, pieces, seconds in fetches if pages and seconds > 0]
+def fit_fetches(fetches: Sequence[Fetched]) -> tuple[float, float]:
+    """Return the seconds of the host per page and per piece; neither is below zero.
+
+    Tokens that wait for the drive hide what the host did: they count only where the others would have it take longer.
+    """
+    known = [one for one in fetches if one.pages and one.beyond_s > 0]
     if not known:
         return 0.0, 0.0
-    table = np.array(known)
-    scaled = table[:, :2] / table[:, 2:]
-    ones = np.ones(len(table))
-    page_s, piece_s = np.linalg.lstsq(scaled, ones, rcond=None)[0] if len(table) > 1 else (0.0, -1.0)
+    page_s, piece_s = _host_costs([one for one in known if not one.waits] or known)
+    if any(one.pages * page_s + one.pieces * piece_s > one.beyond_s for one in known if one.waits):
+        return _host_costs(known)
+    return page_s, piece_s
+
+
+def _host_costs(fetches: Sequence[Fetched]) -> tuple[float, float]:
+    """Return the seconds per page and per piece: least squares on errors relative to the token."""
+    table = np.array([(one.pages, one.pieces, one.beyond_s) for one in fetches])
+    pages, pieces, beyond = (table / np.array([[one.token_s] for one in fetches])).T
+    page_s, piece_s = 0.0, -1.0
+    if len(fetches) > 1:
+        page_s, piece_s = np.linalg.lstsq(np.stack((pages, pieces), axis=1), beyond, rcond=None)[0]
     if page_s < 0:
-        return 0.0, float(np.median(table[:, 2] / table[:, 1]))
+        return 0.0, float(pieces @ beyond / (pieces @ pieces))
     if piece_s < 0:
-        return float(np.median(table[:, 2] / table[:, 0])), 0.0
+        return float(pages @ beyond / (pages @ pages)), 0.0
     return float(page_s), float(piece_s)

@@ -82,7 +82,14 @@ def calibrate(
     rates = None
     if bundle is not None and model is not None:
         known = matrices.get(model.weights) if model.engine == "onnx" else None
-        rates = measure_engine(bundle, threads, folder, known[0] if known else None, lambda: advance("the engine"))
+        rates = measure_engine(
+            bundle,
+            threads,
+            folder,
+            known[0] if known else None,
+            drive.read_bytes_per_s,
+            lambda: advance("the engine"),
+        )
     progress("done", total, total)
     ram, available, swaps = _memory()
     return Calibration(

@@ -168,13 +168,26 @@ def test_rates_are_recovered_from_the_times_that_they_would_give() -> None:
     assert engine.fit_tokens(fp16, int8) == pytest.approx((0.015, 2e-6, 1e-6))
 
 
+COUNTS = [(264, 48), (920, 72), (3328, 216)]
+
+
 @pytest.mark.parametrize("rates", [(1e-5, 9e-5), (2e-5, 0.0), (0.0, 3e-4)])
 def test_what_a_page_costs_is_told_from_what_a_piece_costs(rates: tuple[float, float]) -> None:
-    counts = [(264, 48), (920, 72), (3328, 216)]
-    fetches = [(pages, pieces, pages * rates[0] + pieces * rates[1]) for pages, pieces in counts]
+    beyond = [pages * rates[0] + pieces * rates[1] for pages, pieces in COUNTS]
+    fetches = [engine.Fetched(*count, 0.01 + one, one) for count, one in zip(COUNTS, beyond, strict=True)]
     assert engine.fit_fetches(fetches) == pytest.approx(rates, abs=1e-9)
-    assert min(engine.fit_fetches([(pages, pieces, 1e-3) for pages, pieces in counts])) >= 0
+    assert min(engine.fit_fetches([engine.Fetched(*count, 1e-2, 1e-3) for count in COUNTS])) >= 0
     assert engine.fit_fetches([]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("waited_s", "fits"), [(0.05, True), (0.01, False)])
+def test_a_token_that_waits_for_the_drive_bounds_what_the_host_does(waited_s: float, fits: bool) -> None:
+    *others, longest = ((*count, count[0] * 5e-6 + count[1] * 5e-5) for count in COUNTS)
+    fetches = [engine.Fetched(pages, pieces, 0.01 + one, one) for pages, pieces, one in others]
+    fetches.append(engine.Fetched(longest[0], longest[1], 0.01 + waited_s, waited_s, waits=True))
+    page_s, piece_s = engine.fit_fetches(fetches)
+    assert ((page_s, piece_s) == pytest.approx((5e-6, 5e-5))) == fits
+    assert longest[0] * page_s + longest[1] * piece_s < longest[2] * 1.01
 
 
 def test_a_model_with_a_short_context_is_measured_at_shorter_ones() -> None:
