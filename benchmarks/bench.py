@@ -59,7 +59,7 @@ def schedule(options: argparse.Namespace) -> Iterator[tuple[Configuration, int]]
         missing = configuration.missing(options.peers)
         if missing:
             say(f"{configuration.name} is missing: {missing} (benchmarks/setup_peers.sh)")
-        elif options.only in configuration.name:
+        elif not options.only or any(name in configuration.name for name in options.only):
             present.append(configuration)
     for context in options.contexts:
         for index in range(options.rounds):
@@ -106,7 +106,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, choices=CONTEXTS)
     parser.add_argument("--wait", type=float, default=30, help="seconds to wait for a quiet machine before each")
-    parser.add_argument("--only", default="", help="only contestants whose name contains this; no kernels")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="only contestants whose name contains one of these; no kernels"
+    )
     parser.add_argument("--record", action="store_true", help="write this machine's row of export/engines.json")
     parser.add_argument("--append", action="store_true", help="add to results.jsonl, for rounds in several sittings")
     parser.add_argument("--kernels", choices=["first", "only", "none"], help="the attention kernels")

@@ -49,6 +49,7 @@ class Configuration:
 
 EVERY = {512: 3, 2048: 3, 8192: 2}
 _GENAI, _LLAMA = ("measure_genai.py", "genai/bin/python"), ("measure_llamacpp.py", "llamacpp/bin/python")
+_OPENVINO, _MNN = ("measure_openvino.py", "openvino/bin/python"), ("measure_mnn.py", "mnn/bin/python")
 
 OURS = "edgekv int4, INT8 pages"
 OURS_FP16 = "edgekv int4, fp16 pages"
@@ -86,6 +87,19 @@ CONFIGURATIONS = (
     ),
     Configuration("onnxruntime-genai int4, INT4 cache", *_GENAI, "models/genai-int4-int4", "int4", {512: 3, 2048: 2}),
     Configuration("llama.cpp Q4_0, INT8 cache", *_LLAMA, "models/q4_0.gguf", "int8", {512: 3, 2048: 2, 8192: 1}),
+    Configuration(
+        "OpenVINO GenAI int4, fp16 cache",
+        *_OPENVINO,
+        "models/openvino-int4",
+        "fp16",
+        {512: 3, 2048: 3, 8192: 1},
+        float_kv=True,
+    ),
+    Configuration(
+        "OpenVINO GenAI int4, INT8 cache", *_OPENVINO, "models/openvino-int4", "int8", {512: 3, 2048: 3, 8192: 1}
+    ),
+    Configuration("MNN int4, fp32 cache", *_MNN, "models/mnn-int4", "fp32", {512: 3, 2048: 2, 8192: 1}, float_kv=True),
+    Configuration("MNN int4, INT8 cache", *_MNN, "models/mnn-int4", "int8", {512: 3, 2048: 2, 8192: 1}),
     Configuration(
         "transformers bf16",
         "measure_transformers.py",

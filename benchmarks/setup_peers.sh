@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install what `make bench` compares with, from pip, and convert one checkpoint for all. Safe to run again.
-# Usage: benchmarks/setup_peers.sh DIR    then: EDGEKV_PEERS=DIR make bench    (12 GB, 20 minutes; compiles llama.cpp)
+# Usage: benchmarks/setup_peers.sh DIR    then: EDGEKV_PEERS=DIR make bench    (13 GB, 25 minutes; compiles llama.cpp)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "${1:?usage: setup_peers.sh DIR}/models"
@@ -39,6 +39,26 @@ if [ ! -e llamacpp/.ready ]; then
   CMAKE_ARGS="$args '-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse'" pip llamacpp install sdist/llama_cpp_python-*.tar.gz
   touch llamacpp/.ready
 fi
+# OpenVINO GenAI and MNN, with the packages of genai/ behind their own
+beside_genai() {
+  [ -x "$1/bin/python" ] || "$python" -m venv "$1"
+  genai/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+    >"$("$1/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/genai.pth"
+}
+if [ ! -e openvino/.ready ]; then
+  say "OpenVINO GenAI"
+  beside_genai openvino
+  pip openvino install "openvino-genai==2026.4.1.0" "nncf==3.4.0" "transformers==5.5.4"
+  pip openvino install --no-deps "optimum==2.3.0" "optimum-intel==2.2.0"  # they ask for torchvision, and use it for images
+  touch openvino/.ready
+fi
+if [ ! -e mnn/.ready ]; then
+  say "MNN"
+  beside_genai mnn
+  pip mnn install "MNN==3.6.1" yaspin
+  pip mnn install --no-deps "llmexport==0.0.5"
+  touch mnn/.ready
+fi
 
 if [ ! -e ckpt/model.safetensors ]; then
   say "checkpoint"
@@ -64,6 +84,22 @@ if [ ! -e models/q4_0.gguf ]; then
   genai/bin/python "$here/peers/convert_gguf.py" llama_source/vendor/llama.cpp ckpt models/bf16.gguf >models/gguf.log 2>&1
   llamacpp/bin/python "$here/peers/quantise_gguf.py" models/bf16.gguf models/q4_0.gguf >>models/gguf.log 2>&1
   rm models/bf16.gguf
+fi
+# OpenVINO: every matrix in 4 bits, in groups of 32
+if [ ! -e models/openvino-int4/openvino_model.bin ]; then
+  say "models/openvino-int4"
+  HF_HUB_OFFLINE=1 openvino/bin/optimum-cli export openvino --model ckpt --task text-generation-with-past \
+    --weight-format int4 --sym --group-size 32 --ratio 1.0 --all-layers models/openvino-int4 >models/openvino.log 2>&1
+fi
+# MNN: 4 bits in blocks of 32. The exporter imports its own modules by their bare names, so it runs as a file; its
+# converter would install a client that reports what was converted, so it has no index to install that from.
+if [ ! -e models/mnn-int4/config.json ]; then
+  say "models/mnn-int4"
+  exporter=$(mnn/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/llmexport/llmexport.py
+  (cd models && PIP_NO_INDEX=1 ../mnn/bin/python "$exporter" --path "$dir/ckpt" --export mnn --quant_bit 4 \
+    --quant_block 32 --sym --dst_path mnn-int4.part >mnn.log 2>&1)
+  rm -r models/mnn-int4.part/onnx models/.export.log
+  mv models/mnn-int4.part models/mnn-int4
 fi
 # ExecuTorch's own export, where edgekv's environment has executorch: float and INT8 cache
 own_python=${EDGEKV_PYTHON:-$here/../.venv/bin/python}
