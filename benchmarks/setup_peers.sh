@@ -98,7 +98,7 @@ if [ ! -e models/mnn-int4/config.json ]; then
   exporter=$(mnn/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/llmexport/llmexport.py
   (cd models && PIP_NO_INDEX=1 ../mnn/bin/python "$exporter" --path "$dir/ckpt" --export mnn --quant_bit 4 \
     --quant_block 32 --sym --dst_path mnn-int4.part >mnn.log 2>&1)
-  rm -r models/mnn-int4.part/onnx models/.export.log
+  rm -f models/.export.log
   mv models/mnn-int4.part models/mnn-int4
 fi
 # ExecuTorch's own export, where edgekv's environment has executorch: float and INT8 cache
