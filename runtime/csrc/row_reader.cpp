@@ -1,5 +1,6 @@
 #include "row_reader.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -51,6 +52,11 @@ int RowReader::wait(int64_t ticket) {
         for (int row = 0; row < n; ++row) check(request, row);
     }
     return 0;
+}
+
+int64_t RowReader::unfinished() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::count_if(open_.begin(), open_.end(), [](const auto& entry) { return entry.second.left > 0; });
 }
 
 void RowReader::done(const Run& run, int error) {

@@ -44,6 +44,8 @@ class RowReader {
     // The two halves of it: waits and hands back the request, then says of one row, on any thread, whether it is good.
     int arrive(int64_t ticket, RowRequest* request);
     void check(const RowRequest& request, int64_t row) const;
+    // Requests that are on their way, as far as is known: what came is noted when one is submitted or waited for.
+    int64_t unfinished();
     // This thread will not look at a row again: its cache lines leave this core, so that who fills the row next finds them
     // in the cache that all cores share. (Where a drive is virtual, that is another core, and a line that it has to fetch
     // back from here costs it more than the copying.)

@@ -3,6 +3,13 @@
 #include <utility>
 
 namespace edgekv {
+namespace {
+
+// One slot in so many is not asked for while the others are on their way. Virtual drives report what they read when nothing is
+// left to read: then all slots are full at once, and the drive would wait until the first of them was attended to.
+constexpr int kSlotsPerSpare = 5;
+
+}  // namespace
 
 RowStream::RowStream(RowReader& reader, uint8_t* rows, int64_t row_bytes, int64_t capacity, int n_slots, int n_layers)
     : reader_(reader),
@@ -10,6 +17,7 @@ RowStream::RowStream(RowReader& reader, uint8_t* rows, int64_t row_bytes, int64_
       row_bytes_(row_bytes),
       capacity_(capacity),
       plans_(static_cast<size_t>(n_layers)),
+      most_(n_slots - n_slots / kSlotsPerSpare),
       good_(static_cast<size_t>(capacity * n_slots)) {
     for (int slot = n_slots; slot-- > 0;) free_.push_back(slot);
 }
@@ -42,10 +50,10 @@ void RowStream::request(int layer, int64_t piece) {
     next_piece_ = piece + 1;
 }
 
-// Requests what comes next, into the next step where this one ends, while there is a free slot.
+// Requests what comes next, into the next step where this one ends, while there is a free slot and not too much on its way.
 void RowStream::fill() {
     int idle = 0;  // layers in a row of which nothing is on flash
-    while (!free_.empty() && idle <= n_layers()) {
+    while (!free_.empty() && reader_.unfinished() < most_ && idle <= n_layers()) {
         const StreamPlan& plan = plans_[next_layer_];
         while (next_piece_ < plan.n_pieces() && !plan.rows_in(next_piece_)) ++next_piece_;
         if (next_piece_ < plan.n_pieces()) {
@@ -82,6 +90,7 @@ int64_t RowStream::feed(Attention& attention, int layer, std::vector<PageRef>& r
         RowRequest request;
         *error = reader_.arrive(taken.ticket, &request);
         if (!*error) {
+            fill();
             std::vector<int64_t> row_of(static_cast<size_t>(stop - start), -1);
             for (int64_t row = 0; row < count; ++row) {
                 const int64_t page = plan.pages[first + row];

@@ -62,6 +62,7 @@ class RowStream {
     uint8_t* const rows_;
     const int64_t row_bytes_, capacity_;
     std::vector<StreamPlan> plans_;
+    const int64_t most_;         // requests that are on their way at a time
     std::vector<uint8_t> good_;  // per row of the ring
     std::vector<int> free_;
     std::deque<Ahead> ahead_;
