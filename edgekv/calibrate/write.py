@@ -102,8 +102,8 @@ def _compute(found: Calibration, measured: str, entry: Callable[..., str]) -> li
                 entry("gemm_ops_per_s", gemm, f"{weights} products alone: {measured}"),
                 entry("attention_ops_per_s", found.attention_ops_per_s, f"INT8 pages, 4096 tokens: {measured}"),
                 entry("overhead_s", 0.005, "estimate: calls between 24 layers; measure with --bundle", "low"),
-                entry("page_fetch_s", 2e-6, "estimate, from one x86 CPU; measure with --bundle", "low"),
-                entry("piece_fetch_s", 1.5e-4, "estimate, from one x86 CPU; measure with --bundle", "low"),
+                entry("page_fetch_s", 0.0, "estimate, from one x86 CPU; measure with --bundle", "low"),
+                entry("piece_fetch_s", 7e-5, "estimate, from one x86 CPU; measure with --bundle", "low"),
                 "",
             ]
         for other, (read, gemm) in found.matrices.items():

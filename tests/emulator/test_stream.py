@@ -60,7 +60,7 @@ def test_a_step_charged_as_a_whole_takes_exactly_what_its_layers_take_one_by_one
 
 
 @needs_native
-def test_streaming_natively_takes_about_what_walking_piece_by_piece_does(
+def test_streaming_natively_takes_a_little_less_than_walking_piece_by_piece(
     phone: Device, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, seconds = steps(phone, tiny)
@@ -70,8 +70,8 @@ def test_streaming_natively_takes_about_what_walking_piece_by_piece_does(
     assert same == tokens
     assert other.pages_fetched == phone.pages_fetched
     assert other.pages_used == phone.pages_used
-    # The two ask for a piece at slightly different moments: when a slot is free, and when the next one is taken.
-    assert seconds == pytest.approx(walked, rel=0.1)
+    # The stream asks for a piece as soon as a slot is free, the walk when it takes the next one.
+    assert 0.75 * walked < seconds <= walked
 
 
 @needs_native
