@@ -209,6 +209,17 @@ def weighted_loss(model: DemoModel, ids: Tensor, weights: Tensor, positions: Ten
     return (token_loss * weights[:, 1:].flatten()).sum() / ids.shape[0]
 
 
+def optimizers_of(model: DemoModel, lr: float) -> list[torch.optim.Optimizer]:
+    """Return what trains the matrices, and what trains the rest."""
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
+    # Muon learns the matrices in fewer steps than AdamW; "match_rms_adamw" lets both share one learning rate.
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
 def exact_share(model: nn.Module, sampler: TaskSampler, prompt_tokens: int, fact_count: int, samples: int) -> float:
     """Share of questions whose whole answer is the arg max at every step, which is what greedy decoding gives."""
     hits = 0
@@ -289,13 +300,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"{sum(map(len, books)) / 1e6:.2f} M training tokens, {len(held_out)} held-out tokens", flush=True)
 
     model = DemoModel(shape)
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-    # Muon learns the matrices in fewer steps than AdamW; "match_rms_adamw" lets both share one learning rate.
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    optimizers = optimizers_of(model, args.lr)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     step, tokens, spent_s = 0, 0, 0.0
     checkpoint_path = args.work / "checkpoint.pt"

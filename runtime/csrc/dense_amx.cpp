@@ -2,6 +2,7 @@
 // nearer to the true product than rows of 8 bits are, and the weights are decoded once for all rows.
 #include "dense.h"
 #include "kernels.h"
+#include "tile_shapes.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #include <cpuid.h>
@@ -116,12 +117,6 @@ void decode_columns(const Int4Weights& w, int col, uint8_t* panel) {
     }
 }
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_per_row[16] = {};
-    uint8_t rows[16] = {};
-};
-
 // The compiler does not know that tile instructions read and write memory: GCC before 13 drops stores to it.
 inline void tiles_touch(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
@@ -172,14 +167,10 @@ void product(const Int4Weights& w, const uint8_t* ready, int rows, int col0, int
     float* const sums = reinterpret_cast<float*>(work + panel_bytes(w.k));
     decode_columns(w, col0, panel);
     decode_columns(w, col0 + kTile < col1 ? col0 + kTile : col0, panel + kTileBytes);
-    TileConfig config;
-    for (int tile = 0; tile < 8; ++tile) {
-        config.bytes_per_row[tile] = 64;
-        config.rows[tile] = kTile;
-    }
-    tiles_touch(&config);
+    TileShapes shapes;
+    for (int tile = 0; tile < 8; ++tile) shapes.set(tile, kTile, 64);
     tiles_touch(panel);
-    _tile_loadconfig(&config);
+    shapes.configure();
     const size_t row_stride = n_blocks * kTileBytes;
     for (int block = 0; block < n_blocks; block += kPanelBlocks) {
         const int n = n_blocks - block < kPanelBlocks ? n_blocks - block : kPanelBlocks;
@@ -189,7 +180,7 @@ void product(const Int4Weights& w, const uint8_t* ready, int rows, int col0, int
             tiles(upper, lower, panel + 2 * block * kTileBytes, n, block == 0, sums + tile * kTile * kColumns);
         }
     }
-    _tile_release();
+    TileShapes::release();
     // Past the caches: at this number of rows the result is larger than they are, and fetching its lines first costs.
     const bool whole = col1 - col0 == kColumns && w.n % kTile == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
     for (int row = 0; row < rows; ++row) {

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "tile_shapes.h"
+
 namespace {
 
 constexpr float kLargestDigits = 32639.f;  // 127 * 256 + 127
@@ -108,19 +110,5 @@ inline void store_sums(int32_t* to, size_t step, int n) {
     if (n > 2) tile_store<2>(to + 2 * step, 64);
     if (n > 3) tile_store<3>(to + 3 * step, 64);
 }
-
-// What ldtilecfg reads.
-struct alignas(64) TileShapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-    void set(int tile, int n_rows, int bytes) {
-        rows[tile] = static_cast<uint8_t>(n_rows);
-        row_bytes[tile] = static_cast<uint16_t>(bytes);
-    }
-    void configure() const { asm volatile("ldtilecfg %0" : : "m"(*this)); }
-    static void release() { asm volatile("tilerelease"); }
-};
-static_assert(sizeof(TileShapes) == 64, "ldtilecfg reads 64 bytes");
 
 }  // namespace
