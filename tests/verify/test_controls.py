@@ -19,8 +19,8 @@ from edgekv.verify.verdict import Verdict
 Bundle = Callable[..., Path]
 
 #: No questions, no baselines: what a control must fail is the comparison.
-SHORT = Settings(tokens=384, decode=128, greedy=0, suite=Suite.none(), baselines=False)
-PREFILL = 256
+SHORT = Settings(tokens=640, decode=128, greedy=0, suite=Suite.none(), baselines=False)
+PREFILL = 512
 
 
 def judged(
@@ -54,7 +54,7 @@ def test_the_standard_gate_fails_every_control(form: str, name: str, bundle: Bun
 
 #: Enough pages that a quarter of them is a choice.
 SELECTIVE = replace(
-    SHORT, tokens=640, suite=Suite(lengths=(1024,), depths=(0.25, 0.5, 0.75), keys=(), pairs=(), others=False)
+    SHORT, tokens=1280, suite=Suite(lengths=(1024,), depths=(0.25, 0.5, 0.75), keys=(), pairs=(), others=False)
 )
 
 
