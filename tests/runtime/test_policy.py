@@ -71,14 +71,15 @@ def test_no_policy_changes_the_text_unless_dropping_is_allowed(policy: str, bund
 
 @pytest.mark.parametrize("policy", NAMES)
 def test_what_is_dropped_is_counted_and_each_later_need_of_it_too(policy: str, bundle: Bundle) -> None:
-    _, generator = run(bundle, policy=policy, kv_budget="22%", allow_drop=True)
+    said, generator = run(bundle, policy=policy, kv_budget="22%", allow_drop=True)
     with generator:
         counters, cache = generator.report().pages, generator.cache
         assert counters is not None
         assert cache is not None
         dropped = cache.table.tier == Tier.DROPPED
         assert counters.pages_dropped == np.count_nonzero(dropped) > 50
-        assert counters.pages_missed >= 19 * 50, "exact attention needs every page at every step"
+        assert len(said) > 5, "a model that misses pages may end its text early"
+        assert counters.pages_missed >= (len(said) - 1) * 50, "exact attention needs every page at every step"
         assert not dropped[:, 0].any(), "the sinks stay"
         sealed = int(cache.table.n_slots[0]) // cache.spec.page_size
         assert not dropped[:, sealed - 2 :].any(), "the recent pages stay"
