@@ -1,6 +1,6 @@
 """A long session inside a memory limit that the operating system enforces, with a KV budget and without.
 
-    python benchmarks/capped_memory.py BUNDLE [--context 16384] [--kv-budget 64MiB] [--limit 512MiB]
+    python benchmarks/capped_memory.py BUNDLE [--context 16384] [--kv-budget 64MiB] [--limit 384MiB]
 
 Runs the same prompt twice in a process of its own under a control group: with the budget, keeping a session, which must complete
 and resume; and without, which the system must kill. Prints a JSON line for each; exits with 1 unless it went so.
@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--context", type=int, default=16_384)
     parser.add_argument("--kv-budget", default="64MiB")
-    parser.add_argument("--limit", default="512MiB")
+    parser.add_argument("--limit", default="384MiB")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.folder is not None:
