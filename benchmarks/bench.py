@@ -24,7 +24,10 @@ from engines import engine_row, record
 from plot import plot
 from tables import bar_table, figure_table
 
+from edgekv import NO_TELEMETRY  # set for this process and for every contestant that it starts
+
 ROOT = HERE.parent
+assert NO_TELEMETRY.items() <= os.environ.items()
 
 
 def say(text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import edgekv as edgekv  # first: it keeps the engines that tests load from reporting home
 from tests.checkpoints import make_checkpoint
 
 

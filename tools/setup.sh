@@ -21,4 +21,8 @@ echo "installing PyTorch (the largest part; a few minutes the first time)"
 pip install "torch==2.13.0"
 echo "installing edgekv and its tools"
 pip install -e ".[dev]"
+# A test watches system calls; without strace it is skipped.
+if ! command -v strace >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  { apt-get update && apt-get install --yes --no-install-recommends strace; } >/dev/null 2>&1 || echo "strace could not be installed" >&2
+fi
 echo "ready: $venv/bin/edgekv"
