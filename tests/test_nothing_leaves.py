@@ -121,7 +121,7 @@ def edgekv(*arguments: str | Path) -> list[str | Path]:
     return [sys.executable, "-m", "edgekv", *arguments]
 
 
-LONG = ["--prompt-file", ROOT / "examples" / "long_prompt.txt", "--kv-budget", "25%", "-n", "5"]
+LONG = ["--prompt-file", str(ROOT / "examples" / "long_prompt.txt"), "--kv-budget", "25%", "-n", "5"]
 
 
 def test_a_run_opens_no_socket_and_writes_only_into_the_cache_folder(bundle: Bundle, home: Home) -> None:
