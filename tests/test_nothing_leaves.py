@@ -70,21 +70,9 @@ class Home:
         log = self.path / "strace.txt"
         self.tmp.mkdir(exist_ok=True)
         own = {"HOME": str(self.path), "TMPDIR": str(self.tmp), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
-        strace = [
-            "strace",
-            "-f",
-            "-y",
-            "--seccomp-bpf",
-            "-qq",
-            "-s",
-            "4096",
-            "-o",
-            log,
-            "-e",
-            "trace=%network,%file,creat",
-        ]
+        strace = ["strace", "-f", "-y", "--seccomp-bpf", "-qq", "-s", "4096", "-o", str(log)]
         result = subprocess.run(
-            [*strace, *command],
+            [*strace, "-e", "trace=%network,%file,creat", *map(str, command)],
             cwd=self.path,
             env={"PATH": os.environ["PATH"], **own},
             capture_output=True,
