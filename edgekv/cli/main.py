@@ -1,10 +1,10 @@
-"""The `edgekv` command: mounts the subcommands and prints errors, in one place."""
+"""The `edgekv` command: mounts the subcommands."""
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -15,9 +15,9 @@ from edgekv.cli.export import export_command
 from edgekv.cli.inspect import inspect_command
 from edgekv.cli.offload import app as offload_app
 from edgekv.cli.prefix import app as prefix_app
+from edgekv.cli.process import exit_code, open_streams
 from edgekv.cli.profiles import app as profiles_app
 from edgekv.cli.sessions import app as sessions_app
-from edgekv.errors import EdgeKVError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,24 +56,23 @@ def _root(
     pass
 
 
+def run_command_line(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code; see :data:`edgekv.cli.process.EXIT_CODES`."""
+
+    def command() -> None:
+        parser = typer.main.get_command(app)
+        with parser.make_context("edgekv", list(arguments)) as context:
+            parser.invoke(context)
+
+    return exit_code(command)
+
+
 def main() -> None:
-    """Run the command line; an EdgeKVError becomes one line on stderr and its exit code."""
-    try:
-        app()
-    except EdgeKVError as error:
-        print(f"edgekv: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (MemoryError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
-            raise
-        print("edgekv: the system gives this process no more memory; lower --kv-budget or --context", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("edgekv: interrupted", file=sys.stderr)
-        sys.exit(130)
+    """Be the process of a command line."""
+    if "_EDGEKV_COMPLETE" in os.environ:
+        app(prog_name="edgekv")  # the shell asks what could be typed
+    open_streams()
+    sys.exit(run_command_line(sys.argv[1:]))
 
 
 if __name__ == "__main__":
