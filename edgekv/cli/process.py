@@ -76,7 +76,7 @@ def open_streams() -> None:
 def _output(number: int, stream: TextIO | None) -> TextIO:
     encoding = stream.encoding if stream is not None else "utf-8"
     raw = open(number, "wb", closefd=False)  # noqa: SIM115 - it lives as long as the process
-    return Output(raw, encoding=encoding, errors="backslashreplace", line_buffering=number == 2 or raw.raw.isatty())
+    return Output(raw, encoding=encoding, errors="backslashreplace", line_buffering=number == 2 or os.isatty(number))
 
 
 def exit_code(command: Callable[[], object]) -> int:
