@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import enum
 import re
+from typing import Final
 
 from edgekv.errors import UsageError
 
 
-class Tier(enum.IntEnum):
-    """Where the keys and values of a page are; the order is the cost of reaching them."""
+class Tier:
+    """Where the keys and values of a page are; the order is the cost of reaching them.
 
-    HOT = 0  #: RAM, fp16
-    WARM = 1  #: RAM, INT8
-    COLD = 2  #: flash, INT8
-    REMOTE = 3  #: object store, INT8
-    DROPPED = 4  #: tokens known, keys and values gone
-    FREE = 5  #: no page here (never written, or every token pruned)
+    Plain integers, not an enumeration: they are compared with NumPy's numbers in every step, and NumPy asks an enumeration for
+    its type in Python code, in which a Ctrl-C is lost.
+    """
+
+    HOT: Final = 0  #: RAM, fp16
+    WARM: Final = 1  #: RAM, INT8
+    COLD: Final = 2  #: flash, INT8
+    REMOTE: Final = 3  #: object store, INT8
+    DROPPED: Final = 4  #: tokens known, keys and values gone
+    FREE: Final = 5  #: no page here (never written, or every token pruned)
+
+    #: Of the tiers that hold pages, in their order.
+    NAMES: Final = ("HOT", "WARM", "COLD", "REMOTE", "DROPPED")
 
 
 class KVMode(str, enum.Enum):

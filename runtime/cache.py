@@ -243,7 +243,7 @@ class KVCache:
 
     def use(self) -> CacheUse:
         """Return how much the cache holds now, by tier."""
-        counts = {tier.name: int(np.count_nonzero(self.table.tier == tier)) for tier in Tier if tier != Tier.FREE}
+        counts = {name: int(np.count_nonzero(self.table.tier == tier)) for tier, name in enumerate(Tier.NAMES)}
         size = {
             "HOT": self.spec.hot_bytes,
             "WARM": self.spec.warm_bytes,

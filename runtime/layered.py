@@ -15,7 +15,6 @@ from edgekv.errors import StoreError, StoreFull
 from edgekv.runtime.reads import Reads
 from edgekv.runtime.record import Wanted
 from edgekv.runtime.store import PageStore
-from edgekv.types import Tier
 
 Bytes = NDArray[np.uint8]
 
@@ -86,7 +85,7 @@ class LayeredStore:
         if store is self._flash:
             self._room += 1
 
-    def tier(self, record: int) -> Tier:
+    def tier(self, record: int) -> int:
         """Return COLD or REMOTE."""
         store, base = self._at(record)
         return store.tier(record - base)

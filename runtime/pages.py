@@ -382,7 +382,7 @@ class PageManager:
             self.table.record[page] = record
 
     def _candidates(
-        self, tier: Tier, *, unpinned: bool = False, among: NDArray[np.bool_] | None = None
+        self, tier: int, *, unpinned: bool = False, among: NDArray[np.bool_] | None = None
     ) -> NDArray[np.int64]:
         return candidates(self.table, self.options, tier, unpinned=unpinned, among=among)
 

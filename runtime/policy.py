@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from edgekv.errors import UsageError
 from edgekv.runtime.table import PageTable
-from edgekv.types import Tier
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class CacheOptions:
 def candidates(
     table: PageTable,
     options: CacheOptions,
-    tier: Tier,
+    tier: int,
     *,
     unpinned: bool = False,
     among: NDArray[np.bool_] | None = None,

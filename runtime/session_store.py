@@ -231,7 +231,7 @@ class SessionStore:
 
     # -- commits -----------------------------------------------------------------------------------------------
 
-    def tier(self, record: int) -> Tier:
+    def tier(self, record: int) -> int:
         """Return COLD: everything here is on flash."""
         return Tier.COLD
 

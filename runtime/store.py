@@ -69,7 +69,7 @@ class PageStore(Protocol):
         """Let a record be overwritten."""
         ...
 
-    def tier(self, record: int) -> Tier:
+    def tier(self, record: int) -> int:
         """Return where a record is: COLD, on flash, or REMOTE, in an object store."""
         ...
 
@@ -270,7 +270,7 @@ class FlashStore:
         """Let a record be overwritten by a later page."""
         self._free.append(record)
 
-    def tier(self, record: int) -> Tier:
+    def tier(self, record: int) -> int:
         """Return COLD: everything here is on flash."""
         return Tier.COLD
 

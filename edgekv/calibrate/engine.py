@@ -213,7 +213,7 @@ class _Sequence:
 
     def cold(self) -> tuple[int, int]:
         """Return how many pages a token reads from flash, and in how many pieces."""
-        pages = self._cache.use().pages_by_tier.get(Tier.COLD.name, 0)
+        pages = self._cache.use().pages_by_tier.get(Tier.NAMES[Tier.COLD], 0)
         return pages, pieces_of(pages, self._cache.spec.n_layers, self._plan.piece_pages)
 
     def close(self) -> None:

@@ -43,8 +43,6 @@ from edgekv.runtime.store import PageStore
 from edgekv.spec import ModelSpec, PageSpec
 from edgekv.types import Tier, format_bytes, parse_bytes
 
-_HOT, _WARM, _COLD = int(Tier.HOT), int(Tier.WARM), int(Tier.COLD)
-
 
 class Device:
     """A :class:`~edgekv.runtime.machine.Machine` that computes the time, memory and flash traffic of a device.
@@ -249,8 +247,8 @@ class Device:
         if cache is not None:
             tiers, spec = cache.table.tier.tobytes(), cache.spec
             held = max(cache.table.n_slots.tolist())
-            hot, warm = tiers.count(_HOT) * spec.hot_bytes, tiers.count(_WARM) * spec.warm_bytes
-            cold = tiers.count(_COLD) * spec.warm_bytes
+            hot, warm = tiers.count(Tier.HOT) * spec.hot_bytes, tiers.count(Tier.WARM) * spec.warm_bytes
+            cold = tiers.count(Tier.COLD) * spec.warm_bytes
         self.timeline.sample(
             self.clock.now, seconds, n_tokens, held, self.clock.heat.speed, memory.rss_bytes, memory.limit_bytes,
             hot, warm, cold, self.pages_used, self.pages_fetched, drive.bytes_read, drive.bytes_written,

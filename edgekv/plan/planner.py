@@ -73,7 +73,7 @@ class Plan:
     @property
     def resident(self) -> bool:
         """Whether keys and values stay in RAM."""
-        return not self.bytes_by_tier.get(Tier.COLD.name, 0)
+        return not self.bytes_by_tier.get(Tier.NAMES[Tier.COLD], 0)
 
 
 @dataclass(frozen=True)
@@ -214,11 +214,9 @@ def make_plan(model: PlannedModel, device: DeviceProfile, workload: Workload) ->
         problem=problem,
         kv_budget_bytes=budget_bytes if problem is None else 0,
         tokens_by_tier=_tokens(split, workload.context),
-        bytes_by_tier={
-            Tier.HOT.name: split.hot * pages.hot_bytes,
-            Tier.WARM.name: split.warm * pages.warm_bytes,
-            Tier.COLD.name: split.cold * pages.record_bytes,
-        },
+        bytes_by_tier=_by_tier(
+            split.hot * pages.hot_bytes, split.warm * pages.warm_bytes, split.cold * pages.record_bytes
+        ),
         largest_exact=_largest(model, budget_bytes, wanted=1.0),
         largest_selective=_largest(model, budget_bytes, wanted=workload.wanted or 0.25),
         ttft_s=ttft,
@@ -246,7 +244,11 @@ def _tokens(split: _Split, context: int) -> dict[str, int]:
     """Return tokens by tier, as a mean over the layers; they sum to the context."""
     total = split.hot + split.warm + split.cold
     warm, cold = round(context * split.warm / total), round(context * split.cold / total)
-    return {Tier.HOT.name: context - warm - cold, Tier.WARM.name: warm, Tier.COLD.name: cold}
+    return _by_tier(context - warm - cold, warm, cold)
+
+
+def _by_tier(hot: int, warm: int, cold: int) -> dict[str, int]:
+    return {Tier.NAMES[tier]: count for tier, count in ((Tier.HOT, hot), (Tier.WARM, warm), (Tier.COLD, cold))}
 
 
 def _largest(model: PlannedModel, budget: int, wanted: float) -> int:
