@@ -1,15 +1,14 @@
 """The shape of a decoder as the device model needs it: what is stored, what one token reads, what it leaves in the cache.
 
-It is read from any Hugging Face configuration, of models that edgekv cannot export too, and needs no weights.
+It needs no weights. What edgekv exports is read by :mod:`edgekv.model_config`; the keys of further models (mixtures of experts,
+linear attention, MLPs of two matrices) are read here, for the published measurements that the device model is checked against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from edgekv.errors import UsageError
+from edgekv.model_config import ARCHITECTURES, ModelConfig, Values, read_model_config, text_part
 from edgekv.spec import ModelSpec
 
 #: Architectures whose MLP has two matrices; all others have three (gate, up, down).
@@ -17,9 +16,9 @@ _UNGATED = (
     "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt", "opt", "phi", "starcoder2",
 )  # fmt: skip
 #: Architectures whose output head is the embedding unless the configuration says otherwise.
-_TIED = ("bloom", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "mpt", "opt", "smollm3")
+_TIED = ("bloom", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "mpt", "opt")
 #: Architectures whose sliding window is off unless ``use_sliding_window`` says otherwise.
-_WINDOW_BY_SWITCH = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3")
+_WINDOW_BY_SWITCH = ("qwen2_moe", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -34,20 +33,20 @@ class LinearLayers:
     state_bytes: int
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], hidden: int, n_layers: int) -> LinearLayers:
+    def from_config(cls, config: Values, hidden: int, n_layers: int) -> LinearLayers:
         """Read the keys of Qwen3-Next and Qwen3.5; models without them have no such layer.
 
         Raises:
-            UsageError: a number is missing; the message names it.
+            ConfigError: a number is missing; the message names it.
         """
-        kinds = config.get("layer_types") or ()
-        every = config.get("full_attention_interval")
-        count = kinds.count("linear_attention") if kinds else n_layers - n_layers // int(every) if every else 0
+        kinds = config.words("layer_types") or []
+        every = config.count("full_attention_interval", default=1)
+        count = kinds.count("linear_attention") if kinds else n_layers - n_layers // every
         if not count:
             return NO_LINEAR_LAYERS
-        n_heads, n_key_heads = _count(config, "linear_num_value_heads"), _count(config, "linear_num_key_heads")
-        values = n_heads * _count(config, "linear_value_head_dim")
-        keys = n_key_heads * _count(config, "linear_key_head_dim")
+        n_heads, n_key_heads = config.count("linear_num_value_heads"), config.count("linear_num_key_heads")
+        values = n_heads * config.count("linear_value_head_dim")
+        keys = n_key_heads * config.count("linear_key_head_dim")
         # Queries and keys, values and their gate, two numbers per head, the output.
         weights = hidden * (2 * keys + 2 * values + 2 * n_heads + values)
         return cls(count, weights, 4 * values * keys // n_key_heads)
@@ -108,8 +107,8 @@ class Geometry:
         return self.mixing_weights + self.n_layers * self.mlp_weights + embeddings
 
     @classmethod
-    def from_spec(cls, model: ModelSpec) -> Geometry:
-        """Take the shape of a model that was exported."""
+    def from_model(cls, model: ModelSpec | ModelConfig) -> Geometry:
+        """Take the shape of a model that edgekv exports, from its bundle or its configuration."""
         mlp = 3 * model.hidden_size * model.intermediate_size
         return cls(
             n_layers=model.n_layers,
@@ -126,74 +125,63 @@ class Geometry:
         )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Geometry:
-        """Read a Hugging Face configuration (``config.json``), dense or mixture of experts.
+    def from_config(cls, config: object) -> Geometry:
+        """Read a Hugging Face configuration (``config.json``), dense or mixture of experts, also one that edgekv does not export.
 
         Raises:
-            UsageError: a number is missing; the message names it.
+            ConfigError: a number is missing or makes no sense; the message names it.
         """
-        config = config.get("text_config") or config
-        kind = str(config.get("model_type", ""))
-        n_layers = _count(config, "num_hidden_layers", "n_layers", "n_layer", "num_layers")
-        hidden = _count(config, "hidden_size", "n_embd", "d_model")
-        n_heads = _count(config, "num_attention_heads", "n_heads", "n_head")
-        one_kv_head = kind == "falcon" and config.get("multi_query")
-        n_kv_heads = 1 if one_kv_head else _count(config, "num_key_value_heads", "n_kv_heads", default=n_heads)
-        matrices = 2 if kind in _UNGATED else 3
-        mlp, active, shared = _mlp(config, hidden, matrices)
-        linear = LinearLayers.from_config(config, hidden, n_layers)
+        values = text_part(Values(config, "config.json"))
+        kind = values.get("model_type")
+        if kind in ARCHITECTURES:
+            return cls.from_model(read_model_config(values.config, values.source))
+        n_layers = values.count("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+        hidden = values.count("hidden_size", "n_embd", "d_model")
+        n_heads = values.count("num_attention_heads", "n_heads", "n_head")
+        one_kv_head = kind == "falcon" and values.flag("multi_query")
+        n_kv_heads = 1 if one_kv_head else values.count("num_key_value_heads", "n_kv_heads", default=n_heads)
+        mlp, active, shared = _mlp(values, hidden, 2 if kind in _UNGATED else 3)
+        linear = LinearLayers.from_config(values, hidden, n_layers)
         return cls(
             n_layers=n_layers,
             hidden_size=hidden,
             n_q_heads=n_heads,
             n_kv_heads=n_kv_heads,
-            head_dim=_count(config, "head_dim", default=hidden // n_heads),
-            vocab_size=_count(config, "vocab_size"),
-            max_context=_count(config, "max_position_embeddings", "n_positions", "max_seq_len", default=2048),
+            head_dim=values.count("head_dim", default=hidden // n_heads),
+            vocab_size=values.count("vocab_size"),
+            max_context=values.count("max_position_embeddings", "n_positions", "max_seq_len", default=2048),
             mlp_weights=mlp,
             mlp_active_weights=active,
-            windows=_windows(config, kind, n_layers - linear.count),
-            tied_embeddings=bool(config.get("tie_word_embeddings", kind in _TIED)),
+            windows=_windows(values, n_layers - linear.count),
+            tied_embeddings=values.flag("tie_word_embeddings", default=kind in _TIED),
             mlp_shared_weights=shared,
-            gated_attention=bool(config.get("attn_output_gate", kind == "qwen3_next")),
+            gated_attention=values.flag("attn_output_gate", default=kind == "qwen3_next"),
             linear=linear,
         )
 
 
-def _count(config: Mapping[str, Any], *names: str, default: int = 0) -> int:
-    for name in names:
-        value = config.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UsageError(f"config.json: {name} is {value!r}; it must be a positive whole number")
-        return value
-    if default:
-        return default
-    raise UsageError(f"config.json lacks {names[0]}; the plan needs the config.json of a Hugging Face decoder")
-
-
-def _mlp(config: Mapping[str, Any], hidden: int, matrices: int) -> tuple[int, int, int]:
+def _mlp(values: Values, hidden: int, matrices: int) -> tuple[int, int, int]:
     """Return one layer's MLP weights: stored, read by one token, and of a mixture of experts what all tokens read."""
-    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
-    dense = _count(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * hidden)
+    experts = values.count("num_local_experts", "num_experts", "n_routed_experts", default=0)
+    dense = values.count("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * hidden)
     if not experts:
         return matrices * hidden * dense, matrices * hidden * dense, 0
-    width = _count(config, "moe_intermediate_size", default=dense)
-    chosen = _count(config, "num_experts_per_tok", "num_experts_per_token", default=1)
-    gated = config.get("shared_expert_intermediate_size")  # Qwen gates its shared expert with one row
-    shared = gated or width * int(config.get("n_shared_experts") or 0)
+    width = values.count("moe_intermediate_size", default=dense)
+    chosen = values.count("num_experts_per_tok", "num_experts_per_token", default=1)
+    gated = values.count("shared_expert_intermediate_size", default=0)  # Qwen gates its shared expert with one row
+    shared = gated or width * values.count("n_shared_experts", default=0)
     expert, common = matrices * hidden * width, hidden * (experts + matrices * shared + (1 if gated else 0))
     return common + experts * expert, common + chosen * expert, common
 
 
-def _windows(config: Mapping[str, Any], kind: str, n_layers: int) -> tuple[int, ...]:
-    window = config.get("sliding_window") or 0
-    if kind in _WINDOW_BY_SWITCH and not config.get("use_sliding_window"):
+def _windows(values: Values, n_layers: int) -> tuple[int, ...]:
+    window, kind = values.count("sliding_window", default=0), values.get("model_type")
+    if kind in _WINDOW_BY_SWITCH and not values.flag("use_sliding_window"):
         window = 0
-    kinds = config.get("layer_types")
+    kinds = values.words("layer_types")
     if kinds:
         return tuple(window if kind == "sliding_attention" else 0 for kind in kinds if kind != "linear_attention")
     # Gemma: every n-th layer sees the whole context (2 in Gemma 2, 6 in Gemma 3).
-    every = config.get("sliding_window_pattern") or {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}.get(kind, 0)
+    usual = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}.get(str(kind), 0)
+    every = values.count("sliding_window_pattern", default=usual)
     return tuple(0 if every and (layer + 1) % every == 0 else window for layer in range(n_layers))

@@ -25,6 +25,10 @@ class CheckpointError(UsageError):
     """A checkpoint folder cannot be exported: unknown architecture, missing or damaged tensors."""
 
 
+class ConfigError(CheckpointError):
+    """A model configuration cannot be used: a model type or setting that edgekv does not decode, or a senseless value."""
+
+
 class BundleError(UsageError):
     """A bundle cannot be used: not a bundle, a newer format, a file that differs from its hash."""
 

@@ -14,6 +14,8 @@ RECORD_ALIGN_BYTES = 4096
 RECORD_HEADER_BYTES = 64
 #: Alignment of a page in RAM: one cache line, one AVX-512 register.
 PAGE_ALIGN_BYTES = 64
+#: Channels of a head that the kernels have room for.
+MAX_HEAD_DIM = 256
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -53,6 +55,8 @@ class PageSpec:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.head_dim % 4 or self.page_size % 4:
             raise UsageError(f"head_dim ({self.head_dim}) and page_size ({self.page_size}) must be multiples of 4")
+        if self.head_dim > MAX_HEAD_DIM:
+            raise UsageError(f"head_dim {self.head_dim} is above {MAX_HEAD_DIM}, which is the most that a page takes")
         if self.page_size > 128:
             raise UsageError(f"page_size {self.page_size} is above 128; use 16, 32, 64 or 128")
 

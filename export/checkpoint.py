@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from edgekv.errors import CheckpointError
-from edgekv.export.config import DecoderConfig, read_config, read_json
+from edgekv.export.config import DecoderConfig, read_config
+from edgekv.model_config import read_json_object
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -133,7 +134,7 @@ def _locate(folder: Path) -> dict[str, Path]:
     """Map tensor names to files, from the index when the checkpoint is sharded."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names: dict[str, Any] = read_json(index).get("weight_map", {})
+        names: dict[str, Any] = read_json_object(index).get("weight_map", {})
         files = sorted({folder / str(file) for file in names.values()})
     else:
         files = sorted(folder.glob("*.safetensors"))
@@ -186,7 +187,7 @@ def _chat_template(folder: Path) -> str | None:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     settings = folder / "tokenizer_config.json"
-    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    template = read_json_object(settings).get("chat_template") if settings.is_file() else None
     if isinstance(template, list):  # several named templates: the one called "default"
         template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None

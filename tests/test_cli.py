@@ -219,3 +219,19 @@ def test_a_checkpoint_that_cannot_be_exported_leaves_nothing_behind(tmp_path: Pa
     (source / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
     refused(cli("export", source, "--out", out), 2, "mamba", "llama")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_what_export_refuses_is_neither_planned_nor_emulated(tmp_path: Path) -> None:
+    kind = "gemma3"
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": kind, "text_config": {"model_type": f"{kind}_text"}}))
+    options = ("--profile", "raspberry-pi-5-8gb", "--context", "4096")
+    said = [
+        cli("export", tmp_path, "--out", tmp_path / "out.edgekv"),
+        cli("plan", config, *options),
+        cli("emulate", config, *options),
+        cli("sweep", config, "--profiles", "raspberry-pi-5-8gb", "--contexts", "4096", "--out", tmp_path / "sweep.csv"),
+    ]
+    for result in said:
+        refused(result, 2, f"unknown architecture '{kind}'", "edgekv exports llama, mistral, qwen2, qwen3, smollm3")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -208,7 +208,7 @@ class Device:
         self._sample()
 
     def _load(self, manifest: Manifest) -> StepCost:
-        model = Geometry.from_spec(manifest.model)
+        model = Geometry.from_model(manifest.model)
         self._cost = StepCost.of(self.profile, model, manifest.engine, manifest.weights, manifest.page_size)
         self.load_weights(bundle_bytes(manifest))
         return self._cost

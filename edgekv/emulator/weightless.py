@@ -7,7 +7,6 @@ drawn from a log-normal distribution per page, with attention sinks and a recent
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from edgekv.emulator.device import Device
 from edgekv.emulator.result import PageMap, page_map
 from edgekv.emulator.scenario import AppSettings, Turn
 from edgekv.errors import PromptTooLong, StoreError, UsageError
+from edgekv.model_config import read_json_object, read_model_config
 from edgekv.runtime.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan, plan_budget
 from edgekv.runtime.cache import KVCache
 from edgekv.runtime.policy import CacheOptions, make_policy
@@ -58,17 +58,13 @@ def read_shape(path: Path, *, engine: str = "onnx", weights: str = "int4", page_
     """Read the config.json of a Hugging Face model.
 
     Raises:
-        UsageError: it cannot be read, or lacks a number; or there is no such engine or weight type.
+        UsageError: it cannot be read, edgekv does not export it (the message names the key), or there is no such engine or
+            weight type.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{path} is no config.json of a Hugging Face model")
     if engine not in BITS_PER_WEIGHT or weights not in BITS_PER_WEIGHT[engine]:
         raise UsageError(f"no weights {weights!r} for engine {engine!r}; engines are {', '.join(BITS_PER_WEIGHT)}")
-    return Shape(Geometry.from_config(config), str(config.get("model_type", "decoder")), engine, weights, page_size)
+    model = read_model_config(read_json_object(path), str(path))
+    return Shape(Geometry.from_model(model), model.architecture, engine, weights, page_size)
 
 
 def shape_of(bundle: Path) -> Shape:
@@ -78,7 +74,7 @@ def shape_of(bundle: Path) -> Shape:
         BundleError: it is none.
     """
     manifest = read_manifest(bundle)
-    model = Geometry.from_spec(manifest.model)
+    model = Geometry.from_model(manifest.model)
     return Shape(model, manifest.model.architecture, manifest.engine, manifest.weights, manifest.page_size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from edgekv.contract import ENGINES, PAGE_SIZE, WEIGHTS, default_weights
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.work import BITS_PER_WEIGHT, weights_bytes
 from edgekv.errors import UsageError
+from edgekv.model_config import ModelConfig, read_json_object, read_model_config
 from edgekv.spec import PageSpec
 
 
@@ -47,7 +47,8 @@ def read_model(source: Path, *, engine: str | None = None, weights: str | None =
         weights: by default the bundle's, or what `edgekv export` chooses for the size.
 
     Raises:
-        UsageError: there is no configuration, or it lacks a number. BundleError: the bundle is damaged.
+        UsageError: there is no configuration, or one that edgekv does not export (the message names the key).
+        BundleError: the bundle is damaged.
     """
     if engine is not None and engine not in BITS_PER_WEIGHT:
         raise UsageError(f"unknown engine {engine!r}; use one of {', '.join(BITS_PER_WEIGHT)}")
@@ -55,7 +56,7 @@ def read_model(source: Path, *, engine: str | None = None, weights: str | None =
         raise UsageError(f"unknown weight type {weights!r}; use one of {', '.join(WEIGHTS)}")
     if (source / MANIFEST).is_file():
         return _from_bundle(source, engine, weights)
-    geometry = Geometry.from_config(_read_config(source))
+    geometry = Geometry.from_model(_read_config(source))
     weights = weights or default_weights(geometry.parameters)
     engine = engine or ENGINES[0]
     size = weights_bytes(geometry, BITS_PER_WEIGHT[engine][weights])
@@ -64,7 +65,7 @@ def read_model(source: Path, *, engine: str | None = None, weights: str | None =
 
 def _from_bundle(source: Path, engine: str | None, weights: str | None) -> PlannedModel:
     manifest = read_manifest(source)
-    geometry = Geometry.from_spec(manifest.model)
+    geometry = Geometry.from_model(manifest.model)
     same = weights in (None, manifest.weights) and engine in (None, manifest.engine)
     engine, weights = engine or manifest.engine, weights or manifest.weights
     if same:
@@ -74,17 +75,11 @@ def _from_bundle(source: Path, engine: str | None, weights: str | None) -> Plann
     return PlannedModel(str(source), geometry, engine, weights, size, manifest.page_size, exported=same)
 
 
-def _read_config(source: Path) -> dict[str, object]:
+def _read_config(source: Path) -> ModelConfig:
     path = source / "config.json" if source.is_dir() else source
     if not path.is_file():
         raise UsageError(
             f"{source} is neither a bundle, nor a folder with a config.json, nor a config.json;"
             " download the config.json of the model"
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} does not hold a JSON object; download it again")
-    return data
+    return read_model_config(read_json_object(path), str(path))

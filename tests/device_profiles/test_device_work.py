@@ -87,7 +87,7 @@ def test_a_configuration_nested_under_text_config_is_read() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"hidden_size": None}, "lacks hidden_size"), ({"vocab_size": "many"}, "vocab_size is 'many'")],
+    [({"hidden_size": None}, "hidden_size is None"), ({"vocab_size": "many"}, "vocab_size is 'many'")],
 )
 def test_a_configuration_without_a_number_is_refused_by_its_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):

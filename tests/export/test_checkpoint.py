@@ -64,8 +64,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
     "unknown architecture": (lambda f: change_config(f, model_type="mamba"), "unknown architecture 'mamba'"),
     "no architecture": (lambda f: change_config(f, model_type=...), "unknown architecture None"),
-    "a number is missing": (lambda f: change_config(f, vocab_size=...), "vocab_size is None"),
-    "unknown activation": (lambda f: change_config(f, hidden_act="gelu"), "activation 'gelu'"),
+    "a number is missing, which means another one": (
+        lambda f: change_config(f, vocab_size=...),
+        "config.json says [32000, 128]",
+    ),
+    "unknown activation": (lambda f: change_config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
     "unknown rope": (
         lambda f: change_config(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
         "rope type 'longrope'",

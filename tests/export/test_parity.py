@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from edgekv.model_config import ARCHITECTURES
 from tests.checkpoints import load_reference, make_checkpoint
 from tests.conftest import VARIANTS
 from tests.export.driver import Float, InlineDriver, SplitDriver
@@ -85,9 +87,14 @@ def test_pages_in_int8_change_the_logits_little(checkpoint: Callable[[str], Path
 
 
 def test_partial_rotation_turns_only_the_first_channels_and_all_biases_count(
-    tmp_path: Path, bundle: Callable[..., Path]
+    tmp_path: Path, bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers has no Llama with it, so the oracle is one with its channels put elsewhere and zero angles."""
+    """A further model type is a page of data: here a Llama that heeds partial_rotary_factor.
+
+    transformers has no such one, so the oracle is a Llama with its channels put elsewhere and zero angles.
+    """
+    page = replace(ARCHITECTURES["llama"], partial_rotary=True)
+    monkeypatch.setattr("edgekv.model_config.decoder.ARCHITECTURES", {"llama": page})
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     source = make_checkpoint(tmp_path, "llama", rope_parameters=rope, attention_bias=True, mlp_bias=True)
     tokens = prompt(40)

@@ -200,7 +200,7 @@ def test_the_matrix_has_a_line_for_every_profile_and_json_is_plain(config: Path)
         (lambda folder: folder / "nothing", "neither a bundle"),
         (lambda folder: (folder / "config.json").write_text("{") and folder, "cannot be read as JSON"),
         (lambda folder: (folder / "config.json").write_text("[]") and folder, "does not hold a JSON object"),
-        (lambda folder: (folder / "config.json").write_text("{}") and folder, "lacks num_hidden_layers"),
+        (lambda folder: (folder / "config.json").write_text("{}") and folder, "unknown architecture None"),
     ],
 )
 def test_a_model_that_cannot_be_read_is_refused_by_name(

@@ -1,0 +1,121 @@
+"""The model types that edgekv decodes, as data: a further one is a page here.
+
+A page says which keys of a ``config.json`` the model type reads, what transformers takes for one that is left out, and what
+the type fixes without a key. Source: the configuration classes of transformers 5.24; ``tests/test_model_config.py`` leaves out
+and changes every key in turn and compares the meaning with theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+#: Which layers have a sliding window. ``none``: no layer. ``every``: all of them. ``late``: where ``use_sliding_window`` is
+#: set, those from ``max_window_layers`` on. ``unrotated``: likewise, those without RoPE. ``layer_types`` overrides the last two.
+Windows = Literal["none", "every", "late", "unrotated"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model type.
+
+    ``defaults``: the keys that it reads, each with the value of one that is left out; None: there is none, or it follows from
+    other keys. ``nullable``: keys that may be null although their default is a number; null then means what None does.
+    ``qkv_bias``: queries, keys and values have biases without a key that says so. ``heads_divide_width``: the type insists that
+    ``hidden_size`` is a multiple of ``num_attention_heads``. ``partial_rotary``: it heeds ``partial_rotary_factor``.
+    """
+
+    defaults: Mapping[str, object]
+    nullable: frozenset[str] = frozenset({"num_key_value_heads"})
+    windows: Windows = "none"
+    heads_divide_width: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    partial_rotary: bool = False
+
+
+#: What all of them read. ``head_dim`` follows from the width, ``num_key_value_heads`` from the query heads.
+_COMMON: dict[str, object] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_parameters": None,
+    "rope_scaling": None,
+    "partial_rotary_factor": None,
+    "original_max_position_embeddings": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_QWEN: dict[str, object] = {
+    **_COMMON,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(
+        {**_COMMON, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2},
+        heads_divide_width=True,
+    ),
+    "mistral": Architecture(
+        {
+            **_COMMON,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        nullable=frozenset({"sliding_window"}),
+        windows="every",
+    ),
+    "qwen2": Architecture(
+        _QWEN, nullable=frozenset({"num_key_value_heads", "sliding_window"}), windows="late", qkv_bias=True
+    ),
+    "qwen3": Architecture(
+        {**_QWEN, "head_dim": 128, "attention_bias": False},
+        nullable=frozenset({"num_key_value_heads", "sliding_window"}),
+        windows="late",
+        qk_norm=True,
+    ),
+    "smollm3": Architecture(
+        {
+            **_COMMON,
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2000000.0,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": None,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": True,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+        },
+        windows="unrotated",
+    ),
+}

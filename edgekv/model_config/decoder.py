@@ -1,0 +1,172 @@
+"""A decoder that edgekv exports, from its configuration.
+
+Invariant: what :func:`read_model_config` returns can be exported; everything that cannot is refused here, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgekv.errors import ConfigError
+from edgekv.model_config.architectures import ARCHITECTURES, Architecture
+from edgekv.model_config.rope import RopeSettings, read_rope
+from edgekv.model_config.values import Values, shown
+from edgekv.spec import MAX_HEAD_DIM
+
+_MAX_LAYERS = 10_000
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a configuration says of a decoder. ``windows[l]`` is 0 for full attention in layer l; ``rotated[l]`` False: no RoPE.
+
+    ``max_context``: positions, those that YaRN adds included. ``bos_token_id`` is None where it lies outside the vocabulary.
+    """
+
+    architecture: str
+    n_layers: int
+    hidden_size: int
+    n_q_heads: int
+    n_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_context: int
+    rms_eps: float
+    rope: RopeSettings
+    windows: tuple[int, ...]
+    rotated: tuple[bool, ...]
+    qk_norm: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    tied_embeddings: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+def read_model_config(config: object, source: str = "config.json") -> ModelConfig:
+    """Read the configuration of a model that edgekv exports.
+
+    Args:
+        config: what ``config.json`` holds.
+        source: the name of the file, for messages.
+
+    Raises:
+        ConfigError: a model type or a setting that edgekv does not decode, or a value that makes no sense.
+    """
+    everything = Values(config, source)
+    kind = everything.get("model_type")
+    page = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
+    if not isinstance(kind, str) or page is None:
+        raise ConfigError(f"{source}: unknown architecture {shown(kind)}; edgekv exports {', '.join(ARCHITECTURES)}")
+    _refuse_what_is_not_decoded(everything)
+    values = Values(config, source, page.defaults)
+    if values.get("hidden_act") not in ("silu", "swish"):
+        raise values.refusal("hidden_act", "this activation is not supported, edgekv exports silu decoders")
+    n_layers = values.count("num_hidden_layers", most=_MAX_LAYERS)
+    hidden, n_heads = values.count("hidden_size"), values.count("num_attention_heads")
+    if page.heads_divide_width and hidden % n_heads:
+        raise values.refusal("hidden_size", f"it must be a multiple of num_attention_heads ({n_heads})")
+    n_kv_heads = _optional_count(values, page, "num_key_value_heads") or n_heads
+    if n_heads % n_kv_heads:
+        raise values.refusal("num_key_value_heads", f"it must divide num_attention_heads ({n_heads})")
+    head_dim = _optional_count(values, page, "head_dim") or hidden // n_heads
+    if head_dim % 4 or not 4 <= head_dim <= MAX_HEAD_DIM:
+        raise ConfigError(
+            f"{source}: head_dim {head_dim} is not supported; pages need a multiple of 4, at most {MAX_HEAD_DIM}"
+        )
+    rotated = _rotated(values, page, n_layers)
+    vocab_size, max_context = values.count("vocab_size"), values.count("max_position_embeddings")
+    rope = read_rope(values, head_dim, max_context, partial=page.partial_rotary)
+    if rope.kind == "yarn":  # many configurations state the length before the scaling
+        max_context = max(max_context, int(rope.original_context * rope.factor))
+    bos = None if values.get("bos_token_id") is None else values.whole("bos_token_id")
+    attention_bias = values.flag("attention_bias")
+    return ModelConfig(
+        architecture=kind,
+        n_layers=n_layers,
+        hidden_size=hidden,
+        n_q_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=values.count("intermediate_size"),
+        vocab_size=vocab_size,
+        max_context=max_context,
+        rms_eps=values.number("rms_norm_eps", above=0),
+        rope=rope,
+        windows=_windows(values, everything, page, rotated),
+        rotated=rotated,
+        qk_norm=page.qk_norm,
+        qkv_bias=page.qkv_bias or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=values.flag("mlp_bias"),
+        tied_embeddings=values.flag("tie_word_embeddings"),
+        bos_token_id=bos if bos is not None and 0 <= bos < vocab_size else None,
+        eos_token_ids=values.token_ids("eos_token_id"),
+    )
+
+
+def _refuse_what_is_not_decoded(everything: Values) -> None:
+    if everything.get("quantization_config"):
+        raise ConfigError(
+            f"{everything.source}: the checkpoint is already quantised (quantization_config); export the original one with"
+            " --weights int4"
+        )
+    if everything.get("is_encoder_decoder"):
+        raise everything.refusal("is_encoder_decoder", "edgekv exports decoders alone")
+    if everything.get("per_layer_config"):
+        raise everything.refusal("per_layer_config", "edgekv exports decoders whose layers are alike")
+
+
+def _optional_count(values: Values, page: Architecture, key: str) -> int | None:
+    """Return a count, or None where null or a left-out key means that there is none."""
+    if values.get(key) is not None:
+        return values.count(key)
+    if page.defaults[key] is None or key in page.nullable:
+        return None
+    raise values.refusal(key, "it must be a positive whole number; leave the key out for the default")
+
+
+def _rotated(values: Values, page: Architecture, n_layers: int) -> tuple[bool, ...]:
+    if "no_rope_layers" not in page.defaults:
+        return (True,) * n_layers
+    flags = values.wholes("no_rope_layers")
+    if flags is not None:
+        if len(flags) < n_layers:
+            raise values.refusal("no_rope_layers", f"it must have an entry for each of the {n_layers} layers")
+        return tuple(bool(flag) for flag in flags[:n_layers])
+    interval = values.whole("no_rope_layer_interval")
+    if interval == 0:
+        raise values.refusal("no_rope_layer_interval", "it must not be 0")
+    return tuple((layer + 1) % interval != 0 for layer in range(n_layers))
+
+
+def _windows(values: Values, everything: Values, page: Architecture, rotated: Sequence[bool]) -> tuple[int, ...]:
+    by_switch = page.windows in ("late", "unrotated")
+    size = 0
+    if page.windows == "every" or (by_switch and values.flag("use_sliding_window")):
+        size = _optional_count(values, page, "sliding_window") or 0
+    if page.windows == "late":
+        first = values.whole("max_window_layers")
+        windows = tuple(size if layer >= first else 0 for layer in range(len(rotated)))
+    elif page.windows == "unrotated":
+        windows = tuple(0 if turned else size for turned in rotated)
+    else:
+        windows = (size,) * len(rotated)
+    kinds = everything.words("layer_types")
+    if kinds is None:
+        return windows
+    if len(kinds) != len(rotated) or set(kinds) - set(_LAYER_TYPES):
+        raise everything.refusal(
+            "layer_types",
+            f"edgekv exports {' and '.join(_LAYER_TYPES)}, one entry for each of the {len(rotated)} layers",
+        )
+    stated = tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
+    if not size and "sliding_attention" in kinds:
+        raise everything.refusal("layer_types", "without a sliding_window that is in use, no layer can slide")
+    if not by_switch and stated != windows:
+        raise everything.refusal("layer_types", "all layers of this model type have the same window")
+    return stated

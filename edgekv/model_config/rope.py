@@ -1,0 +1,126 @@
+"""Rotary settings in each of their spellings: ``rope_parameters``, ``rope_scaling``, and the keys beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from edgekv.errors import ConfigError
+from edgekv.model_config.values import Values, shown
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+#: What the settings of any type hold; transformers ignores what the chosen one does not read.
+_KEYS = {
+    "attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor", "long_factor", "low_freq_factor",
+    "mscale", "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor", "rope_theta", "rope_type",
+    "short_factor", "truncate", "type",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RopeSettings:
+    """A rotary embedding: ``dim`` channels of a head are rotated.
+
+    ``original_context``: positions before scaling (llama3, yarn). What a type does not read keeps its default here.
+    """
+
+    kind: str
+    theta: float
+    dim: int
+    factor: float = 1.0
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+
+def read_rope(values: Values, head_dim: int, max_context: int, *, partial: bool) -> RopeSettings:
+    """Read the rotary settings of a configuration. ``rope_scaling`` replaces ``rope_parameters``, as in transformers.
+
+    Args:
+        partial: the model type heeds ``partial_rotary_factor``.
+
+    Raises:
+        ConfigError: a rope type or a setting that edgekv does not decode, or one that is missing.
+    """
+    settings = values.part("rope_scaling" if values.get("rope_scaling") else "rope_parameters")
+    if settings is None:
+        settings = Values({}, f"{values.source}: rope_parameters")
+    stray = next((key for key in settings.names() if key not in _KEYS), None)
+    if stray is not None:
+        why = "edgekv does not know this setting"
+        if isinstance(settings.get(stray), Mapping):
+            why = "a rope setting per layer type is not supported, edgekv exports models with one rope for all layers"
+        raise ConfigError(f"{settings.source} has {shown(stray)}; {why}")
+    kind = next((settings.get(key) for key in ("rope_type", "type") if settings.states(key)), "default")
+    if kind not in ROPE_TYPES:
+        raise ConfigError(
+            f"{settings.source}: rope type {shown(kind)} is not supported; edgekv exports {', '.join(ROPE_TYPES)}"
+        )
+    for key in _NEEDED[kind]:
+        if not settings.states(key):
+            raise ConfigError(f"{settings.source}: rope type {kind!r} needs {key!r} and it is missing")
+    where = settings if settings.states("rope_theta") else values
+    theta = where.number("rope_theta", above=0)
+    if kind == "yarn" and theta == 1:
+        raise where.refusal("rope_theta", "yarn needs another base than 1")
+    dim = _rotated_channels(settings, values, head_dim, partial=partial, whole=kind == "default")
+    if kind == "default":
+        return RopeSettings(kind, theta, dim)
+    if kind == "linear":
+        return RopeSettings(kind, theta, dim, settings.number("factor", above=0))
+    where = values if values.states("original_max_position_embeddings") else settings
+    original = max_context
+    if where.states("original_max_position_embeddings"):
+        original = where.count("original_max_position_embeddings")
+    if kind == "llama3":
+        low, high = settings.number("low_freq_factor", above=0), settings.number("high_freq_factor", above=0)
+        if low == high:
+            raise settings.refusal("high_freq_factor", "it must differ from low_freq_factor")
+        return RopeSettings(kind, theta, dim, settings.number("factor", above=0), original, low, high)
+    return _read_yarn(settings, theta, dim, original, max_context)
+
+
+_NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+
+
+def _rotated_channels(settings: Values, values: Values, head_dim: int, *, partial: bool, whole: bool) -> int:
+    where = settings if settings.states("partial_rotary_factor") else values
+    if where.get("partial_rotary_factor") is None or (whole and not partial):
+        return head_dim
+    dim = int(head_dim * where.number("partial_rotary_factor", above=0))
+    if not partial and dim != head_dim:
+        raise where.refusal("partial_rotary_factor", "this model type rotates all channels of a head")
+    if not 2 <= dim <= head_dim or dim % 2:
+        raise where.refusal("partial_rotary_factor", f"it leaves {dim} of {head_dim} channels; they must be even")
+    return dim
+
+
+def _read_yarn(settings: Values, theta: float, dim: int, original: int, max_context: int) -> RopeSettings:
+    def above_zero(key: str, otherwise: float) -> float:
+        return settings.number(key, above=0) if settings.get(key) else otherwise
+
+    stated = settings.get("factor") is not None
+    return RopeSettings(
+        "yarn",
+        theta,
+        dim,
+        settings.number("factor", above=0) if stated else max_context / original,
+        original,
+        attention_factor=None if settings.get("attention_factor") is None else settings.number("attention_factor"),
+        beta_fast=above_zero("beta_fast", 32.0),
+        beta_slow=above_zero("beta_slow", 1.0),
+        mscale=above_zero("mscale", 0.0),
+        mscale_all_dim=above_zero("mscale_all_dim", 0.0),
+        truncate=bool(settings.get("truncate")) if settings.states("truncate") else True,
+    )

@@ -1,0 +1,107 @@
+"""What a configuration means: read by edgekv, and by the decoder that transformers builds from it (on the meta device)."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.activations import ACT2FN
+
+from edgekv.export.checkpoint import HEAD, expected_shapes
+from edgekv.export.config import decoder_config
+from edgekv.model_config import read_model_config
+
+
+@dataclass
+class Meaning:
+    """Everything that shapes a decoder. ``shapes`` names the tensors that are not tied to another one."""
+
+    shapes: dict[str, tuple[int, ...]]
+    windows: tuple[int, ...]
+    rotated: tuple[bool, ...]
+    inv_freq: tuple[float, ...]
+    rope_scaling: float
+    softmax_scale: float
+    rms_eps: float
+    bos: int | None
+    eos: tuple[int, ...]
+
+
+def read_by_edgekv(config: dict[str, Any]) -> Meaning:
+    """Return what edgekv reads; raises ConfigError."""
+    read = decoder_config(read_model_config(config))
+    model = read.model
+    return Meaning(
+        shapes=expected_shapes(read),
+        windows=model.windows,
+        rotated=read.rotated,
+        inv_freq=model.rope.inv_freq,
+        rope_scaling=model.rope.attention_scaling,
+        softmax_scale=model.softmax_scale,
+        rms_eps=read.rms_eps,
+        bos=model.bos_token_id,
+        eos=model.eos_token_ids,
+    )
+
+
+def built_by_transformers(given: dict[str, Any]) -> Meaning:
+    """Return what transformers builds; raises whatever it raises."""
+    kind = given["model_type"]
+    config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(given))
+    config.pad_token_id = None  # an id of the default vocabulary need not fit this one, and pads nothing here
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    attentions = [layer.self_attn for layer in model.model.layers]
+    assert all(isinstance(layer.mlp.act_fn, type(ACT2FN["silu"]) | torch.nn.SiLU) for layer in model.model.layers)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.lm_head.weight is model.model.embed_tokens.weight:
+        del shapes[HEAD]
+    rope = type(model.model.rotary_emb)(config)
+    tokens = config.eos_token_id
+    return Meaning(
+        shapes=shapes,
+        windows=_windows(model),
+        rotated=tuple(bool(getattr(attention, "use_rope", True)) for attention in attentions),
+        inv_freq=tuple(rope.inv_freq.tolist()),
+        rope_scaling=float(rope.attention_scaling),
+        softmax_scale=attentions[0].scaling,
+        rms_eps=model.model.norm.variance_epsilon,
+        bos=config.bos_token_id if config.bos_token_id in range(config.vocab_size) else None,
+        eos=() if tokens is None else tuple(tokens) if isinstance(tokens, list) else (tokens,),
+    )
+
+
+def _windows(model: Any) -> tuple[int, ...]:
+    """Run the decoder with layers that do nothing and see which mask each of them is given."""
+    module = importlib.import_module(type(model).__module__)
+    seen: list[int] = []
+
+    def sliding(config: Any, **_: Any) -> int:
+        if config.sliding_window is None:
+            raise ValueError("a sliding layer without a window")
+        return int(config.sliding_window)
+
+    def layer(hidden: torch.Tensor, *, attention_mask: int, **_: Any) -> torch.Tensor:
+        seen.append(attention_mask)
+        return hidden
+
+    masks = {"create_causal_mask": lambda **_: 0, "create_sliding_window_causal_mask": sliding}
+    kept = {name: getattr(module, name) for name in masks if hasattr(module, name)}
+    try:
+        for name in kept:
+            setattr(module, name, masks[name])
+        for block in model.model.layers:
+            block.forward = layer
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"), use_cache=False)
+    finally:
+        for name, function in kept.items():
+            setattr(module, name, function)
+    # Eager attention heeds the mask alone; an attention that says otherwise would differ between implementations.
+    for block, window in zip(model.model.layers, seen, strict=True):
+        own = getattr(block.self_attn, "sliding_window", window)
+        assert type(model).__name__.startswith("Mistral") or (own or 0) == window, "transformers disagrees with itself"
+    return tuple(seen)

@@ -1,0 +1,203 @@
+"""A configuration means what it means to transformers, with any key left out or changed, or it is refused by that key's name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgekv.errors import ConfigError
+from edgekv.model_config import ARCHITECTURES, read_model_config
+from tests.model_config.oracle import built_by_transformers, read_by_edgekv
+
+#: Every key stated, with values that are no defaults.
+FULL: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 128,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 3,
+    "eos_token_id": 4,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "max_window_layers": 1,
+    "no_rope_layer_interval": 2,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+#: Other values that make sense, for every key that any model type reads, and for some that none does.
+CHANGES: dict[str, list[Any]] = {
+    "vocab_size": [41],
+    "hidden_size": [36, 64, 30],
+    "intermediate_size": [20],
+    "num_hidden_layers": [1, 5],
+    "num_attention_heads": [2, 8, 3],
+    "num_key_value_heads": [1, 4, 3, 8],
+    "head_dim": [8, 16, 6, 10],
+    "max_position_embeddings": [64],
+    "hidden_act": ["swish", "gelu", "relu", "nonsense"],
+    "rms_norm_eps": [1e-6, 0.5],
+    "rope_theta": [1e6, 10000],
+    "tie_word_embeddings": [False],
+    "bos_token_id": [0, 39, 40, -1, [1, 2]],
+    "eos_token_id": [[1, 2], [7], []],
+    "attention_bias": [False],
+    "mlp_bias": [False],
+    "use_sliding_window": [False],
+    "sliding_window": [3, 4096],
+    "max_window_layers": [0, 2, 3, 28, -1],
+    "no_rope_layer_interval": [3, 1, 100, -2],
+    "no_rope_layers": [[1, 0, 1], [0, 0, 0], [1, 0, 1, 1], [1, 0], []],
+    "layer_types": [
+        ["full_attention"] * 3,
+        ["sliding_attention"] * 3,
+        ["full_attention", "sliding_attention", "full_attention"],
+        ["linear_attention"] * 3,
+        ["full_attention"] * 2,
+    ],
+    "partial_rotary_factor": [0.5, 1.0],
+    "original_max_position_embeddings": [64],
+    "rope_parameters": [
+        {},
+        {"rope_type": "default", "rope_theta": 3e4},
+        {"rope_theta": 3e4},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "linear"},
+        {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+        {"type": "linear", "factor": 2},
+        LLAMA3,
+        {**LLAMA3, "original_max_position_embeddings": 16, "rope_theta": 2e4},
+        {**LLAMA3, "low_freq_factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0},
+        {"rope_type": "yarn", "factor": 4.0},
+        YARN,
+        {**YARN, "factor": None},
+        {**YARN, "attention_factor": 0.7},
+        {**YARN, "beta_fast": 16, "beta_slow": 2.0},
+        {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9},
+        {**YARN, "mscale": 0.7},
+        {**YARN, "truncate": False},
+        {**YARN, "rope_theta": 1.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6},
+        {"rope_type": "nonsense"},
+        {"rope_type": "default", "mrope_section": [1, 2, 3]},
+        {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e6}},
+    ],
+    "quantization_config": [{"bits": 4}],
+    "is_encoder_decoder": [True],
+    "rope_interleaved": [True],
+    "pretraining_tp": [4],
+    "attention_dropout": [0.1],
+    "num_experts": [4],
+}
+CHANGES["rope_scaling"] = CHANGES["rope_parameters"]
+NONSENSE: list[Any] = [
+    None,
+    "many",
+    "",
+    0,
+    -1,
+    1.5,
+    1e300,
+    True,
+    [],
+    [None],
+    [1.5],
+    {},
+    {"a": 1},
+    math.nan,
+    math.inf,
+    10**40,
+]
+
+
+def full(kind: str) -> dict[str, Any]:
+    """Return a configuration that states every key, those that the model type ignores included."""
+    return {"model_type": kind, **FULL}
+
+
+def assert_same_or_refused_by_name(config: dict[str, Any], *keys: str) -> None:
+    """Check the promise for a configuration in which these keys are unusual."""
+    ours, refusal = None, None
+    try:
+        ours = read_by_edgekv(config)
+    except ConfigError as error:
+        refusal = str(error)
+    if refusal is None:
+        assert ours == built_by_transformers(config)
+    else:
+        assert "\n" not in refusal
+        assert any(key in refusal for key in keys), f"{refusal!r} names none of {keys}"
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_configuration_means_what_transformers_builds_with_every_key_and_with_none(kind: str) -> None:
+    for config in (full(kind), {"model_type": kind}):
+        assert read_by_edgekv(config) == built_by_transformers(config)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_key_left_out_or_changed_means_what_it_means_to_transformers_or_is_refused_by_name(kind: str) -> None:
+    assert set(ARCHITECTURES[kind].defaults) <= set(CHANGES), "a key that no test changes"
+    for key, values in CHANGES.items():
+        assert_same_or_refused_by_name({name: value for name, value in full(kind).items() if name != key}, key)
+        for value in values:
+            assert_same_or_refused_by_name({**full(kind), key: value}, key)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_value_of_the_wrong_kind_is_refused_in_one_line_unless_transformers_takes_it_too(kind: str) -> None:
+    for key in ARCHITECTURES[kind].defaults:
+        for value in NONSENSE:
+            if (kind, key, value) not in (("qwen2", "head_dim", None), ("smollm3", "head_dim", None)):
+                assert_same_or_refused_by_name({**full(kind), key: value}, key)
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_keys_that_change_together_mean_what_they_mean_to_transformers_or_are_refused_by_name(
+    data: st.DataObject,
+) -> None:
+    config = full(data.draw(st.sampled_from(sorted(ARCHITECTURES))))
+    keys = data.draw(st.lists(st.sampled_from(sorted(CHANGES)), min_size=2, max_size=4, unique=True))
+    for key in keys:
+        value = data.draw(st.sampled_from([..., *CHANGES[key]]), label=key)
+        config = {name: old for name, old in config.items() if name != key}
+        if value is not ...:
+            config[key] = value
+    assert_same_or_refused_by_name(config, *keys)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"model_type": None}, {"model_type": ["llama"]}, {"model_type": "gemma3"}, [], 7]
+)
+def test_a_model_type_that_edgekv_does_not_decode_is_named_with_those_that_it_does(config: object) -> None:
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    with pytest.raises(ConfigError) as caught:
+        read_model_config(config)
+    assert str(caught.value) == (
+        f"config.json: unknown architecture {kind!r}; edgekv exports llama, mistral, qwen2, qwen3, smollm3"
+    )
+
+
+def test_yarn_adds_the_positions_that_its_scaling_states() -> None:
+    """Qwen2.5 states the length before the scaling."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = {"model_type": "qwen2", "max_position_embeddings": 32768}
+    assert read_model_config(config).max_context == 32768
+    assert read_model_config({**config, "rope_scaling": scaling}).max_context == 131072
