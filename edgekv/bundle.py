@@ -12,15 +12,32 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import edgekv
-from edgekv.contract import CONTRACT_VERSION
-from edgekv.errors import BundleError
+from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, OPERATORS, WEIGHTS
+from edgekv.errors import BundleError, FormatError, UsageError
+from edgekv.schema import Bytes, Positive, checked, file_within, one_of, plain_json, plain_name, read_whole
 from edgekv.spec import ModelSpec
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+#: The numbers by which a newer bundle is told: the field, what it counts, and up to which this edgekv understands.
+VERSIONS = (
+    ("format_version", "bundle format", FORMAT_VERSION),
+    ("contract_version", "graph contract", CONTRACT_VERSION),
+)
+#: Bits per channel of an embedding row by its dtype, and the channels that share one scale where they are codes.
+EMBEDDING_BITS = {"float32": 32, "float16": 16, "int8": 8, "int4": 4}
+EMBEDDING_BLOCK = 32
+
+
+class FileFacts(TypedDict):
+    """What the manifest says of one file."""
+
+    bytes: Bytes
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -36,8 +53,23 @@ class EmbeddingSpec:
 
     file: str
     dtype: str
-    offset: int
-    scales_offset: int = 0
+    offset: Bytes
+    scales_offset: Bytes = 0
+
+    @property
+    def coded(self) -> bool:
+        """Whether rows are codes with scales."""
+        return self.dtype in ("int8", "int4")
+
+    def row_bytes(self, hidden_size: int) -> int:
+        """Bytes of a row without its scales."""
+        return hidden_size * EMBEDDING_BITS[self.dtype] // 8
+
+    def end_bytes(self, vocab_size: int, hidden_size: int) -> int:
+        """Bytes that the file has at the least."""
+        end = self.offset + vocab_size * self.row_bytes(hidden_size)
+        scales = self.scales_offset + vocab_size * (hidden_size // EMBEDDING_BLOCK) * 4
+        return max(end, scales) if self.coded else end
 
 
 @dataclass(frozen=True)
@@ -50,7 +82,7 @@ class Manifest:
     engine: str
     form: str
     weights: str
-    page_size: int
+    page_size: Positive
     model: ModelSpec
     graphs: tuple[str, ...]
     source_sha256: str
@@ -58,14 +90,53 @@ class Manifest:
     embedding: EmbeddingSpec | None = None
     chat_template: str | None = None
     operators: str | None = None
-    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
-    contract_version: int = CONTRACT_VERSION
+    files: dict[str, FileFacts] = dataclasses.field(default_factory=dict)
+    format_version: Positive = FORMAT_VERSION
+    contract_version: Positive = CONTRACT_VERSION
     edgekv_version: str = edgekv.__version__
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as plain data."""
         return dataclasses.asdict(self)
+
+    def check(self) -> None:
+        """Hold the fields against each other, and against the sizes of the files.
+
+        Raises:
+            FormatError: nothing can run with this; the message names the field.
+        """
+        for name, choices in (("engine", ENGINES), ("form", FORMS), ("weights", WEIGHTS)):
+            one_of(getattr(self, name), name, choices)
+        if self.operators is not None:
+            one_of(self.operators, "operators", OPERATORS)
+        self.model.check()
+        self.model.pages(self.page_size)
+        for name in self.files:
+            plain_name(name, "files")
+        named = [("tokenizer", TOKENIZER), *(("graphs", name) for name in self.graphs)]
+        if self.chat_template is not None:
+            named.append(("chat_template", self.chat_template))
+        if self.embedding is not None:
+            named.append(("embedding.file", self.embedding.file))
+        for where, name in named:
+            if plain_name(name, where) not in self.files:
+                raise FormatError(f"{where} names {name!r}, which is not among the files")
+        count = self.model.n_layers + 1 if (self.engine, self.form) == ("onnx", "split") else 1
+        if len(self.graphs) != count:
+            raise FormatError(f"graphs has {len(self.graphs)} names, the {self.form} form of this model has {count}")
+        if self.form == "split":
+            self._check_embedding()
+
+    def _check_embedding(self) -> None:
+        spec, hidden = self.embedding, self.model.hidden_size
+        if spec is None:
+            raise FormatError("embedding is missing, which the split form needs")
+        one_of(spec.dtype, "embedding.dtype", EMBEDDING_BITS)
+        if spec.coded and hidden % EMBEDDING_BLOCK:
+            raise FormatError(f"model.hidden_size is {hidden}, no multiple of {EMBEDDING_BLOCK}")
+        needed, there = spec.end_bytes(self.model.vocab_size, hidden), self.files[spec.file]["bytes"]
+        if needed > there:
+            raise FormatError(f"the embedding needs {needed} bytes of {spec.file}, which has {there}")
 
 
 def file_sha256(path: Path) -> str:
@@ -83,12 +154,13 @@ def write_manifest(folder: Path, manifest: Manifest, progress: Callable[[str], N
     Args:
         progress: called with the name of each file before it is hashed.
     """
-    files = {}
+    files: dict[str, FileFacts] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         name = path.relative_to(folder).as_posix()
         progress(name)
         files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = dataclasses.replace(manifest, files=files)
+    manifest.check()
     temporary = folder / (MANIFEST + ".tmp")
     temporary.write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / MANIFEST)
@@ -107,24 +179,23 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is not a bundle: it has no {MANIFEST}; make one with: edgekv export SOURCE --out {folder}"
         )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        version = data["format_version"]
-        if version > FORMAT_VERSION:
-            raise BundleError(
-                f"{folder} has bundle format {version}, this edgekv ({edgekv.__version__}) reads up to {FORMAT_VERSION};"
-                " upgrade edgekv or export again"
-            )
-        embedding = data["embedding"]
-        return Manifest(
-            **{
-                **data,
-                "model": ModelSpec.from_json(data["model"]),
-                "graphs": tuple(data["graphs"]),
-                "embedding": EmbeddingSpec(**embedding) if embedding else None,
-            }
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise BundleError(f"{path} is damaged ({error!r}); export the bundle again") from error
+        data = plain_json(read_whole(file_within(folder, MANIFEST)))
+        for field, what, known in VERSIONS:
+            version = data.get(field, 1) if isinstance(data, dict) else 1
+            if isinstance(version, int) and version > known:
+                raise BundleError(
+                    f"{folder} has {what} {version}, this edgekv ({edgekv.__version__}) reads up to {known};"
+                    " upgrade edgekv or export again"
+                )
+        manifest = checked(data, Manifest)
+        manifest.check()
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+    except BundleError:
+        raise
+    except UsageError as error:
+        raise BundleError(f"{path} is damaged, or not of this edgekv: {error}; export the bundle again") from error
+    return manifest
 
 
 def check_files(folder: Path, manifest: Manifest, *, stamp: Path | None = None) -> None:
@@ -139,10 +210,13 @@ def check_files(folder: Path, manifest: Manifest, *, stamp: Path | None = None) 
     """
     seen = {}
     for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise BundleError(f"{folder}: {name} is missing; copy the whole bundle again, or export it again")
-        status = path.stat()
+        try:
+            status = file_within(folder, name).stat()
+        except FormatError as error:
+            raise BundleError(f"{folder}: {error}") from error
+        except OSError as error:
+            problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise BundleError(f"{folder}: {name} {problem}; copy the whole bundle again, or export it again") from error
         if status.st_size != expected["bytes"]:
             raise BundleError(
                 f"{folder}: {name} has {status.st_size} bytes, the manifest says {expected['bytes']};"
@@ -164,6 +238,6 @@ def check_files(folder: Path, manifest: Manifest, *, stamp: Path | None = None) 
 
 def _read_stamp(stamp: Path) -> Any:
     try:
-        return json.loads(stamp.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return plain_json(read_whole(stamp))
+    except (OSError, FormatError):
         return None

@@ -21,6 +21,10 @@ class UsageError(EdgeKVError, ValueError):
     exit_code = 2
 
 
+class FormatError(UsageError):
+    """The content of a file is not what its format asks for; see :mod:`edgekv.schema`."""
+
+
 class CheckpointError(UsageError):
     """A checkpoint folder cannot be exported: unknown architecture, missing or damaged tensors."""
 

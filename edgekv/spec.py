@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from edgekv.errors import UsageError
+from edgekv.errors import FormatError, UsageError
+from edgekv.schema import Finite, Natural, Positive, PositiveFinite
 
 #: Alignment of a record on flash. O_DIRECT asks for the logical block size, 512 or 4096 bytes.
 RECORD_ALIGN_BYTES = 4096
@@ -44,10 +45,10 @@ class PageSpec:
     A HOT page is its keys, then its values. A WARM page is keys, values, key scales, value scales.
     """
 
-    n_layers: int
-    n_kv_heads: int
-    head_dim: int
-    page_size: int
+    n_layers: Positive
+    n_kv_heads: Positive
+    head_dim: Positive
+    page_size: Positive
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_kv_heads", "head_dim", "page_size"):
@@ -108,8 +109,8 @@ class RopeSpec:
     multiplies cosine and sine.
     """
 
-    inv_freq: tuple[float, ...]
-    attention_scaling: float = 1.0
+    inv_freq: tuple[Finite, ...]
+    attention_scaling: PositiveFinite = 1.0
 
     @property
     def rotary_dim(self) -> int:
@@ -122,20 +123,20 @@ class ModelSpec:
     """What the runtime must know of a decoder. ``windows[l]`` is 0 for full attention in layer l."""
 
     architecture: str
-    n_layers: int
-    hidden_size: int
-    n_q_heads: int
-    n_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    max_context: int
+    n_layers: Positive
+    hidden_size: Positive
+    n_q_heads: Positive
+    n_kv_heads: Positive
+    head_dim: Positive
+    intermediate_size: Positive
+    vocab_size: Positive
+    max_context: Positive
     rope: RopeSpec
-    softmax_scale: float
-    windows: tuple[int, ...]
+    softmax_scale: PositiveFinite
+    windows: tuple[Natural, ...]
     tied_embeddings: bool = False
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = field(default=())
+    bos_token_id: Natural | None = None
+    eos_token_ids: tuple[Natural, ...] = field(default=())
 
     def pages(self, page_size: int) -> PageSpec:
         """Return the page geometry for this model."""
@@ -145,19 +146,17 @@ class ModelSpec:
         """Return the fields as plain data."""
         return dataclasses.asdict(self)
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ModelSpec:
-        """Rebuild a spec from :meth:`to_json`.
+    def check(self) -> None:
+        """Hold the fields against each other.
 
         Raises:
-            TypeError, KeyError: a field is missing or unknown.
+            FormatError: no decoder has this shape.
         """
-        rope = data["rope"]
-        return cls(
-            **{
-                **data,
-                "rope": RopeSpec(tuple(rope["inv_freq"]), rope["attention_scaling"]),
-                "windows": tuple(data["windows"]),
-                "eos_token_ids": tuple(data["eos_token_ids"]),
-            }
-        )
+        if len(self.windows) != self.n_layers:
+            raise FormatError(f"model.windows has {len(self.windows)} entries for {self.n_layers} layers")
+        if self.n_q_heads % self.n_kv_heads:
+            raise FormatError(f"model.n_q_heads ({self.n_q_heads}) is no multiple of n_kv_heads ({self.n_kv_heads})")
+        if not 0 < self.rope.rotary_dim <= self.head_dim:
+            raise FormatError(
+                f"model.rope.inv_freq has {len(self.rope.inv_freq)} entries for heads of {self.head_dim} channels"
+            )

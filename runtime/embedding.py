@@ -14,12 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.bundle import EmbeddingSpec
-from edgekv.errors import BundleError
+from edgekv.bundle import EMBEDDING_BLOCK, EmbeddingSpec
 from edgekv.spec import ModelSpec
 
-#: Channels that share one scale in an int8 or int4 row.
-BLOCK = 32
 _BYTES = np.arange(256)
 #: What each byte of a row means, without its scale: one code in int8, two in int4, the low one first.
 _CODES = {
@@ -35,25 +32,22 @@ class Embedding:
         self._spec = spec
         self._hidden = model.hidden_size
         self._codes = _CODES.get(spec.dtype)
-        if self._codes is None and spec.dtype not in ("float32", "float16"):
-            raise BundleError(f"unknown embedding type {spec.dtype!r} in the manifest; export the bundle again")
         self._dtype: np.dtype[Any] = np.dtype(np.uint8 if self._codes is not None else spec.dtype)
-        per_byte = 1 if self._codes is None else self._codes.shape[1]
-        self._row_bytes = self._hidden // per_byte * self._dtype.itemsize
+        self._row_bytes = spec.row_bytes(self._hidden)
         self._file = os.open(folder / spec.file, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
     def look_up(self, tokens: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """Write the rows of tokens [T] to out [T, hidden_size] float32."""
-        spec, n_scales = self._spec, self._hidden // BLOCK
+        spec, n_scales = self._spec, self._hidden // EMBEDDING_BLOCK
         for row, token in zip(out, tokens.tolist(), strict=True):
             values = self._read(spec.offset + token * self._row_bytes, self._row_bytes, self._dtype)
             if self._codes is None:
                 row[:] = values
                 continue
             scales = self._read(spec.scales_offset + token * n_scales * 4, n_scales * 4, np.dtype(np.float32))
-            blocks = self._codes.take(values, axis=0).reshape(n_scales, BLOCK)
-            np.multiply(blocks, scales[:, None], out=row.reshape(n_scales, BLOCK))
+            blocks = self._codes.take(values, axis=0).reshape(n_scales, EMBEDDING_BLOCK)
+            np.multiply(blocks, scales[:, None], out=row.reshape(n_scales, EMBEDDING_BLOCK))
 
     def _read(self, offset: int, n_bytes: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         return np.frombuffer(os.pread(self._file, n_bytes, offset), dtype)

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BOTTOM = {
     "edgekv.errors",
+    "edgekv.schema",
     "edgekv.types",
     "edgekv.spec",
     "edgekv.model_config",

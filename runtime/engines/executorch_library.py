@@ -199,7 +199,13 @@ class Method:
             EngineError: a dtype or shape that the program does not take.
         """
         for direction, tensors, arrays in (("in", spec.inputs, inputs), ("out", spec.outputs, outputs)):
-            for tensor, (dtype, largest), array in zip(tensors, self.describe(direction), arrays, strict=False):
+            found = self.describe(direction)
+            if len(found) != len(arrays):
+                raise EngineError(
+                    f"executorch: {self.name} has {len(found)} {direction}puts, the manifest asks for {len(arrays)};"
+                    " export the bundle again"
+                )
+            for tensor, (dtype, largest), array in zip(tensors, found, arrays, strict=False):
                 if array.dtype.name != dtype or not _fits(array, largest, tensor.shape):
                     raise EngineError(
                         f"executorch: {self.name} takes {direction}put {tensor.name} as {dtype} {list(largest)},"

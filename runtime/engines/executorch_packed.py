@@ -15,6 +15,8 @@ import weakref
 from pathlib import Path
 
 from edgekv.bundle import Manifest
+from edgekv.errors import FormatError
+from edgekv.schema import plain_json, read_whole
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class PackedCache:
     """The packed weights of one bundle on this machine."""
 
     def __init__(self, cache: Path, manifest: Manifest, version: str) -> None:
-        graph = manifest.files.get(manifest.graphs[0], {}).get("sha256", manifest.source_sha256)
+        graph = manifest.files[manifest.graphs[0]]["sha256"]
         key = hashlib.sha256(f"{graph} {manifest.weights} {version} {cpu_identity()}".encode()).hexdigest()[:24]
         self.path = (cache / "packed" / f"{key}.bin").resolve()
         self._note = self.path.with_suffix(".json")
@@ -75,6 +77,6 @@ def _state(path: Path) -> list[int] | None:
 
 
 def _read(note: Path) -> object:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(note.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, FormatError):
+        return plain_json(read_whole(note))
     return None

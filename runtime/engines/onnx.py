@@ -12,13 +12,21 @@ import numpy as np
 import onnxruntime as ort
 
 from edgekv.bundle import Manifest
-from edgekv.errors import EngineError
+from edgekv.contract import GraphSpec, segment_spec
+from edgekv.errors import BundleError, EngineError
 from edgekv.runtime.engines.base import Float, StepBuffers
 from edgekv.runtime.engines.mapped import release_mapped_pages
 
 #: Where every session has threads of its own, a worker that waits for work spins this long, then sleeps: long enough for
 #: the gaps between the products of a segment, short enough that the pools of all segments do not spin against each other.
 SPIN_US = 50
+_ORT_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int8": "tensor(int8)",
+    "int64": "tensor(int64)",
+    "bool": "tensor(bool)",
+}
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,28 @@ def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSessio
         raise EngineError(f"onnxruntime {ort.__version__} cannot load {path}: {reason}") from error
 
 
+def check_contract(session: ort.InferenceSession, spec: GraphSpec, path: Path) -> None:
+    """Refuse a graph whose tensors are not those that the manifest's numbers ask for: buffers are made by these numbers.
+
+    Raises:
+        BundleError: the message names the tensor.
+    """
+    for found, wanted in ((session.get_inputs(), spec.inputs), (session.get_outputs(), spec.outputs)):
+        shapes = {tensor.name: (_ORT_TYPES[tensor.dtype], tensor.shape) for tensor in wanted}
+        for tensor in found:
+            dtype, shape = shapes.pop(tensor.name, ("", ()))
+            fits = tensor.type == dtype and len(tensor.shape) == len(shape)
+            # Dimensions that vary from step to step are names.
+            pairs = [pair for pair in zip(tensor.shape, shape, strict=False) if all(isinstance(dim, int) for dim in pair)]
+            if not fits or any(there != asked for there, asked in pairs):
+                raise BundleError(
+                    f"{path} has {tensor.name} as {tensor.type} {tensor.shape}, the manifest asks for {dtype or 'none'} {list(shape)};"
+                    " export the bundle again"
+                )
+        if shapes and wanted is spec.outputs:
+            raise BundleError(f"{path} has no output {next(iter(shapes))}; export the bundle again")
+
+
 class OnnxSegments:
     """A :class:`~edgekv.runtime.engines.base.SegmentEngine` on ONNX Runtime."""
 
@@ -143,6 +173,7 @@ class OnnxSegments:
         self._sessions = []
         for index, name in enumerate(manifest.graphs):
             self._sessions.append(open_session(folder / name, sessions.options))
+            check_contract(self._sessions[-1], segment_spec(manifest.model, index), folder / name)
             if (index + 1) % 6 == 0 or index + 1 == len(manifest.graphs):
                 release_mapped_pages(folder / weights)
         self._prepared: dict[int, tuple[StepBuffers, list[ort.IOBinding]]] = {}

@@ -9,7 +9,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgekv.bundle import Manifest
-from edgekv.runtime.engines.onnx import open_session, set_up
+from edgekv.contract import inline_spec
+from edgekv.runtime.engines.onnx import check_contract, open_session, set_up
 
 
 class OnnxInline:
@@ -20,7 +21,9 @@ class OnnxInline:
     def __init__(self, folder: Path, manifest: Manifest, threads: int, *, own_process: bool) -> None:
         sessions = set_up(manifest.weights, threads, own_process=own_process)
         self.description = sessions.description
-        self._session = open_session(folder / manifest.graphs[0], sessions.options)
+        path = folder / manifest.graphs[0]
+        self._session = open_session(path, sessions.options)
+        check_contract(self._session, inline_spec(manifest.model, manifest.page_size), path)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

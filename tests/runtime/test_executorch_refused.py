@@ -131,7 +131,7 @@ def test_a_manifest_of_another_decoder(bundle: Bundle, tmp_path: Path) -> None:
     heads = dict(manifest["model"], n_kv_heads=4)
     (folder / "manifest.json").write_text(json.dumps({**manifest, "model": heads}))
     one_line(run(folder), "segment_0_t", "takes output k as float32 [", "2, 64], not float32 [", "4, 64]")
-    layers = dict(manifest["model"], n_layers=5)
+    layers = dict(manifest["model"], n_layers=5, windows=[0] * 5)
     (folder / "manifest.json").write_text(json.dumps({**manifest, "model": layers}))
     one_line(run(folder), "has no method segment_4_t128; export the bundle again")
 

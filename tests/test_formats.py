@@ -1,0 +1,164 @@
+"""Every file format with a fault in it gives what the file says, or one error of our own in one line: never a traceback,
+never a value out of range, never memory for a number that somebody made up."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import SearchStrategy
+
+from edgekv.bundle import check_files, read_manifest
+from edgekv.errors import BundleError, EdgeKVError
+from edgekv.runtime.generate import Generator, RunOptions
+from tests.mutation import faulty, faulty_json
+
+DATA = Path(__file__).parent / "data"
+MANIFEST: dict[str, Any] = json.loads((DATA / "bundle-1" / "manifest.json").read_text(encoding="utf-8"))
+Case = TypeVar("Case")
+Result = TypeVar("Result")
+
+
+def examples(quick: int, long: int) -> pytest.MarkDecorator:
+    """Run a test with few examples in the default suite, and with many among the slow ones."""
+    return pytest.mark.parametrize("count", [quick, pytest.param(long, marks=pytest.mark.slow)])
+
+
+def for_all(count: int, cases: SearchStrategy[Case], check: Callable[[Case], None]) -> None:
+    """Check ``count`` cases."""
+    unbothered = settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+    unbothered(given(cases)(lambda case: check(case)))()
+
+
+def unless_refused(action: Callable[[], Result]) -> Result | None:
+    """Return what an action gives; None if it was refused with one error of our own, which is one line."""
+    try:
+        return action()
+    except EdgeKVError as error:
+        assert str(error).strip()
+        assert "\n" not in str(error)
+        return None
+
+
+def says(value: Any, document: Any) -> bool:
+    """Tell whether a value is what a document says, but for keys that the document leaves out."""
+    if isinstance(value, dict) and isinstance(document, dict):
+        return all(key in value and says(value[key], document[key]) for key in document)
+    if isinstance(value, (list, tuple)):
+        return len(value) == len(document) and all(map(says, value, document))
+    if isinstance(value, float):
+        return value == float(document)
+    return type(value) is type(document) and bool(value == document)
+
+
+def peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of a small bundle."""
+    return Path(shutil.copytree(DATA / "bundle-1", tmp_path / "model.edgekv"))
+
+
+@examples(300, 10_000)
+def test_a_manifest_with_a_fault_says_what_it_says_or_is_refused(folder: Path, count: int) -> None:
+    def check(document: bytes) -> None:
+        (folder / "manifest.json").write_bytes(document)
+        manifest = unless_refused(lambda: read_manifest(folder))
+        if manifest is not None:
+            assert says(manifest.to_json(), json.loads(document))
+            assert 0 < manifest.model.n_layers == len(manifest.model.windows)
+
+    for_all(count, faulty_json(MANIFEST), check)
+
+
+@examples(40, 3000)
+def test_a_bundle_with_a_fault_in_its_manifest_generates_or_is_refused(folder: Path, count: int) -> None:
+    """What gets past the manifest is held against the graphs, before a buffer is made for it."""
+
+    def generate() -> list[int]:
+        with Generator.open(folder, RunOptions(threads=1, prefixes=False)) as generator:
+            return list(generator.tokens(list(range(20)), max_tokens=3))
+
+    def check(manifest: Any) -> None:
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        tokens = unless_refused(generate)
+        assert tokens is None or all(0 <= token < 320 for token in tokens)
+
+    before = peak_rss_bytes()
+    for_all(count, faulty(MANIFEST), check)
+    assert peak_rss_bytes() - before < 512 << 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layers": 10**12}, "model.n_layers is 1000000000000, it must be int <= 2147483648"),
+        ({"n_layers": 2**30}, "model.windows has 2 entries for 1073741824 layers"),
+        ({"vocab_size": 2**30}, "the embedding needs"),
+        ({"hidden_size": 2**20}, "the embedding needs"),
+        ({"n_kv_heads": 3}, "model.n_q_heads (4) is no multiple of n_kv_heads (3)"),
+        ({"head_dim": "16"}, "model.head_dim is '16', it must be int"),
+        ({"softmax_scale": -1}, "model.softmax_scale is -1, it must be float > 0"),
+        ({"windows": [0, -1]}, "model.windows[1] is -1, it must be int >= 0"),
+        ({"n_layer": 2}, 'model.n_layer is not a field; did you mean "n_layers"?'),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_in_one_line(folder: Path, change: dict[str, Any], message: str) -> None:
+    manifest = {**MANIFEST, "model": {**MANIFEST["model"], **change}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(BundleError) as caught:
+        read_manifest(folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b", "..", "", "a\0b", "a\\b", "C:x", "x" * 300])
+@pytest.mark.parametrize("field", ["chat_template", "graphs", "embedding", "files"])
+def test_no_name_in_a_manifest_leads_out_of_the_bundle(folder: Path, field: str, name: str) -> None:
+    value = {
+        "chat_template": name,
+        "graphs": [name, *MANIFEST["graphs"][1:]],
+        "embedding": {**MANIFEST["embedding"], "file": name},
+        "files": {**MANIFEST["files"], name: {"bytes": 1, "sha256": ""}},
+    }[field]
+    (folder / "manifest.json").write_text(json.dumps({**MANIFEST, field: value}), encoding="utf-8")
+    with pytest.raises(BundleError, match="not the plain name of a file in the folder"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "tokenizer.json", "chat_template.jinja", "manifest.json"])
+def test_a_link_in_a_bundle_may_lead_to_its_neighbour_and_nowhere_else(folder: Path, name: str, tmp_path: Path) -> None:
+    beside = folder / "other"
+    (folder / name).rename(beside)
+    (folder / name).symlink_to("other")
+    check_files(folder, read_manifest(folder))
+    beside.rename(tmp_path / "elsewhere")
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="is a link that leads out of the folder"):
+        check_files(folder, read_manifest(folder))
+
+
+def test_a_folder_a_pipe_or_a_huge_file_in_the_place_of_a_file_is_refused(folder: Path) -> None:
+    for name, words in (("weights.bin", "weights.bin is no file"), ("manifest.json", "is not a bundle")):
+        kept = (folder / name).read_bytes()
+        for make in (os.mkdir, os.mkfifo):
+            (folder / name).unlink()
+            make(folder / name)
+            with pytest.raises(BundleError, match=words):
+                check_files(folder, read_manifest(folder))
+            (os.rmdir if (folder / name).is_dir() else os.unlink)(folder / name)
+            (folder / name).write_bytes(kept)
+    with (folder / "manifest.json").open("r+b") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(BundleError, match="larger than 16 MiB"):
+        read_manifest(folder)
