@@ -37,10 +37,14 @@ def faulty(draw: st.DrawFn, data: Any) -> Any:
     for key in way:
         parent = parent[key]
     kind = draw(st.sampled_from(["replace", "off by", "remove", "add"]))
-    if kind == "replace" or (kind == "off by" and (isinstance(parent[last], bool) or not isinstance(parent[last], (int, float)))):
+    if kind == "replace" or (
+        kind == "off by" and (isinstance(parent[last], bool) or not isinstance(parent[last], (int, float)))
+    ):
         parent[last] = draw(st.sampled_from(SILLY) | st.integers() | st.floats() | st.text(max_size=9))
     elif kind == "off by":
-        parent[last] = parent[last] * draw(st.sampled_from([-1, 2, 0.5, 1000, 2**20])) + draw(st.sampled_from([-1, 0, 1]))
+        parent[last] = parent[last] * draw(st.sampled_from([-1, 2, 0.5, 1000, 2**20])) + draw(
+            st.sampled_from([-1, 0, 1])
+        )
     elif kind == "remove":
         del parent[last]
     elif isinstance(parent, dict):

@@ -42,9 +42,10 @@ def unless_refused(action: Callable[[], Result]) -> Result | None:
     try:
         return action()
     except EdgeKVError as error:
-        assert str(error).strip()
-        assert "\n" not in str(error)
-        return None
+        said = str(error)
+    assert said.strip()
+    assert "\n" not in said
+    return None
 
 
 def says(value: Any, document: Any) -> bool:

@@ -144,7 +144,9 @@ def check_contract(session: ort.InferenceSession, spec: GraphSpec, path: Path) -
             dtype, shape = shapes.pop(tensor.name, ("", ()))
             fits = tensor.type == dtype and len(tensor.shape) == len(shape)
             # Dimensions that vary from step to step are names.
-            pairs = [pair for pair in zip(tensor.shape, shape, strict=False) if all(isinstance(dim, int) for dim in pair)]
+            pairs = [
+                pair for pair in zip(tensor.shape, shape, strict=False) if all(isinstance(dim, int) for dim in pair)
+            ]
             if not fits or any(there != asked for there, asked in pairs):
                 raise BundleError(
                     f"{path} has {tensor.name} as {tensor.type} {tensor.shape}, the manifest asks for {dtype or 'none'} {list(shape)};"
