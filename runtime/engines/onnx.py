@@ -149,8 +149,8 @@ def check_contract(session: ort.InferenceSession, spec: GraphSpec, path: Path) -
             ]
             if not fits or any(there != asked for there, asked in pairs):
                 raise BundleError(
-                    f"{path} has {tensor.name} as {tensor.type} {tensor.shape}, the manifest asks for {dtype or 'none'} {list(shape)};"
-                    " export the bundle again"
+                    f"{path} has {tensor.name} as {tensor.type} {tensor.shape}, the manifest asks for"
+                    f" {dtype or 'none'} {list(shape)}; export the bundle again"
                 )
         if shapes and wanted is spec.outputs:
             raise BundleError(f"{path} has no output {next(iter(shapes))}; export the bundle again")
