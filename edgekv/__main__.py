@@ -1,5 +1,21 @@
-"""`python -m edgekv`."""
+"""`edgekv`, and `python -m edgekv`."""
 
-from edgekv.cli.main import main
+import sys
 
-main()
+from edgekv.cli.interrupt import Interrupted, Signals
+
+
+def main() -> None:
+    """Be the process of a command line; signals are watched before its imports, which take most of a start."""
+    signals = Signals()
+    try:
+        signals.watch()
+        from edgekv.cli.main import main as command_line
+    except Interrupted as end:
+        print(f"edgekv: {end}", file=sys.stderr)
+        raise
+    command_line(signals)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.codec import unpack_hot, unpack_warm
-from edgekv.errors import EdgeKVError, TokenDropped, TokenNotFound
+from edgekv.errors import TokenDropped, TokenNotFound
 from edgekv.runtime.arena import Arena
 from edgekv.runtime.invariants import check_pages
 from edgekv.runtime.kernels import Kernels
@@ -78,7 +78,7 @@ class KVCache:
                 table.n_slots[layer] = slot
                 if inside + count == page_size and self.manager.options.compress_at_seal:
                     self.manager.seal(layer, page)
-        except EdgeKVError:
+        except BaseException:
             self._withdraw(layer, start, slot)
             raise
         if table.pruned[layer]:

@@ -32,6 +32,7 @@ from edgekv.runtime.options import default_threads as default_threads
 from edgekv.runtime.prepare import Prepared, Segments, check_options, load_dense, prepare_cache
 from edgekv.runtime.sampling import Sampler, SamplingOptions
 from edgekv.runtime.session import Session
+from edgekv.runtime.session_files import signals_held
 from edgekv.runtime.session_keeper import SessionKeeper, with_prefix
 from edgekv.runtime.session_restore import common_prefix
 from edgekv.runtime.stats import RunStats
@@ -182,13 +183,14 @@ class Generator:
         fresh, machine = self.prepared is None, self._machine
         self._keeper = with_prefix(self._keeper, self.options, self.manifest, prompt, fresh=fresh, machine=machine)
         self.prepare(len(prompt), max_tokens)
+        assert self.prepared is not None
         reused = self._reuse(prompt)
         started = self._machine.now()
         done, total = reused, len(prompt)
         chunk = self.options.prefill_chunk
         logits = None
         if self._keeper is not None:
-            self._keeper.began(reused, total)
+            self._keeper.began(self.prepared.cache, reused, total)
         while done < total:
             stop = done + chunk if self._keeper is None else self._keeper.stop(done, total, chunk)
             part = prompt[done:stop]
@@ -226,12 +228,13 @@ class Generator:
         try:
             positions = np.arange(start, start + len(tokens), dtype=np.int64)
             logits = prepared.forward.step(np.asarray(tokens, np.int64), positions, rows)
+            self._tokens += map(int, tokens)
         except BaseException:
             # A step that failed half way leaves some layers longer than others: back to what all of them hold.
-            kept = prepared.cache.truncate(start)
-            del self._tokens[kept:]
+            with signals_held():
+                kept = prepared.cache.truncate(start)
+                del self._tokens[kept:]
             raise
-        self._tokens.extend(int(token) for token in tokens)
         if self._keeper is not None:
             self._keeper.stepped(start, prepared.cache, self._tokens)
         return logits
@@ -246,8 +249,9 @@ class Generator:
                 self._tokens = restored
         common = common_prefix(self._tokens, prompt[:-1])
         if common < len(self._tokens):
-            common = cache.truncate(common)
-            del self._tokens[common:]
+            with signals_held():
+                common = cache.truncate(common)
+                del self._tokens[common:]
         return common
 
     # -- memory ------------------------------------------------------------------------------------------------

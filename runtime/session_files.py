@@ -12,8 +12,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -300,19 +300,23 @@ def share_segments(source: Path, target: Path) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the block is done (in the main thread, where Python handles them)."""
-    if threading.current_thread() is not threading.main_thread():
+    """Hold back the signals that end programs until the block is done (in the main thread, where Python handles them)."""
+    with ExitStack() as held:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+                if callable(signal.getsignal(number)):
+                    held.enter_context(_held(number))
         yield
-        return
+
+
+@contextmanager
+def _held(number: int) -> Iterator[None]:
     came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before: dict[int, Callable[..., Any] | int | None] = {
-        number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers
-    }
+    before = signal.getsignal(number)
     try:
+        signal.signal(number, lambda number, frame: came.append(number))
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        for number in came:
-            os.kill(os.getpid(), number)
+        signal.signal(number, before)
+        if came:
+            signal.raise_signal(number)

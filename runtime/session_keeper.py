@@ -75,12 +75,12 @@ class SessionKeeper:
         count, self._steps = self.session.restore(cache, prompt)
         self._gone = self._gone[self._gone >= count]
         self._starts = [start for start in self.session.starts if start < count]
-        self._cache = cache
         self._saved = (count, self._now())
         return self.sequence[:count]
 
-    def began(self, reused: int, total: int) -> None:
-        """The prompt of ``total`` tokens needs all but ``reused`` computed."""
+    def began(self, cache: KVCache, reused: int, total: int) -> None:
+        """A cache holds ``reused`` tokens of a prompt of ``total``: from now on it is what is saved."""
+        self._cache = cache
         self.session.reused_tokens, self.session.computed_tokens = reused, total - reused
 
     def stop(self, done: int, total: int, chunk: int) -> int:
@@ -110,9 +110,9 @@ class SessionKeeper:
     def save(self, cache: KVCache, tokens: Sequence[int], *, whole: bool) -> None:
         """Write a checkpoint; a failure is remembered, the run goes on.
 
-        While tokens are still to be pruned again, the last checkpoint stays: it says which.
+        While a cache is not restored, or tokens are still to be pruned again, the last checkpoint stays: it says what was there.
         """
-        if self._gone.size:
+        if self._gone.size or cache is not self._cache:
             return
         self._saved = (len(tokens), self._now())
         pending = self.sequence[len(tokens) :] if self.sequence[: len(tokens)] == list(tokens) else []

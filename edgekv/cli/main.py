@@ -13,11 +13,13 @@ import edgekv
 from edgekv.cli import calibrate, emulate, plan, run, stats, sweep, verify
 from edgekv.cli.export import export_command
 from edgekv.cli.inspect import inspect_command
+from edgekv.cli.interrupt import Signals
 from edgekv.cli.offload import app as offload_app
 from edgekv.cli.prefix import app as prefix_app
 from edgekv.cli.process import exit_code, open_streams
 from edgekv.cli.profiles import app as profiles_app
 from edgekv.cli.sessions import app as sessions_app
+from edgekv.errors import EdgeKVError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,23 +58,31 @@ def _root(
     pass
 
 
-def run_command_line(arguments: Sequence[str]) -> int:
+def run_command_line(arguments: Sequence[str], signals: Signals | None = None) -> int:
     """Run a command line and return its exit code; see :data:`edgekv.cli.process.EXIT_CODES`."""
+    signals = signals or Signals()
 
     def command() -> None:
         parser = typer.main.get_command(app)
-        with parser.make_context("edgekv", list(arguments)) as context:
-            parser.invoke(context)
+        try:
+            with parser.make_context("edgekv", list(arguments), obj=signals) as context:
+                parser.invoke(context)
+        except EdgeKVError:
+            raise
+        except Exception:  # of a library that turned the signal into an error of its own
+            signals.check()
+            raise
+        signals.end()
 
     return exit_code(command)
 
 
-def main() -> None:
-    """Be the process of a command line."""
+def main(signals: Signals | None = None) -> None:
+    """Be the process of a command line, interrupted by the signals that are watched."""
     if "_EDGEKV_COMPLETE" in os.environ:
         app(prog_name="edgekv")  # the shell asks what could be typed
     open_streams()
-    sys.exit(run_command_line(sys.argv[1:]))
+    sys.exit(run_command_line(sys.argv[1:], signals))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import TextIO
 import typer
 
 import edgekv
+from edgekv.cli.interrupt import Interrupted
 from edgekv.errors import EdgeKVError
 
 #: Every code that a command may end with; docs/cli.md says the same.
@@ -25,6 +26,7 @@ EXIT_CODES = {
     1: "it failed while running: the medium, the network, memory, a gate that was not passed",
     2: "it cannot be done as asked: an option, a file, a model; nothing was changed",
     70: "a fault of edgekv; the line names a file with the traceback",
+    128 + signal.SIGHUP: "the terminal was closed (SIGHUP)",
     128 + signal.SIGINT: "Ctrl-C (SIGINT)",
     128 + signal.SIGPIPE: "the reader of the output is gone, as with `| head`",
     128 + signal.SIGTERM: "SIGTERM",
@@ -103,6 +105,8 @@ def _ending(command: Callable[[], object]) -> tuple[int, str | None]:
         return 0, None
     except typer.Exit as end:
         return end.exit_code, None
+    except Interrupted as end:
+        return 128 + end.number, str(end)
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # rich ends the process so
             return 128 + signal.SIGPIPE, None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -15,13 +16,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from edgekv.bundle import read_manifest
-from edgekv.cli.sessions import continued, end_in_order, remembered, session_facts, session_line, session_options
+from edgekv.cli.interrupt import Interrupted, Signals
+from edgekv.cli.sessions import continued, remembered, session_facts, session_line, session_options
 from edgekv.errors import EdgeKVError, UsageError
 from edgekv.types import KVMode, PressureMode, format_bytes
 
 if TYPE_CHECKING:
     from edgekv.runtime.generate import Generator
-    from edgekv.runtime.sampling import SamplingOptions
+
+#: Called with (tokens done, tokens to do).
+Progressed = Callable[[int, int], None]
+
+
+class Stream(Protocol):
+    """Generates text from a prompt with the options of the command; ends between two pieces when a signal came."""
+
+    def __call__(self, request: str | list[int], progress: Progressed = ..., /) -> Iterator[str]:
+        """Yield the text in pieces; ``progress`` hears of the prompt."""
+        ...
+
 
 #: Tokens that a conversation may grow to when --context does not say.
 CHAT_CONTEXT = 8192
@@ -46,6 +59,7 @@ Examples:
 
 
 def run_command(
+    command: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A folder made by `edgekv export`.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="Read the prompt from a file; - is stdin.")] = None,
@@ -112,21 +126,32 @@ def run_command(
         pressure=pressure,
     )  # fmt: skip
     text = _read_prompt(prompt, prompt_file)
-    if kept is not None:
-        end_in_order()
-    with Generator.open(bundle, options) as generator:
+    signals = command.find_object(Signals) or Signals()
+    with Generator.open(bundle, options) as generator, _saved_when_interrupted(generator):
         if generator.kernels.isa() == "numpy":
             print("edgekv: the native kernels are not built; NumPy is used, many times slower", file=sys.stderr)
+
+        def stream(request: str | list[int], progress: Progressed = lambda done, total: None) -> Iterator[str]:
+            def advance(done: int, total: int) -> None:
+                signals.check()
+                progress(done, total)
+
+            with signals.between_tokens():
+                for piece in generator.stream(
+                    request, max_tokens=max_tokens, sampling=sampling, stop=stop or [], progress=advance
+                ):
+                    yield piece
+                    signals.check()
+
         if chat:
-            _converse(generator, console, system, max_tokens, sampling, stop or [], as_json=as_json)
+            _converse(generator, stream, console, system, as_json=as_json)
         else:
             request: str | list[int] | None = continued(generator, text) if resume else text
             assert request is not None
             if as_json:
-                pieces = list(generator.stream(request, max_tokens=max_tokens, sampling=sampling, stop=stop or []))
-                print(json.dumps({"text": "".join(pieces), **_stats(generator)}))
+                print(json.dumps({"text": "".join(stream(request)), **_stats(generator)}))
             else:
-                _print_stream(generator, request, console, max_tokens, sampling, stop or [])
+                _print_stream(stream, request, console, [])
         if stats is not None:
             _write_stats(stats, generator)
         if not quiet and not as_json:
@@ -154,15 +179,22 @@ def _profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -
     return budget.kv_bytes
 
 
-def _print_stream(
-    generator: Generator,
-    prompt: str | list[int],
-    console: Console,
-    max_tokens: int,
-    sampling: SamplingOptions,
-    stop: list[str],
-) -> str:
-    """Print text as it comes, with a progress bar on stderr while the prompt is read; returns it."""
+@contextmanager
+def _saved_when_interrupted(generator: Generator) -> Iterator[None]:
+    """Let the line of an interrupted run say that its session is saved: closing the generator does that, or fails."""
+    try:
+        yield
+    except Interrupted as end:
+        session = generator.session
+        if session is not None and session.path == getattr(generator.options.session, "path", None):
+            end.note = f"the session {session.path} is " + (
+                f"not saved: {session.read_only}" if session.read_only else "saved"
+            )
+        raise
+
+
+def _print_stream(stream: Stream, prompt: str | list[int], console: Console, said: list[str]) -> None:
+    """Print text as it comes and add it to ``said``, with a progress bar on stderr while the prompt is read."""
     columns = (
         TextColumn("reading the prompt"),
         BarColumn(),
@@ -170,29 +202,25 @@ def _print_stream(
         TextColumn("tokens"),
         TimeRemainingColumn(),
     )
-    said = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("prefill", total=None)
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("prefill", total=None)
 
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-            if done == total:
-                progress.stop()
+            def advance(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+                if done == total:
+                    progress.stop()
 
-        pieces: Iterator[str] = generator.stream(
-            prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, progress=advance
-        )
-        for piece in pieces:
-            said.append(piece)
-            print(piece, end="", flush=True)
+            for piece in stream(prompt, advance):
+                said.append(piece)
+                print(piece, end="", flush=True)
+    except Interrupted:
+        print(flush=True)
+        raise
     print(flush=True)
-    return "".join(said)
 
 
-def _converse(
-    generator: Generator, console: Console, system: str | None, max_tokens: int, sampling: SamplingOptions,
-    stop: list[str], *, as_json: bool,
-) -> None:  # fmt: skip
+def _converse(generator: Generator, stream: Stream, console: Console, system: str | None, *, as_json: bool) -> None:
     messages = remembered(generator, system)
     interactive = sys.stdin.isatty()
     if interactive:
@@ -210,19 +238,24 @@ def _converse(
             messages.append({"role": "user", "content": line.strip()})
         unanswered = False
         tokens = generator.text.encode_chat(messages)
+        said: list[str] = []
         try:
             if as_json:
-                answer = "".join(generator.stream(tokens, max_tokens=max_tokens, sampling=sampling, stop=stop))
-                print(json.dumps({"text": answer, **_stats(generator)}), flush=True)
+                said.extend(stream(tokens))
+                print(json.dumps({"text": "".join(said), **_stats(generator)}), flush=True)
             else:
-                answer = _print_stream(generator, tokens, console, max_tokens, sampling, stop)
+                _print_stream(stream, tokens, console, said)
         except EdgeKVError as error:
             if not interactive:
                 raise
             console.print(f"edgekv: {error}", style="red")
             messages.pop()
             continue
-        messages.append({"role": "assistant", "content": answer})
+        except Interrupted:
+            if said:
+                messages.append({"role": "assistant", "content": "".join(said)})
+            raise
+        messages.append({"role": "assistant", "content": "".join(said)})
         generator.save()
 
 

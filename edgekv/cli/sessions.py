@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -243,11 +241,6 @@ def remembered(generator: Generator, system: str | None) -> list[dict[str, str]]
         messages += kept[1:] if kept and system and kept[0]["role"] == "system" else kept
         generator.session.notes["messages"] = messages
     return messages
-
-
-def end_in_order() -> None:
-    """Let SIGTERM end the process like Ctrl-C does, with a last checkpoint."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def session_facts(generator: Generator) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""Runs a command many times, and interrupts each at a random moment: the program of test_interrupt.py.
+
+`python -m tests.cli.interrupted BUNDLE FOLDER COUNT SEED`: every run is a process of its own, forked from this one, which has all
+imports behind it. A run that was interrupted must exit with 130, within a second of its own work, in one line; and what it
+printed, with what the session goes on with, must be the text of a run that nobody interrupted. Prints what it found as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import edgekv.cli.main
+import edgekv.runtime.engines.onnx
+import edgekv.runtime.generate  # noqa: F401
+from edgekv.__main__ import main
+
+TOKENS = 60
+PROMPT_CHARACTERS = 2600
+#: Of waiting for a process, before the run counts as hung.
+HUNG_S = 60.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended. ``before``: its text when the signal came. ``seconds``: of the processor, from then to the end."""
+
+    code: int
+    before: str
+    text: str
+    errors: str
+    seconds: float
+
+
+def run(folder: Path, arguments: list[str], number: signal.Signals | None = None, after_s: float = 0.0) -> Ended:
+    """Be the parent of a run, and send it a signal after some time."""
+    out, errors = folder / "out.txt", folder / "err.txt"
+    out.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        for path, descriptor in ((out, 1), (errors, 2)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.argv = ["edgekv", *arguments]
+        code: object = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else 0)
+    text, used = "", 0.0
+    if number is not None:
+        time.sleep(after_s)
+        os.kill(child, signal.SIGSTOP)
+        text, used = out.read_text() if out.exists() else "", cpu_seconds(child)
+        os.kill(child, number)
+        os.kill(child, signal.SIGCONT)
+    deadline = time.monotonic() + HUNG_S
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime - used
+    return Ended(os.waitstatus_to_exitcode(ended[1]), text, out.read_text(), errors.read_text(), seconds)
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the processor time that a process has used."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def check(bundle: str, folder: Path, count: int, seed: int) -> dict[str, object]:
+    """Interrupt runs, and return what was seen of them."""
+    prompt = folder / "prompt.txt"
+    text = Path(__file__).resolve().parents[2] / "examples" / "long_prompt.txt"
+    prompt.write_text(text.read_text()[:PROMPT_CHARACTERS])
+    session = folder / "story.kv"
+    common = [
+        "run",
+        bundle,
+        "--session",
+        str(session),
+        "--quiet",
+        "--kv-budget",
+        "60%",
+        "--context",
+        "1400",
+        "--threads",
+        "2",
+    ]
+    begin = [*common, "-f", str(prompt), "-n", str(TOKENS)]
+    started = time.monotonic()
+    whole = run(folder, begin)
+    lasts = time.monotonic() - started
+    assert whole.code == 0, whole.errors
+    chance = random.Random(seed)
+    faults, codes, said = [], [0, 0], [0, 0]
+    for index in range(count):
+        shutil.rmtree(session, ignore_errors=True)
+        after_s = chance.uniform(0, lasts)
+        ended = run(folder, begin, signal.SIGINT, after_s)
+        codes[ended.code == 130] += 1
+        if ended.code == 0 and ended.before.strip() == whole.text.strip():
+            continue  # all was said before the signal came
+        printed = ended.text.removesuffix("\n")
+        said[bool(printed)] += 1
+        again = [*common, "--continue", "-n", str(TOKENS)]
+        resumed = run(folder, again) if session.exists() else run(folder, begin)
+        if "is empty: give it a --prompt" in resumed.errors:
+            resumed = run(folder, begin)
+        goes_on = printed + resumed.text.removesuffix("\n")
+        fine = (
+            ended.code == 130
+            and ended.errors.count("\n") == 1
+            and ended.errors.startswith("edgekv: interrupted")
+            and ended.seconds < 1.0
+            and resumed.code == 0
+            and (goes_on.startswith(whole.text.removesuffix("\n")))
+        )
+        if not fine:
+            faults.append({"run": index, "after_s": after_s, "ended": repr(ended), "resumed": repr(resumed)})
+    return {"finished": codes[0], "interrupted": codes[1], "silent": said[0], "spoke": said[1], "faults": faults}
+
+
+if __name__ == "__main__":
+    print(json.dumps(check(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))
