@@ -11,7 +11,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## environment and all that the targets need (idempotent)
 
-$(STAMP): pyproject.toml tools/setup.sh $(wildcard runtime/csrc/*)
+$(STAMP): pyproject.toml tools/setup.sh $(shell find runtime/native -type f 2>/dev/null)
 	@tools/setup.sh $(VENV)
 	@touch $@
 

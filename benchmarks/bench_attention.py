@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from edgekv.runtime.arena import anonymous
-from edgekv.runtime.engines.onnx import lend_threads, share_threads
-from edgekv.runtime.kernels import PAGE_REF, load_kernels
+from edgekv.runtime.engines.onnx.options import lend_threads, share_threads
+from edgekv.runtime.kernels.choose import load_kernels
+from edgekv.runtime.kernels.interface import PAGE_REF
+from edgekv.runtime.system.buffers import anonymous
 from edgekv.spec import PageSpec
 
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE = 24, 16, 8, 64, 32

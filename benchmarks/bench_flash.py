@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from edgekv.bundle import read_manifest
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.runtime.store import aligned_rows
-from edgekv.types import KVMode
+from edgekv.runtime.system.buffers import aligned_rows
+from edgekv.tiers import KVMode
 
 BAR = 1.15
 MIB = 1024 * 1024

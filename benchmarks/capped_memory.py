@@ -19,10 +19,11 @@ import common
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from edgekv.emulator.jail import run_in_jail
+from edgekv.jail import run_in_jail
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.runtime.session import SessionOptions
-from edgekv.types import KVMode, PressureMode, parse_bytes
+from edgekv.runtime.options import SessionOptions
+from edgekv.sizes import parse_bytes
+from edgekv.tiers import KVMode, PressureMode
 
 GENERATE = 16
 

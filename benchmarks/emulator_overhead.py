@@ -16,9 +16,9 @@ from pathlib import Path
 
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.emulator import Device
-from edgekv.emulator.play import emulate_shape
-from edgekv.emulator.scenario import AppSettings, Scenario, Turn
-from edgekv.emulator.weightless import Shape
+from edgekv.emulator.play.play import emulate_shape
+from edgekv.emulator.play.scenario import AppSettings, Scenario, Turn
+from edgekv.emulator.play.shape_app import Shape
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.machine import HOST
 

@@ -11,7 +11,7 @@ from typing import Any
 from bars import Results
 from configurations import OURS, OURS_EXECUTORCH, OURS_XNNPACK
 
-from edgekv.export.engine import machine_class
+from edgekv.export.choose_engine import machine_class
 
 TABLE = Path(__file__).resolve().parent.parent / "export" / "engines.json"
 CONTEXT = 2048

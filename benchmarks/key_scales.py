@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from edgekv.export import export_model
 from edgekv.runtime.generate import RunOptions
-from edgekv.types import KVMode
-from edgekv.verify.emulated import EmulatedCodec
+from edgekv.tiers import KVMode
 from edgekv.verify.gate import load_gate
 from edgekv.verify.judge import Settings, verify
+from edgekv.verify.other_codecs import EmulatedCodec
 from edgekv.verify.tasks import Suite
 from edgekv.verify.verdict import hold
 from tests.checkpoints import make_outlier_checkpoint

@@ -20,8 +20,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.runtime.kernels import load_kernels
-from edgekv.types import KVMode
+from edgekv.runtime.kernels.choose import load_kernels
+from edgekv.tiers import KVMode
 
 
 class Stopwatch:

@@ -23,9 +23,10 @@ from common import prompt
 
 from edgekv.device_profiles import load
 from edgekv.plan import Plan, Workload, make_plan, read_model
-from edgekv.runtime.budget import resolve_budget
 from edgekv.runtime.generate import Generator
-from edgekv.runtime.options import RunOptions, cache_home, default_threads
+from edgekv.runtime.options import RunOptions
+from edgekv.runtime.pages.budget import resolve_budget
+from edgekv.runtime.system.process import cache_home, default_threads
 
 GROUPS, GROUP, PAUSE_S, WARM_UP = 3, 16, 2.0, 64
 STEPS = GROUPS * GROUP

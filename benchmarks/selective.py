@@ -37,7 +37,8 @@ from numpy.typing import NDArray
 
 from edgekv.export import export_model
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.types import KVMode, format_bytes
+from edgekv.sizes import format_bytes
+from edgekv.tiers import KVMode
 
 Double = NDArray[np.float64]
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,9 +3,9 @@
 if __name__ != "edgekv.device_profiles":
     raise ImportError("import this package as edgekv.device_profiles")
 
-from edgekv.device_profiles.budget import KVBudget, kv_budget
-from edgekv.device_profiles.catalog import Difference, diff, load, load_many, names, user_dir
-from edgekv.device_profiles.schema import Compute, DeviceProfile, Flash, Memory, Quantity, Thermal
+from .budget import KVBudget, kv_budget
+from .catalog import Difference, diff, load, load_many, names, user_dir
+from .schema import Compute, DeviceProfile, Flash, Memory, Quantity, Thermal
 
 __all__ = [
     "Compute",

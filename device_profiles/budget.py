@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from edgekv.device_profiles.schema import DeviceProfile
 from edgekv.errors import BudgetError, UsageError
-from edgekv.types import format_bytes
+from edgekv.sizes import format_bytes
+
+from .schema import DeviceProfile
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgekv.device_profiles.parse import did_you_mean, parse_profile
-from edgekv.device_profiles.schema import DeviceProfile
 from edgekv.errors import ProfileError
+
+from .parse import did_you_mean, parse_profile
+from .schema import DeviceProfile
 
 if sys.version_info >= (3, 11):
     import tomllib

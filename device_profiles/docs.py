@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from edgekv.device_profiles.schema import Compute, Flash, Memory, Thermal, rules
+from .schema import Compute, Flash, Memory, Thermal, rules
 
 BEGIN = "<!-- fields: begin (generated: python -m edgekv.device_profiles.docs docs/profiles.md) -->"
 END = "<!-- fields: end -->"

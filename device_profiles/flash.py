@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 
-from edgekv.device_profiles.schema import Flash
+from .schema import Flash
 
 SECONDS_PER_DAY = 86_400
 DAYS_PER_YEAR = 365.25

@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgekv.device_profiles.schema import (
+from edgekv.errors import ProfileError, UsageError
+from edgekv.sizes import format_bytes, parse_bytes
+
+from .schema import (
     CONFIDENCES,
     ENGINES,
     KINDS,
@@ -23,8 +26,6 @@ from edgekv.device_profiles.schema import (
     Thermal,
     rules,
 )
-from edgekv.errors import ProfileError, UsageError
-from edgekv.types import format_bytes, parse_bytes
 
 _TOP = ("name", "title", "kind", "extends", "memory", "compute", "flash", "thermal")
 _PARTS = ("value", "source", "confidence")

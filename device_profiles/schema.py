@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 from edgekv.errors import ProfileError
-from edgekv.types import format_bytes
+from edgekv.sizes import format_bytes
 
 Number = TypeVar("Number", int, float)
 

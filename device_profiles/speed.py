@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgekv.device_profiles.schema import Compute, Flash
-from edgekv.device_profiles.work import StepWork
+from .schema import Compute, Flash
+from .work import StepWork
 
 #: Linux reads so much of a mapped or swapped file at a time (``read_ahead_kb``, 128 by default).
 READAHEAD_BYTES = 128 * 1024

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from edgekv.device_profiles.schema import Thermal
+from .schema import Thermal
 
 
 class ThermalState:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgekv.device_profiles.geometry import Geometry
 from edgekv.spec import PageSpec
+
+from .geometry import Geometry
 
 #: Bits per weight in RAM, scales included. ONNX: blocks of 32 with a float32 scale, int4 with a zero point too; the CPU provider
 #: computes fp16 in fp32 and converts it when the session is made. ExecuTorch: int4 in groups of 32 with a bfloat16 scale, int8

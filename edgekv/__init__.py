@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgekv.errors import EdgeKVError as EdgeKVError
     from edgekv.runtime.generate import Generator as Generator
-    from edgekv.runtime.manager import MemoryManager as MemoryManager
+    from edgekv.runtime.memory_manager import MemoryManager as MemoryManager
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,7 @@ os.environ.update(NO_TELEMETRY)
 _PUBLIC = {
     "EdgeKVError": "edgekv.errors",
     "Generator": "edgekv.runtime.generate",
-    "MemoryManager": "edgekv.runtime.manager",
+    "MemoryManager": "edgekv.runtime.memory_manager",
 }
 
 

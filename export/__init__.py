@@ -3,6 +3,6 @@
 if __name__ != "edgekv.export":
     raise ImportError("import this package as edgekv.export")
 
-from edgekv.export.model import export_model
+from .bundle_writer import export_model
 
 __all__ = ["export_model"]

@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from edgekv.errors import CheckpointError
-from edgekv.export.config import DecoderConfig, read_config
 from edgekv.model_config import read_json_object
+
+from .config import DecoderConfig, read_config
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"

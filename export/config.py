@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.errors import CheckpointError
-from edgekv.export.rope import fold_rope
 from edgekv.model_config import ModelConfig, Values, read_json_object, read_model_config
 from edgekv.spec import ModelSpec
+
+from .rope import fold_rope
 
 
 @dataclass(frozen=True)

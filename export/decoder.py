@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from edgekv.export import ops
-from edgekv.export.checkpoint import FINAL_NORM, Checkpoint
-from edgekv.export.config import DecoderConfig
+from . import ops
+from .checkpoint import FINAL_NORM, Checkpoint
+from .config import DecoderConfig
 
 Tensor = torch.Tensor
 

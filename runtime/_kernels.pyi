@@ -1,6 +1,6 @@
-"""The native kernels (runtime/csrc). What the functions mean is said in :mod:`edgekv.runtime.kernels`."""
+"""The native kernels (runtime/native). What the functions mean is said in :mod:`edgekv.runtime.kernels.interface`."""
 
-from edgekv.runtime.kernels import Addresses, Bytes, Float, Half, Int8, Int64, Refs
+from edgekv.runtime.kernels.interface import Addresses, Bytes, Float, Half, Int8, Int64, Refs
 
 RUN_PAGES: int
 

@@ -18,25 +18,27 @@ import numpy as np
 
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.errors import UsageError
-from edgekv.runtime.budget import BudgetPlan
-from edgekv.runtime.cache import KVCache
-from edgekv.runtime.engines.base import Float
-from edgekv.runtime.forward import Rows
-from edgekv.runtime.governor import Level, Reclaim
-from edgekv.runtime.kernels import Kernels, load_kernels
-from edgekv.runtime.machine import HOST, Machine
-from edgekv.runtime.options import RunOptions as RunOptions
-from edgekv.runtime.options import cache_home as cache_home
-from edgekv.runtime.options import check_length, planned_context, verified_stamp
-from edgekv.runtime.options import default_threads as default_threads
-from edgekv.runtime.prepare import Prepared, Segments, check_options, load_dense, prepare_cache
-from edgekv.runtime.sampling import Sampler, SamplingOptions
-from edgekv.runtime.session import Session
-from edgekv.runtime.session_files import signals_held
-from edgekv.runtime.session_keeper import SessionKeeper, with_prefix
-from edgekv.runtime.session_restore import common_prefix
-from edgekv.runtime.stats import RunStats
-from edgekv.runtime.text import Text, TextStream
+
+from .decoder.base import Rows
+from .engines.base import Float
+from .governor import Level, Reclaim
+from .keeper import SessionKeeper, with_prefix
+from .kernels.choose import load_kernels
+from .kernels.interface import Kernels
+from .machine import HOST, Machine
+from .options import RunOptions as RunOptions
+from .options import check_length, planned_context, verified_stamp
+from .pages.budget import BudgetPlan
+from .pages.cache import KVCache
+from .prepare import Prepared, Segments, check_options, load_dense, prepare_cache
+from .sampling import Sampler, SamplingOptions
+from .sessions.folder import signals_held
+from .sessions.restore import common_prefix
+from .sessions.session import Session
+from .stats import RunStats
+from .system.process import cache_home as cache_home
+from .system.process import default_threads as default_threads
+from .text import Text, TextStream
 
 
 class Generator:

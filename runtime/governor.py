@@ -13,17 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgekv.errors import EdgeKVError, UsageError
-from edgekv.runtime.attend import Attender
-from edgekv.runtime.budget import BudgetPlan, resolve_budget
-from edgekv.runtime.machine import Machine
-from edgekv.runtime.options import RunOptions, open_offload
-from edgekv.runtime.pages import PageManager
-from edgekv.runtime.policy import candidates
-from edgekv.runtime.pressure import Calm, Pressure
-from edgekv.runtime.stats import PressureStats
-from edgekv.runtime.store import PageStore
+from edgekv.sizes import format_bytes
 from edgekv.spec import RECORD_HEADER_BYTES
-from edgekv.types import PressureMode, Tier, format_bytes
+from edgekv.tiers import PressureMode, Tier
+
+from .attention.attend import Attender
+from .machine import Machine
+from .options import RunOptions
+from .pages.budget import BudgetPlan, resolve_budget
+from .pages.manager import PageManager
+from .pages.policy import candidates
+from .storage.interface import PageStore
+from .storage.open import open_offload
+from .system.pressure import Calm, Pressure
 
 #: The system is asked at most so often; a decoded token takes longer on most devices.
 CHECK_SECONDS = 0.05
@@ -165,7 +167,7 @@ class Governor:
         """Give the page manager a store, if the run was opened without one and may have one."""
         manager = self._manager
         if manager.store is None and (self._options.offload is not None or not self._options.allow_drop):
-            self._store, self._scratch = open_offload(self._options, manager.spec, self._machine.medium)
+            self._store, self._scratch = open_offload(self._options.storage, manager.spec, self._machine.medium)
             manager.store = self._store
             if self._attender is not None:
                 self._staging += self._attender.stream(self._store)
@@ -189,3 +191,25 @@ class Governor:
         done = Reclaim(max(0, before - arena_bytes), freed, self._machine.now() - started, self.budget_bytes)
         self.stats.count(done.asked_bytes, done.freed_bytes, done.seconds, done.budget_bytes)
         return done
+
+
+@dataclass
+class PressureStats:
+    """Changes of the budget while a run went on. ``asked_bytes`` of pages had to leave RAM, ``freed_bytes`` did."""
+
+    changes: int = 0
+    failed: int = 0
+    asked_bytes: int = 0
+    freed_bytes: int = 0
+    seconds: float = 0.0
+    longest_s: float = 0.0
+    budget_bytes: int = 0  #: in force after the last change
+
+    def count(self, asked_bytes: int, freed_bytes: int, seconds: float, budget_bytes: int) -> None:
+        """Add one change."""
+        self.changes += 1
+        self.asked_bytes += asked_bytes
+        self.freed_bytes += freed_bytes
+        self.seconds += seconds
+        self.longest_s = max(self.longest_s, seconds)
+        self.budget_bytes = budget_bytes

@@ -10,20 +10,21 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from edgekv.runtime.medium import SYSTEM, Medium
-from edgekv.runtime.pressure import Pressure, SystemPressure
-from edgekv.runtime.reader import PageReader
-from edgekv.runtime.reads import Reads
-from edgekv.runtime.stats import peak_rss_bytes
+from .storage.medium import SYSTEM, Medium
+from .storage.reads import Reads
+from .storage.ring import PageReader
+from .system.pressure import Pressure, SystemPressure
+from .system.process import peak_rss_bytes
 
 if TYPE_CHECKING:
     from edgekv.bundle import Manifest
-    from edgekv.runtime.budget import BudgetPlan
-    from edgekv.runtime.cache import KVCache
-    from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
-    from edgekv.runtime.kernels import PagedAttention, Pool, Refs
-    from edgekv.runtime.store import PageStore
     from edgekv.spec import ModelSpec, PageSpec
+
+    from .engines.base import InlineEngine, SegmentEngine
+    from .kernels.interface import PagedAttention, Pool, Refs
+    from .pages.budget import BudgetPlan
+    from .pages.cache import KVCache
+    from .storage.interface import PageStore
 
 
 class Machine(Protocol):

@@ -8,23 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.bundle import Manifest
-from edgekv.runtime.attend import Attender
-from edgekv.runtime.budget import BudgetPlan, plan_budget
-from edgekv.runtime.cache import KVCache
-from edgekv.runtime.embedding import Embedding
-from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
-from edgekv.runtime.engines.choose import open_inline, open_segments
-from edgekv.runtime.forward import Forward, SplitForward
-from edgekv.runtime.governor import Governor
-from edgekv.runtime.inline import InlineForward
-from edgekv.runtime.kernels import Kernels
-from edgekv.runtime.machine import Machine
-from edgekv.runtime.options import RunOptions, attend_options, cache_home, open_offload
-from edgekv.runtime.policy import CacheOptions, make_policy
-from edgekv.runtime.rope import Rope
-from edgekv.runtime.session import Session
-from edgekv.runtime.store import PageStore
-from edgekv.types import KVMode
+from edgekv.tiers import KVMode
+
+from .attention.attend import Attender
+from .attention.select import attend_options
+from .decoder.base import Forward
+from .decoder.embedding import Embedding
+from .decoder.inline import InlineForward
+from .decoder.rope import Rope
+from .decoder.split import SplitForward
+from .engines.base import InlineEngine, SegmentEngine
+from .engines.choose import open_inline, open_segments
+from .governor import Governor
+from .kernels.interface import Kernels
+from .machine import Machine
+from .options import RunOptions
+from .pages.budget import BudgetPlan, plan_budget
+from .pages.cache import KVCache
+from .pages.policy import CacheOptions, make_policy
+from .sessions.session import Session
+from .storage.interface import PageStore
+from .storage.open import open_offload
+from .system.process import cache_home
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def prepare_cache(
     with contextlib.ExitStack() as release:
         store: PageStore | None = session.store if session is not None else None
         if store is None and not plan.fits and (options.offload is not None or not options.allow_drop):
-            store, scratch = open_offload(options, spec, machine.medium)
+            store, scratch = open_offload(options.storage, spec, machine.medium)
             if scratch is not None:
                 release.callback(scratch.cleanup)
             release.callback(store.close)

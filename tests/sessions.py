@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnxruntime as ort
 
-from edgekv.runtime.engines.onnx import lend_threads
+from edgekv.runtime.engines.onnx.options import lend_threads
 
 
 def session_options(threads: int = 2) -> ort.SessionOptions:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from edgekv.runtime.budget import RUNTIME_OVERHEAD_BYTES
-from edgekv.runtime.store import FlashStore
+from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES
+from edgekv.runtime.storage.flash import FlashStore
 from edgekv.spec import PageSpec
 
 Bundle = Callable[..., Path]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from edgekv.contract import ENGINES, FORMS, WEIGHTS
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.types import KVMode
+from edgekv.tiers import KVMode
 from tests.checkpoints import load_reference
 from tests.conftest import VARIANTS
 
@@ -61,12 +61,12 @@ def as_stored(matrix: torch.Tensor, engine: str, weights: str, *, table: bool, s
     Args:
         table: an embedding that is not the head too: its rows are looked up, so they are INT8 where products are int4.
     """
-    from edgekv.export.quantise import BITS, quantise
+    from edgekv.export.onnx.matmul_nbits import BITS, quantise
 
     if weights in ("fp32", "fp16"):
         return matrix.to(torch.float16 if weights == "fp16" else torch.float32).float()
     if engine == "executorch" and not table:
-        from edgekv.export import executorch_weights
+        from edgekv.export.executorch import weights as executorch_weights
 
         return executorch_weights.quantise(matrix, weights).dequantise()
     bits = 8 if table else BITS[weights]
@@ -92,7 +92,7 @@ def eager_reference(source: Path, engine: str, form: str, weights: str) -> PreTr
                 embedding = "embed_tokens" in name
                 whole = embedding and engine == "executorch" and form == "inline" and weights in ("int4", "int8")
                 if whole:  # a scale per row, in the graph
-                    from edgekv.export import executorch_weights
+                    from edgekv.export.executorch import weights as executorch_weights
 
                     parameter.copy_(executorch_weights.quantise(parameter, "int8").dequantise())
                     continue

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.runtime.session import SessionOptions
-from edgekv.runtime.session_tools import verify
-from edgekv.runtime.wear import read_ledger
-from edgekv.types import KVMode
+from edgekv.runtime.options import SessionOptions
+from edgekv.runtime.sessions.tools import verify
+from edgekv.runtime.storage.wear import read_ledger
+from edgekv.tiers import KVMode
 
 DATA = Path(__file__).parent / "data"
 EXPECTED: dict[str, Any] = json.loads((DATA / "expected.json").read_text(encoding="utf-8"))

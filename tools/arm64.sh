@@ -76,11 +76,11 @@ nanobind=$("$python" -c 'import nanobind, pathlib; print(pathlib.Path(nanobind._
 compile=(aarch64-linux-gnu-g++ -std=c++17 -O2 -fPIC)
 mkdir -p "$dir/objects"
 objects=() jobs=()
-for source in runtime/csrc/*.cpp "$nanobind/src/nb_combined.cpp"; do
+for source in $(find runtime/native -name "*.cpp" -not -path "*/executorch/*") "$nanobind/src/nb_combined.cpp"; do
   flags=(-fvisibility=hidden -fno-strict-aliasing -DNDEBUG -DNB_COMPACT_ASSERTIONS)
-  case $source in *isa_neon_dot.cpp) flags+=(-march=armv8.2-a+dotprod) ;; esac
-  object=$dir/objects/$(basename "$source").o
-  "${compile[@]}" "${flags[@]}" "-I$nanobind/include" "-I$nanobind/ext/robin_map/include" "-I$root/usr/include/$version" \
+  case $source in *isa/neon_dot.cpp) flags+=(-march=armv8.2-a+dotprod) ;; esac
+  object=$dir/objects/${source//\//_}.o
+  "${compile[@]}" "${flags[@]}" -Iruntime/native "-I$nanobind/include" "-I$nanobind/ext/robin_map/include" "-I$root/usr/include/$version" \
     "-I$root/usr/include" -c "$source" -o "$object" &
   objects+=("$object") jobs+=($!)
 done
@@ -108,7 +108,7 @@ emulated() {
 kernel_tests() { # Emulation is slow, so the kernels that are the same everywhere are left to the host's own tests.
   echo "arm64: the kernels on $1: $(emulated "$1" -c 'from edgekv.runtime.kernels import load_kernels; print(load_kernels().isa())')"
   emulated "$1" -m pytest -q -p no:cacheprovider --hypothesis-profile=ci -k 'not numpy and not scalar' \
-    tests/runtime/test_kernels_attention.py tests/runtime/test_kernels_pages.py
+    tests/runtime/kernels/test_attention_kernels.py tests/runtime/kernels/test_page_kernels.py
 }
 cd "$tree"
 kernel_tests cortex-a72 >"$dir/cortex-a72.txt" 2>&1 &

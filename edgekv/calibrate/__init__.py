@@ -1,6 +1,6 @@
 """Measures this machine and writes what it finds as a device profile."""
 
-from edgekv.calibrate.machine import Calibration, calibrate
-from edgekv.calibrate.write import profile_toml
+from .calibration import Calibration, calibrate
+from .write import profile_toml
 
 __all__ = ["Calibration", "calibrate", "profile_toml"]

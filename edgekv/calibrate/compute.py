@@ -9,10 +9,12 @@ from collections.abc import Callable
 import numpy as np
 import onnxruntime as ort
 
-from edgekv.calibrate.onnx_chain import matmul_chain
-from edgekv.runtime.engines.onnx import set_up
-from edgekv.runtime.kernels import KIND_HOT, KIND_WARM, PAGE_REF, load_kernels
+from edgekv.runtime.engines.onnx.options import set_up
+from edgekv.runtime.kernels.choose import load_kernels
+from edgekv.runtime.kernels.interface import KIND_HOT, KIND_WARM, PAGE_REF
 from edgekv.spec import PageSpec
+
+from .onnx_chain import matmul_chain
 
 #: More than any last-level cache of a phone, board or laptop; a server's may be larger still.
 READ_BYTES = 256 * 1024 * 1024

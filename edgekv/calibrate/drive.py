@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from edgekv.errors import StoreError
-from edgekv.runtime.reads import QUEUE_DEPTH
-from edgekv.runtime.store import aligned_rows
+from edgekv.runtime.storage.reads import QUEUE_DEPTH
+from edgekv.runtime.system.buffers import aligned_rows
 
 FILE_BYTES = 256 * 1024 * 1024
 SIZES = (4096, 64 * 1024, 1024 * 1024)

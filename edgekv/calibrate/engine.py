@@ -19,10 +19,10 @@ from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.work import kv_bytes_per_token, step_work
 from edgekv.errors import BudgetError
 from edgekv.plan.model import read_model
-from edgekv.runtime.budget import pieces_of
-from edgekv.runtime.cache import KVCache
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.types import KVMode, Tier
+from edgekv.runtime.pages.budget import pieces_of
+from edgekv.runtime.pages.cache import KVCache
+from edgekv.tiers import KVMode, Tier
 
 #: Tokens in the cache when tokens and chunks are timed: in RAM, and with pages on flash (pieces are full in long contexts only).
 CONTEXTS, FLASH_CONTEXTS = (64, 2048, 8192), (512, 2048, 8192)

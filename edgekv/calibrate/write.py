@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from edgekv.calibrate.drive import SIZES, latency
-from edgekv.calibrate.machine import Calibration
+from .calibration import Calibration
+from .drive import SIZES, latency
 
 #: Set beside a measured number where nothing was measured; `edgekv profiles show` marks them `low`.
 _GUESS = "not measured; write your drive's or device's own number here"

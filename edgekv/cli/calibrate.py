@@ -12,10 +12,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from edgekv.cli.profiles import show
 from edgekv.device_profiles import load, user_dir
 from edgekv.device_profiles.schema import KINDS
 from edgekv.errors import ProfileError, UsageError
+
+from .profiles import show
 
 EPILOG = """
 Examples:
@@ -40,7 +41,7 @@ def calibrate_command(
 ) -> None:  # fmt: skip
     """Measure this machine in under a minute (memory, matrices, attention, drive) and write a profile."""
     from edgekv.calibrate import calibrate, profile_toml
-    from edgekv.runtime.options import cache_home, default_threads
+    from edgekv.runtime.system.process import cache_home, default_threads
 
     if kind not in KINDS:
         raise UsageError(f"unknown kind {kind!r}; use one of {', '.join(KINDS)}")

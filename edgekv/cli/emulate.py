@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from edgekv.errors import EdgeKVError, UsageError
-from edgekv.types import KVMode
+from edgekv.tiers import KVMode
 
 EPILOG = """
 Examples:
@@ -56,10 +56,10 @@ def emulate_command(
 ) -> None:  # fmt: skip
     """Run the real runtime on an emulated device: time, memory, flash and heat are computed, everything else happens."""
     from edgekv.emulator.device import Device
-    from edgekv.emulator.play import emulate, emulate_shape
-    from edgekv.emulator.scenario import Scenario, Turn, load_scenario
-    from edgekv.emulator.summary import sentences, to_tables
-    from edgekv.emulator.weightless import read_shape
+    from edgekv.emulator.play.play import emulate, emulate_shape
+    from edgekv.emulator.play.scenario import Scenario, Turn, load_scenario
+    from edgekv.emulator.play.shape_app import read_shape
+    from edgekv.emulator.report.terminal import sentences, to_tables
 
     given = [name for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file),
              ("--prompt-tokens", prompt_tokens), ("--scenario", scenario)) if value is not None]  # fmt: skip
@@ -101,7 +101,7 @@ def emulate_command(
         else:
             result = emulate(model, device, played, seed=seed, session=session, progress=advance)
     if report is not None:
-        from edgekv.emulator.page import to_html
+        from edgekv.emulator.report.html import to_html
 
         _write(report, to_html(result))
     if as_json:
@@ -117,8 +117,8 @@ def emulate_command(
 def _in_jail(profile: str, app_limit: str | None) -> None:
     """Run this very command again, without --jail, in one."""
     from edgekv.device_profiles import load
-    from edgekv.emulator.jail import check, run_in_jail
-    from edgekv.types import parse_bytes
+    from edgekv.jail import check, run_in_jail
+    from edgekv.sizes import parse_bytes
 
     limit_bytes = parse_bytes(app_limit) if app_limit is not None else load(profile).memory.app_limit_bytes.value
     arguments = [argument for argument in sys.argv[1:] if argument != "--jail"]

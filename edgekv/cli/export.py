@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from edgekv.types import format_bytes
+from edgekv.sizes import format_bytes
 
 
 def export_command(
@@ -69,7 +69,7 @@ def export_command(
     `edgekv export ./Qwen3-0.6B --out qwen.edgekv --engine onnx`   for a device where only ONNX Runtime is installed
     """
     from edgekv.export import export_model
-    from edgekv.export.engine import default_engine
+    from edgekv.export.choose_engine import default_engine
 
     console = Console(stderr=True)
     start = time.perf_counter()

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.contract import GraphSpec, TensorSpec, inline_spec, segment_spec
-from edgekv.types import format_bytes
+from edgekv.sizes import format_bytes
 
 
 def inspect_command(

@@ -1,4 +1,4 @@
-"""The `edgekv` command: mounts the subcommands."""
+"""The `edgekv` command: mounts the subcommands and prints errors, in one place."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Annotated
 import typer
 
 import edgekv
-from edgekv.cli import calibrate, emulate, plan, run, stats, sweep, verify
-from edgekv.cli.export import export_command
-from edgekv.cli.inspect import inspect_command
-from edgekv.cli.interrupt import Signals
-from edgekv.cli.offload import app as offload_app
-from edgekv.cli.prefix import app as prefix_app
-from edgekv.cli.process import exit_code, open_streams
-from edgekv.cli.profiles import app as profiles_app
-from edgekv.cli.sessions import app as sessions_app
 from edgekv.errors import EdgeKVError
+
+from . import calibrate, emulate, plan, run, stats, sweep, verify
+from .export import export_command
+from .inspect import inspect_command
+from .interrupt import Signals
+from .offload import app as offload_app
+from .prefix import app as prefix_app
+from .process import exit_code, open_streams
+from .profiles import app as profiles_app
+from .sessions import app as sessions_app
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekv.errors import UsageError
-from edgekv.types import format_bytes
+from edgekv.sizes import format_bytes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +31,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 )
 def list_command(url: Url, as_json: Json = False) -> None:
     """List the runs that have objects under a URL, those that are still running included."""
-    from edgekv.runtime.objects import list_runs
+    from edgekv.runtime.storage.objects import list_runs
 
     found = list_runs(url)
     if as_json:
@@ -60,7 +60,7 @@ def remove(
     as_json: Json = False,
 ) -> None:
     """Remove the objects of runs. One that is still running ends with an error that says so."""
-    from edgekv.runtime.objects import delete_run, list_runs
+    from edgekv.runtime.storage.objects import delete_run, list_runs
 
     if bool(runs) == (older_than is not None):
         raise UsageError("name the runs to remove, or give --older-than HOURS; edgekv offload list URL shows them")

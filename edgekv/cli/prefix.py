@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekv.errors import UsageError
-from edgekv.types import format_bytes, parse_bytes
+from edgekv.sizes import format_bytes, parse_bytes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,8 +50,9 @@ def add(
 ) -> None:
     """Compute the whole pages of a text and keep them."""
     from edgekv.bundle import read_manifest
-    from edgekv.runtime import prefix
-    from edgekv.runtime.options import RunOptions, default_threads
+    from edgekv.runtime.add_prefix import add_prefix
+    from edgekv.runtime.options import RunOptions
+    from edgekv.runtime.system.process import default_threads
     from edgekv.runtime.text import Text
 
     manifest = read_manifest(bundle)
@@ -73,7 +74,7 @@ def add(
         tokens = tokenizer.encode(text)
     options = RunOptions(kv_budget=kv_budget, threads=threads or default_threads(), own_process=True)
     size = parse_bytes(limit) if limit else None
-    path, kept = prefix.add_prefix(bundle, tokens, options, name=file.name, limit=size)
+    path, kept = add_prefix(bundle, tokens, options, name=file.name, limit=size)
     if as_json:
         typer.echo(json.dumps({"id": path.name, "tokens": kept, "tokens_of_text": len(tokens)}))
     else:
@@ -83,9 +84,9 @@ def add(
 @app.command("list", epilog="Examples:  edgekv prefix list  |  edgekv prefix list --json")
 def list_command(as_json: Json = False) -> None:
     """List the prefixes, the last used first."""
-    from edgekv.runtime import prefix
+    from edgekv.runtime.sessions import prefixes
 
-    found = prefix.list_prefixes()
+    found = prefixes.list_prefixes()
     if as_json:
         facts = [{"id": p.path.name, **asdict(p), "path": str(p.path)} for p in found]
         typer.echo(json.dumps(facts, indent=1))
@@ -109,9 +110,9 @@ def remove(
     as_json: Json = False,
 ) -> None:
     """Remove prefixes. Sessions that began with one keep its pages."""
-    from edgekv.runtime import prefix
+    from edgekv.runtime.sessions import prefixes
 
-    paths = [p.path for p in prefix.list_prefixes()]
+    paths = [p.path for p in prefixes.list_prefixes()]
     if not everything:
         if not ids:
             raise UsageError("name the prefixes to remove, or give --all; edgekv prefix list shows them")
@@ -120,5 +121,5 @@ def remove(
                 raise UsageError(f"{wanted} is not the beginning of exactly one prefix; edgekv prefix list shows them")
         paths = [path for path in paths if path.name.startswith(tuple(ids))]
     for path in paths:
-        prefix.remove_prefix(path)
+        prefixes.remove_prefix(path)
     typer.echo(json.dumps({"removed": [path.name for path in paths]}) if as_json else f"{len(paths)} removed")

@@ -17,8 +17,9 @@ from typing import TextIO
 import typer
 
 import edgekv
-from edgekv.cli.interrupt import Interrupted
 from edgekv.errors import EdgeKVError
+
+from .interrupt import Interrupted
 
 #: Every code that a command may end with; docs/cli.md says the same.
 EXIT_CODES = {

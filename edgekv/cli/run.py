@@ -16,10 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from edgekv.bundle import read_manifest
-from edgekv.cli.interrupt import Interrupted, Signals
-from edgekv.cli.sessions import continued, remembered, session_facts, session_line, session_options
 from edgekv.errors import EdgeKVError, UsageError
-from edgekv.types import KVMode, PressureMode, format_bytes
+from edgekv.sizes import format_bytes
+from edgekv.tiers import KVMode, PressureMode
+
+from .interrupt import Interrupted, Signals
+from .sessions import continued, remembered, session_facts, session_line, session_options
 
 if TYPE_CHECKING:
     from edgekv.runtime.generate import Generator
@@ -96,8 +98,8 @@ def run_command(
 ) -> None:  # fmt: skip
     """Generate text from a bundle, inside a memory budget. The text goes to stdout, everything else to stderr."""
     from edgekv.runtime.generate import Generator, RunOptions, default_threads
-    from edgekv.runtime.objects import is_url
     from edgekv.runtime.sampling import SamplingOptions
+    from edgekv.runtime.storage.objects import is_url
 
     given = [
         name
@@ -169,7 +171,7 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
 
 def _profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -> int:
     from edgekv.device_profiles import kv_budget, load
-    from edgekv.runtime.budget import RUNTIME_OVERHEAD_BYTES
+    from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES
 
     manifest = read_manifest(bundle)
     weights_bytes = sum(entry["bytes"] for entry in manifest.files.values())

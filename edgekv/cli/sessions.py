@@ -14,11 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekv.errors import UsageError
-from edgekv.types import format_bytes
+from edgekv.sizes import format_bytes
 
 if TYPE_CHECKING:
     from edgekv.runtime.generate import Generator
-    from edgekv.runtime.session import SessionOptions
+    from edgekv.runtime.options import SessionOptions
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,7 +41,7 @@ def list_sessions(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to look in.")] = Path("."), as_json: Json = False
 ) -> None:
     """List the sessions of a folder."""
-    from edgekv.runtime import session_tools
+    from edgekv.runtime.sessions import tools as session_tools
 
     found = [session_tools.describe(path) for path in session_tools.find_sessions(folder)]
     if as_json:
@@ -60,7 +60,7 @@ def list_sessions(
 @app.command(epilog="Examples:  edgekv sessions show chat.kv  |  edgekv sessions show chat.kv --json | jq .tokens")
 def show(session: File, encrypt: Encrypted = False, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Show what a session holds and what it was made with; works while it is in use."""
-    from edgekv.runtime import session_tools
+    from edgekv.runtime.sessions import tools as session_tools
 
     facts = session_tools.describe(session, _secret(encrypt, key_file))
     if as_json:
@@ -89,7 +89,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read every record and check it; changes nothing. Exit 1 when something is damaged."""
-    from edgekv.runtime import session_tools
+    from edgekv.runtime.sessions import tools as session_tools
 
     secret = _secret(encrypt, key_file)
     results = []
@@ -109,7 +109,7 @@ def verify(
 @app.command(epilog="Examples:  edgekv sessions compact chat.kv")
 def compact(session: File, encrypt: Encrypted = False, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Write what is in use into one new file and give the rest back to the file system."""
-    from edgekv.runtime import session_tools
+    from edgekv.runtime.sessions import tools as session_tools
 
     before, after = session_tools.compact(session, _secret(encrypt, key_file))
     if as_json:
@@ -129,7 +129,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Make an independent copy of a session, or print its tokens and messages as JSON."""
-    from edgekv.runtime import session_tools
+    from edgekv.runtime.sessions import tools as session_tools
 
     secret = _secret(encrypt, key_file)
     if target is not None:
@@ -153,7 +153,7 @@ def fork(
     as_json: Json = False,
 ) -> None:
     """Make a session that begins as another one; their pages are shared, not copied."""
-    from edgekv.runtime import session_tools
+    from edgekv.runtime.sessions import tools as session_tools
 
     secret = _secret(encrypt, key_file)
     session_tools.fork(session, target, secret)
@@ -168,7 +168,7 @@ def remove(
     sessions: Annotated[list[Path], typer.Argument(metavar="SESSION...", help="Sessions.")], as_json: Json = False
 ) -> None:
     """Delete sessions. Pages that another session shares stay for the other one."""
-    from edgekv.runtime import session_tools
+    from edgekv.runtime.sessions import tools as session_tools
 
     freed = {str(path): session_tools.remove(path) for path in sessions}
     if as_json:
@@ -189,7 +189,7 @@ def session_options(
     Raises:
         UsageError: an option needs --session, or makes no sense.
     """
-    from edgekv.runtime.session import SessionOptions
+    from edgekv.runtime.options import SessionOptions
 
     if path is None:
         for name, given in (
@@ -278,7 +278,7 @@ def session_line(generator: Generator) -> str:
 
 
 def _secret(encrypt: bool, key_file: Path | None) -> bytes | None:
-    from edgekv.runtime.session_cipher import find_secret
+    from edgekv.runtime.storage.cipher import find_secret
 
     return find_secret(key_file) if encrypt or key_file is not None else None
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from edgekv.types import format_bytes
+from edgekv.sizes import format_bytes
 
 EPILOG = """
 Examples:
@@ -42,7 +42,7 @@ def stats_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what runs have written to flash, day by day (UTC), and project how long it will last."""
-    from edgekv.runtime.options import cache_home
+    from edgekv.runtime.system.process import cache_home
 
     facts = _facts(folder or cache_home() / "offload", profile)
     if as_json:
@@ -68,7 +68,7 @@ def stats_command(
 
 
 def _facts(folder: Path, profile: str | None) -> dict[str, Any]:
-    from edgekv.runtime.wear import by_day, bytes_per_day, read_ledger
+    from edgekv.runtime.storage.wear import by_day, bytes_per_day, read_ledger
 
     entries, damaged = read_ledger(folder)
     days = by_day(entries)

@@ -44,9 +44,9 @@ def sweep_command(
 ) -> None:  # fmt: skip
     """Emulate every combination of devices, contexts, policies and budgets, without weights. Interrupted, it goes on where it was."""
     from edgekv.device_profiles import names
-    from edgekv.emulator.sweep import all_cases, sweep
-    from edgekv.emulator.sweep_page import HEADINGS, cells, to_html
-    from edgekv.emulator.weightless import read_shape, shape_of
+    from edgekv.emulator.play.shape_app import read_shape, shape_of
+    from edgekv.emulator.sweep.html import HEADINGS, cells, to_html
+    from edgekv.emulator.sweep.sweep import all_cases, sweep
 
     chosen = names() if profiles == "all" else _words(profiles)
     cases = all_cases(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from edgekv.errors import EdgeKVError, GateFailed, UsageError
-from edgekv.types import KVMode
+from edgekv.tiers import KVMode
 
 EPILOG = """
 Examples:

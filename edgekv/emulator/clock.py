@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from edgekv.device_profiles.schema import Thermal
 from edgekv.device_profiles.thermal import ThermalState
-from edgekv.emulator.events import Agenda
+
+from .events import Agenda
 
 
 class Clock:

@@ -20,28 +20,30 @@ from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.schema import Thermal
 from edgekv.device_profiles.speed import paged_seconds
 from edgekv.device_profiles.thermal import ThermalState
-from edgekv.emulator.clock import Clock
-from edgekv.emulator.cost import StepCost
-from edgekv.emulator.events import Agenda, Event
-from edgekv.emulator.link import Link, LinkTraffic
-from edgekv.emulator.medium import EmulatedMedium
-from edgekv.emulator.memory import AppMemory
-from edgekv.emulator.parts import EmulatedAttention, EmulatedInline, EmulatedSegments
-from edgekv.emulator.reader import EmulatedReader
-from edgekv.emulator.timeline import Timeline
-from edgekv.emulator.token import TokenCharges
 from edgekv.errors import EdgeKVError
-from edgekv.runtime.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan
-from edgekv.runtime.cache import KVCache
 from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
 from edgekv.runtime.generate import Generator
-from edgekv.runtime.kernels import PagedAttention, Pool, Refs
+from edgekv.runtime.kernels.interface import PagedAttention, Pool, Refs
 from edgekv.runtime.options import RunOptions
-from edgekv.runtime.pressure import Calm, Pressure
-from edgekv.runtime.reader import PageReader
-from edgekv.runtime.store import PageStore
+from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan
+from edgekv.runtime.pages.cache import KVCache
+from edgekv.runtime.storage.interface import PageStore
+from edgekv.runtime.storage.ring import PageReader
+from edgekv.runtime.system.pressure import Calm, Pressure
+from edgekv.sizes import format_bytes, parse_bytes
 from edgekv.spec import ModelSpec, PageSpec
-from edgekv.types import Tier, format_bytes, parse_bytes
+from edgekv.tiers import Tier
+
+from .charges.cost import StepCost
+from .charges.parts import EmulatedAttention, EmulatedInline, EmulatedSegments
+from .charges.ring import EmulatedReader
+from .charges.token_step import TokenCharges
+from .clock import Clock
+from .drive import EmulatedMedium
+from .events import Agenda, Event
+from .link import Link, LinkTraffic
+from .memory import AppMemory
+from .timeline import Timeline
 
 
 class Device:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgekv.errors import UsageError
-from edgekv.types import parse_bytes
+from edgekv.sizes import parse_bytes
 
 #: The kinds of events, what each does, and the fields that it needs.
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgekv.runtime.store import StoreCounters
+from edgekv.runtime.storage.interface import StoreCounters
 
 
 @dataclass(frozen=True)

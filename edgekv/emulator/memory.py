@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edgekv.device_profiles.schema import Memory
-from edgekv.runtime.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan
-from edgekv.runtime.cache import KVCache
-from edgekv.types import format_bytes
+from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan
+from edgekv.runtime.pages.cache import KVCache
+from edgekv.sizes import format_bytes
 
 
 class AppKilled(BaseException):

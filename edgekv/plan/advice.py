@@ -10,8 +10,9 @@ from pathlib import Path
 from edgekv.contract import WEIGHTS
 from edgekv.device_profiles import DeviceProfile
 from edgekv.device_profiles.work import BITS_PER_WEIGHT, weights_bytes
-from edgekv.plan.model import PlannedModel
-from edgekv.plan.planner import Plan, Workload, make_plan
+
+from .model import PlannedModel
+from .planner import Plan, Workload, make_plan
 
 #: Exact attention is recommended down to this speed, or this share of the selective speed: it changes no results.
 READING_TOKENS_PER_S, WORTH_IT = 5.0, 0.5

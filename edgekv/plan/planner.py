@@ -1,6 +1,6 @@
 """The plan: memory by tier, time, and flash, for one model, context and device.
 
-Memory is divided by the runtime's own rules (:mod:`edgekv.runtime.budget`), time comes from the device model
+Memory is divided by the runtime's own rules (:mod:`edgekv.runtime.pages.budget`), time comes from the device model
 (:mod:`edgekv.device_profiles.speed`). The kernel works while flash is read ahead, so a step takes the longer of the two; taking a
 page in costs the host time beside.
 """
@@ -15,11 +15,12 @@ from edgekv.device_profiles.speed import paged_seconds, step_seconds
 from edgekv.device_profiles.thermal import sustained_speed
 from edgekv.device_profiles.work import StepWork, kv_bytes_per_token, step_work
 from edgekv.errors import BudgetError
-from edgekv.plan.model import PlannedModel
-from edgekv.runtime.budget import PIECE_BYTES, RUNTIME_OVERHEAD_BYTES, BudgetPlan, pieces_of, plan_budget
-from edgekv.runtime.kernels import load_kernels
+from edgekv.runtime.kernels.choose import load_kernels
+from edgekv.runtime.pages.budget import PIECE_BYTES, RUNTIME_OVERHEAD_BYTES, BudgetPlan, pieces_of, plan_budget
 from edgekv.spec import PageSpec
-from edgekv.types import KVMode, Tier
+from edgekv.tiers import KVMode, Tier
+
+from .model import PlannedModel
 
 #: Load after which a speed counts as sustained.
 SUSTAINED_S = 600.0

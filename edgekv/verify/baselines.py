@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 
 from edgekv.errors import BudgetError
-from edgekv.runtime.budget import BudgetPlan
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.types import KVMode
-from edgekv.verify.lanes import CHUNK, Lane, ShortLane, reference_options, resident_options
+from edgekv.runtime.pages.budget import BudgetPlan
+from edgekv.tiers import KVMode
+
+from .lanes import CHUNK, Lane, ShortLane, reference_options, resident_options
 
 #: Fewest tokens that a shorter context is tried with.
 LEAST_WINDOW = 2 * CHUNK

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.runtime.decoder.base import Forward, Rows
 from edgekv.runtime.engines.base import Float
-from edgekv.runtime.forward import Forward, Rows
 from edgekv.runtime.generate import Generator
-from edgekv.runtime.table import NOTHING
+from edgekv.runtime.pages.table import NOTHING
 from edgekv.spec import PageSpec
-from edgekv.types import Tier
+from edgekv.tiers import Tier
 
 
 class Control(Protocol):

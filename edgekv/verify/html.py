@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from edgekv.types import format_bytes
-from edgekv.verify.chart import Line, line_chart
-from edgekv.verify.recall import TaskScore
-from edgekv.verify.report import HEADINGS, failures, sentences, table_rows
-from edgekv.verify.tasks import DEPTH
-from edgekv.verify.verdict import Verdict
+from edgekv.sizes import format_bytes
+
+from .chart import Line, line_chart
+from .recall import TaskScore
+from .report import HEADINGS, failures, sentences, table_rows
+from .tasks import DEPTH
+from .verdict import Verdict
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f24; --soft: #5d6673; --line: #d9dee5; --paper: #ffffff; --good: #19703a;

@@ -10,26 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
+from edgekv.runtime.attention.select import parse_attend
 from edgekv.runtime.engines.base import Float
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.runtime.select import parse_attend
-from edgekv.verify.baselines import Baseline, all_baselines
-from edgekv.verify.controls import Control
-from edgekv.verify.divergence import Divergence
-from edgekv.verify.gate import Gate
-from edgekv.verify.lanes import (
-    Lane,
-    Schedule,
-    ShortLane,
-    greedy,
-    plan_schedule,
-    reference_options,
-    resident_options,
-    run_lanes,
-)
-from edgekv.verify.recall import Answers, run_tasks
-from edgekv.verify.tasks import Suite
-from edgekv.verify.verdict import MINE, Greedy, Identity, Row, Verdict, judge, remarks
+
+from .baselines import Baseline, all_baselines
+from .controls import Control
+from .divergence import Divergence
+from .gate import Gate
+from .lanes import Lane, Schedule, ShortLane, greedy, plan_schedule, reference_options, resident_options, run_lanes
+from .recall import Answers, run_tasks
+from .tasks import Suite
+from .verdict import MINE, Greedy, Identity, Row, Verdict, judge, remarks
 
 Advance = Callable[[str, int, int], None]
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgekv.errors import UsageError
-from edgekv.runtime.budget import BudgetPlan
+from edgekv.runtime.attention.select import SelectionStats
 from edgekv.runtime.engines.base import Float
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.runtime.stats import SelectionStats
-from edgekv.types import KVMode
-from edgekv.verify.controls import Control
+from edgekv.runtime.pages.budget import BudgetPlan
+from edgekv.tiers import KVMode
+
+from .controls import Control
 
 #: Tokens per step while the first part of the text is read: two to four pages, so that most attention goes to sealed ones.
 CHUNK = 64

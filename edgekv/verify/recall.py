@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgekv.errors import BudgetError, UsageError
+from edgekv.runtime.attention.select import parse_attend
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.runtime.select import parse_attend
 from edgekv.runtime.text import Text
-from edgekv.verify.baselines import LEAST_WINDOW, Baseline, least_arena_bytes
-from edgekv.verify.controls import Control
-from edgekv.verify.lanes import ANSWER_ROOM, Lane, ShortLane, reference_options, resident_options
-from edgekv.verify.tasks import Document, Filler, Suite, make_documents
+
+from .baselines import LEAST_WINDOW, Baseline, least_arena_bytes
+from .controls import Control
+from .lanes import ANSWER_ROOM, Lane, ShortLane, reference_options, resident_options
+from .tasks import Document, Filler, Suite, make_documents
 
 #: A task that the full cache does worse than this says nothing about a cache.
 MEASURABLE = 0.2

@@ -8,11 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
-from edgekv.runtime.stats import SelectionStats
-from edgekv.types import format_bytes
-from edgekv.verify.divergence import Summary
-from edgekv.verify.recall import TaskScore
-from edgekv.verify.verdict import Row, Verdict
+from edgekv.runtime.attention.select import SelectionStats
+from edgekv.sizes import format_bytes
+
+from .divergence import Summary
+from .recall import TaskScore
+from .verdict import Row, Verdict
 
 #: Version of the JSON.
 FORMAT = 1

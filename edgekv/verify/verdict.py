@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from edgekv.runtime.stats import SelectionStats
-from edgekv.verify.divergence import Summary
-from edgekv.verify.gate import Finding, Gate, Limits, at_least, at_most
-from edgekv.verify.recall import Answers, TaskScore
+from edgekv.runtime.attention.select import SelectionStats
+
+from .divergence import Summary
+from .gate import Finding, Gate, Limits, at_least, at_most
+from .recall import Answers, TaskScore
 
 #: Name of the row that the gate is held against.
 MINE = "this configuration"

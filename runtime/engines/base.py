@@ -35,7 +35,7 @@ class SegmentEngine(Protocol):
 
     #: For messages, such as "onnxruntime 1.32.0".
     description: str
-    #: Address of a function that lends the engine's threads to the kernels (``Executor`` in csrc/thread_pool.h), or 0.
+    #: Address of a function that lends the engine's threads to the kernels (``Executor`` in native/thread_pool.h), or 0.
     executor: int
 
     def prepare(self, n_tokens: int) -> StepBuffers:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgekv.bundle import Manifest
-from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
+
+from .base import InlineEngine, SegmentEngine
 
 
 def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path, *, own_process: bool) -> SegmentEngine:
@@ -19,18 +20,18 @@ def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path, *
         EngineMissing: a package that the bundle needs is not installed. EngineError: the engine refused a graph.
     """
     if manifest.engine == "executorch":
-        from edgekv.runtime.engines.executorch import ExecutorchSegments
-        from edgekv.runtime.engines.executorch_build import NoShim
+        from .executorch.build import NoShim
+        from .executorch.segments import ExecutorchSegments
 
         try:
             return ExecutorchSegments(folder, manifest, threads, cache)
         except NoShim as error:
             if manifest.operators == "edgekv":
                 raise  # the Python bindings have no such operators
-            from edgekv.runtime.engines.executorch_fallback import PybindSegments
+            from .executorch.bindings import PybindSegments
 
             return PybindSegments(folder, manifest, threads, str(error))
-    from edgekv.runtime.engines.onnx import OnnxSegments
+    from .onnx.segments import OnnxSegments
 
     return OnnxSegments(folder, manifest, threads, own_process=own_process)
 
@@ -38,9 +39,9 @@ def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path, *
 def open_inline(folder: Path, manifest: Manifest, threads: int, cache: Path, *, own_process: bool) -> InlineEngine:
     """Open the graph of an inline bundle; see :func:`open_segments`."""
     if manifest.engine == "executorch":
-        from edgekv.runtime.engines.executorch_inline import ExecutorchInline
+        from .executorch.inline import ExecutorchInline
 
         return ExecutorchInline(folder, manifest, threads, cache)
-    from edgekv.runtime.engines.onnx_inline import OnnxInline
+    from .onnx.inline import OnnxInline
 
     return OnnxInline(folder, manifest, threads, own_process=own_process)

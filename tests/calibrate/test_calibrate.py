@@ -19,7 +19,7 @@ from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.work import step_work
 from edgekv.errors import StoreError, UsageError
 from edgekv.plan import Workload, make_plan, read_model
-from edgekv.runtime.engines.onnx import set_up
+from edgekv.runtime.engines.onnx.options import set_up
 from edgekv.spec import PageSpec
 
 

@@ -15,8 +15,9 @@ from types import FrameType
 import pytest
 
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.runtime.session import Session, SessionOptions
-from edgekv.types import KVMode
+from edgekv.runtime.options import SessionOptions
+from edgekv.runtime.sessions.session import Session
+from edgekv.tiers import KVMode
 
 Bundle = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]

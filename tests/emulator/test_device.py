@@ -14,7 +14,7 @@ from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.speed import step_seconds
 from edgekv.device_profiles.work import step_work
 from edgekv.emulator import AppKilled, Device, Event
-from edgekv.emulator.cost import StepCost
+from edgekv.emulator.charges.cost import StepCost
 from edgekv.errors import BudgetError, StoreError, StoreFull
 from edgekv.runtime.generate import Generator, RunOptions
 

@@ -10,7 +10,7 @@ import pytest
 
 from edgekv.emulator import Device, Link
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.types import KVMode
+from edgekv.tiers import KVMode
 
 PROMPT = [*range(2, 250), *range(3, 200)]
 needs_executorch = pytest.mark.skipif(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from edgekv.emulator.jail import KINDS, delegated, run_in_jail
 from edgekv.errors import UsageError
+from edgekv.jail import KINDS, delegated, run_in_jail
 
 MIB = 1024**2
 TAKE = "import sys; block = bytearray(int(sys.argv[1])); block[::4096] = b'x' * len(block[::4096]); print(len(block))"

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from edgekv.emulator import Device
-from edgekv.emulator.page import to_html
-from edgekv.emulator.play import emulate_shape
-from edgekv.emulator.scenario import AppSettings, Scenario, Turn
-from edgekv.emulator.weightless import read_shape
+from edgekv.emulator.play.play import emulate_shape
+from edgekv.emulator.play.scenario import AppSettings, Scenario, Turn
+from edgekv.emulator.play.shape_app import read_shape
+from edgekv.emulator.report.html import to_html
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

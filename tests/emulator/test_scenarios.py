@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from edgekv.emulator import Device, Event
-from edgekv.emulator.play import emulate, emulate_shape
-from edgekv.emulator.result import Result
-from edgekv.emulator.scenario import AppSettings, Scenario, Turn, load_scenario
-from edgekv.emulator.weightless import read_shape
+from edgekv.emulator.play.play import emulate, emulate_shape
+from edgekv.emulator.play.result import Result
+from edgekv.emulator.play.scenario import AppSettings, Scenario, Turn, load_scenario
+from edgekv.emulator.play.shape_app import read_shape
 from edgekv.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -13,15 +13,15 @@ from edgekv.device_profiles import load
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.schema import DeviceProfile, Quantity
 from edgekv.emulator import Device, Event
+from edgekv.emulator.charges.cost import StepCost
+from edgekv.emulator.charges.native_walk import EmulatedStream
 from edgekv.emulator.clock import Clock
-from edgekv.emulator.cost import StepCost
+from edgekv.emulator.drive import EmulatedMedium
 from edgekv.emulator.events import Agenda
-from edgekv.emulator.medium import EmulatedMedium
-from edgekv.emulator.stream import EmulatedStream
 from edgekv.errors import CorruptPage, StoreError
-from edgekv.runtime.kernels import load_kernels
-from edgekv.runtime.stream import Streaming
-from edgekv.types import Tier
+from edgekv.runtime.attention.native_walk import Streaming
+from edgekv.runtime.kernels.choose import load_kernels
+from edgekv.tiers import Tier
 
 PROMPT = [*range(2, 250), *range(3, 200)]
 needs_native = pytest.mark.skipif(load_kernels().isa() == "numpy", reason="only the native kernels stream")

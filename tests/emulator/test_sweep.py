@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from edgekv.emulator.sweep import all_cases, run_case, sweep
-from edgekv.emulator.sweep_page import to_html
-from edgekv.emulator.sweep_table import read_rows, write_rows
-from edgekv.emulator.weightless import Shape, read_shape
+from edgekv.emulator.play.shape_app import Shape, read_shape
+from edgekv.emulator.sweep.html import to_html
+from edgekv.emulator.sweep.sweep import all_cases, run_case, sweep
+from edgekv.emulator.sweep.table import read_rows, write_rows
 from edgekv.errors import UsageError
 
 

@@ -7,8 +7,8 @@ import onnxruntime as ort
 import pytest
 
 from edgekv.contract import GraphSpec, TensorSpec
-from edgekv.export.graph import GraphBuilder
-from edgekv.export.pieces import export_attention
+from edgekv.export.onnx.graph_builder import GraphBuilder
+from edgekv.export.onnx.pieces import export_attention
 from edgekv.seam import PageView, paged_attention
 from tests.sessions import session_options
 

@@ -10,7 +10,7 @@ import pytest
 
 from edgekv.bundle import read_manifest
 from edgekv.contract import GraphSpec, TensorSpec, inline_spec, segment_spec
-from edgekv.export.pieces import OPSET
+from edgekv.export.onnx.pieces import OPSET
 from tests.export.contract_page import PAGE, render
 
 KINDS = {

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from edgekv.bundle import read_manifest
 from edgekv.cli.main import app
 from edgekv.contract import WEIGHTS
-from edgekv.export import engine
-from edgekv.export.engine import default_engine, machine_class, measurements
+from edgekv.export import choose_engine as engine
+from edgekv.export.choose_engine import default_engine, machine_class, measurements
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "executorch.md"
 

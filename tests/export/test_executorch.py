@@ -15,13 +15,13 @@ pytest.importorskip("torchao", reason="the extra `executorch` is not installed")
 from edgekv.bundle import EmbeddingSpec
 from edgekv.contract import segment_spec
 from edgekv.errors import EngineError, UsageError
-from edgekv.export import executorch
 from edgekv.export.checkpoint import Checkpoint, open_checkpoint
 from edgekv.export.decoder import build_segment, load_parameter
-from edgekv.export.executorch_graphs import quantise_linears
-from edgekv.export.executorch_weights import matrix_constants, quantise
-from edgekv.runtime.engines.executorch_blocks import plan_blocks
-from edgekv.runtime.engines.executorch_library import CallList, load_library
+from edgekv.export.executorch import split as executorch
+from edgekv.export.executorch.lower import quantise_linears
+from edgekv.export.executorch.weights import matrix_constants, quantise
+from edgekv.runtime.engines.executorch.blocks import plan_blocks
+from edgekv.runtime.engines.executorch.library import CallList, load_library
 from edgekv.runtime.generate import cache_home
 
 #: Largest difference from the eager reference, relative to the largest value. int8 and int4 quantise activations as
@@ -105,7 +105,7 @@ def test_int4_scales_are_what_the_delegate_stores_and_clipping_is_a_gain() -> No
 
 
 def test_int4_needs_columns_in_groups_and_says_what_to_do() -> None:
-    from edgekv.export.executorch_weights import check_columns
+    from edgekv.export.executorch.weights import check_columns
 
     with pytest.raises(UsageError, match=r"40 columns.*multiple of 32; use --weights int8"):
         check_columns("int4", 40, "segment_1.exit.down_proj")
@@ -114,7 +114,7 @@ def test_int4_needs_columns_in_groups_and_says_what_to_do() -> None:
 def test_a_weight_that_the_lowering_changed_is_never_left_random() -> None:
     from types import SimpleNamespace
 
-    from edgekv.export.executorch_program import ProgramBuilder
+    from edgekv.export.executorch.program import ProgramBuilder
 
     named = SimpleNamespace(pte_data={}, buffers=[])
     program = SimpleNamespace(execution_plan=[], backend_delegate_data=[], constant_buffer=[])

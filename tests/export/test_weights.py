@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from edgekv.bundle import read_manifest
 from edgekv.export.checkpoint import open_checkpoint
-from edgekv.export.quantise import quantise
+from edgekv.export.onnx.matmul_nbits import quantise
 from tests.checkpoints import make_checkpoint
 from tests.export.driver import Float, InlineDriver, SplitDriver, embedding_rows
 

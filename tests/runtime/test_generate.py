@@ -14,8 +14,8 @@ import torch
 from edgekv.errors import BudgetError, CorruptPage, PromptTooLong, StoreFull
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.sampling import SamplingOptions
-from edgekv.runtime.store import FlashStore
-from edgekv.types import KVMode, Tier
+from edgekv.runtime.storage.flash import FlashStore
+from edgekv.tiers import KVMode, Tier
 from tests.checkpoints import load_reference
 from tests.conftest import VARIANTS
 

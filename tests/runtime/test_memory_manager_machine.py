@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from edgekv.errors import BudgetError, OutOfPages, TokenDropped, TokenNotFound, TokenPruned
-from edgekv.runtime.manager import MemoryManager
+from edgekv.runtime.memory_manager import MemoryManager
 from edgekv.spec import PageSpec
-from edgekv.types import Tier
-from tests.runtime.oracle import DictCache
+from edgekv.tiers import Tier
+from tests.runtime.pages.oracle import DictCache
 
 LAYERS, HEADS, DIM = 2, 2, 8
 #: Values are in [-1, 1]: half of the largest INT8 scale, plus fp16 rounding of value and scale.

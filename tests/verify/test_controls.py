@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgekv.runtime.generate import RunOptions
-from edgekv.types import KVMode
+from edgekv.tiers import KVMode
 from edgekv.verify.controls import Control, DroppedPage, FlippedBit, ShiftedRope, ShuffledSummaries, SwappedScales
 from edgekv.verify.gate import load_gate
 from edgekv.verify.judge import Settings, verify

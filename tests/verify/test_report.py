@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgekv.runtime.generate import RunOptions
-from edgekv.types import KVMode
+from edgekv.tiers import KVMode
 from edgekv.verify.gate import load_gate
 from edgekv.verify.html import to_html
 from edgekv.verify.judge import Settings, verify

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from edgekv.runtime.generate import RunOptions
-from edgekv.types import KVMode
-from edgekv.verify.emulated import EmulatedCodec
+from edgekv.tiers import KVMode
 from edgekv.verify.gate import load_gate
 from edgekv.verify.judge import QUICK, Settings, verify
+from edgekv.verify.other_codecs import EmulatedCodec
 from edgekv.verify.report import to_json
 from edgekv.verify.tasks import Suite
 from edgekv.verify.verdict import Verdict, hold

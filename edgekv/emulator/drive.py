@@ -1,0 +1,102 @@
+"""The drive of an emulated device: real files, computed time, and faults that the stores meet as the system's own errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.device_profiles.flash import FlashDevice
+from edgekv.device_profiles.schema import Flash
+from edgekv.runtime.storage.interface import Bytes
+from edgekv.runtime.storage.medium import SYSTEM
+from edgekv.runtime.storage.reads import Reads
+from edgekv.runtime.storage.record import Wanted, neighbours
+
+from .clock import Clock
+
+
+class EmulatedMedium:
+    """A :class:`~edgekv.runtime.storage.medium.Medium` whose requests take the time of a profile's drive.
+
+    Reads ahead are charged when they are asked for, by the thread that runs the app; other threads only move the bytes. So time
+    depends on nothing that a scheduler decides.
+
+    Attributes:
+        full: every write fails. error_rate, damage_rate: share of the requests that fail, or return a flipped bit.
+    """
+
+    def __init__(self, flash: Flash, clock: Clock, seed: int) -> None:
+        self.drive = FlashDevice(flash)
+        self.full = False
+        self.error_rate = self.damage_rate = 0.0
+        self.reads = self.writes = self.faults = 0
+        self._clock = clock
+        self._random = random.Random(seed)
+        self.asked_until = 0.0
+
+    def read(self, file: int, out: memoryview, offset: int) -> int:
+        """Read, and wait for it."""
+        self._clock.wait_until(self.charge_read(self._clock.now, len(out)))
+        fault = self.draw()
+        if fault == "error":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        got = SYSTEM.read(file, out, offset)
+        if fault == "damage":
+            out[got // 2] ^= 1
+        return got
+
+    def start(
+        self, reads: Reads, file: int, places: NDArray[np.int64], wanted: Wanted, out: Bytes
+    ) -> Callable[[], list[bool]]:
+        """Ask the drive, and start to read; ``asked_until`` says when it is done, and who takes it waits until then."""
+        now = self.asked_until = self._clock.now
+        faults = []
+        for start, stop in neighbours(places.tolist()):
+            self.asked_until = max(self.asked_until, self.charge_read(now, out[start:stop].nbytes))
+            faults.append(self.draw())
+        finish = SYSTEM.start(reads, file, places, wanted, out)
+
+        def finished() -> list[bool]:
+            good = finish()
+            if "error" in faults:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return [*good[:-1], good[-1] and "damage" not in faults]
+
+        return finished
+
+    def write(self, file: int, data: memoryview, offset: int) -> int:
+        """Write, and wait until the drive took it."""
+        if self.full:
+            self.faults += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.writes += 1
+        self._clock.wait_until(self.drive.write(self._clock.now, len(data)))
+        return SYSTEM.write(file, data, offset)
+
+    def sync(self, file: int) -> None:
+        """Sync the real file; the time of a flush is in that of the writes."""
+        SYSTEM.sync(file)
+
+    def charge_read(self, at_s: float, size_bytes: int) -> float:
+        """Return when a read that is asked for at ``at_s`` is done."""
+        self.reads += 1
+        return self.drive.read(at_s, size_bytes)
+
+    @property
+    def faulty(self) -> bool:
+        """Whether anything may go wrong with a read."""
+        return bool(self.error_rate or self.damage_rate)
+
+    def draw(self) -> str:
+        """Decide what goes wrong with the next request: ``error``, ``damage``, or nothing."""
+        if not self.faulty:
+            return ""
+        chance = self._random.random()
+        fault = "error" if chance < self.error_rate else "damage" if chance < self.error_rate + self.damage_rate else ""
+        self.faults += bool(fault)
+        return fault

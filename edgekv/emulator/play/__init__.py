@@ -1,0 +1,1 @@
+"""Scenarios, the apps that they play, and what came out."""

@@ -1,0 +1,1 @@
+"""Many emulations at once, and their table."""

@@ -1,0 +1,173 @@
+"""The whole export: checkpoint in, bundle out, nothing half-written left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from edgekv.bundle import MANIFEST, EmbeddingSpec, Manifest, file_sha256, write_manifest
+from edgekv.contract import ENGINES, FORMS, OPERATORS, WEIGHTS, default_weights
+from edgekv.errors import EdgeKVError, EngineMissing, UsageError
+
+from .choose_engine import default_engine
+
+CHAT_TEMPLATE = "chat_template.jinja"
+Progress = Callable[[str, int, int], None]
+
+
+def export_model(
+    source: str | Path,
+    out: Path,
+    *,
+    engine: str | None = None,
+    form: str = "split",
+    weights: str | None = None,
+    page_size: int = 32,
+    operators: str | None = None,
+    force: bool = False,
+    progress: Progress = lambda step, done, total: None,
+) -> Manifest:
+    """Export a checkpoint to a bundle.
+
+    Args:
+        source: a Hugging Face checkpoint folder, or ``demo`` for the bundled model.
+        out: the bundle's folder; it appears whole or not at all.
+        engine: one of :data:`edgekv.contract.ENGINES`; None: see :func:`edgekv.export.choose_engine.default_engine`.
+        weights: one of :data:`edgekv.contract.WEIGHTS`; None chooses by size, see :func:`edgekv.contract.default_weights`.
+        operators: what an ExecuTorch program computes with, one of :data:`edgekv.contract.OPERATORS`; None: XNNPACK,
+            or what was measured faster where the engine was chosen by measurement.
+        force: replace ``out`` if it exists.
+        progress: called before each step with its name, the number of steps done, and of all steps.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be exported. UsageError: an option is not known, or ``out`` exists.
+        EngineMissing: a package that exporting needs is not installed. EdgeKVError: ``out`` cannot be written.
+        Nothing is left behind in any case.
+    """
+    for name, value, allowed in (
+        ("engine", engine, ENGINES),
+        ("form", form, FORMS),
+        ("weights", weights, WEIGHTS),
+        ("operators", operators, OPERATORS),
+    ):
+        if value is not None and value not in allowed:
+            raise UsageError(f"{name} {value!r} is not known; choose one of {', '.join(allowed)}")
+    if operators is not None and engine == "onnx":
+        raise UsageError("--operators is for --engine executorch")
+    if page_size not in (16, 32, 64, 128):
+        raise UsageError(f"page_size {page_size} is not supported; use 16, 32, 64 or 128")
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists; choose another --out, or replace it with --force")
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is not a bundle; --force replaces bundles only, choose another --out")
+
+    with contextlib.ExitStack() as stack:
+        folder = Path(source)
+        if str(source) == "demo":
+            folder = stack.enter_context(resources.as_file(resources.files("edgekv.export") / "demo_model"))
+        try:
+            return _export(folder, out, Choice(engine, form, weights, page_size, operators), _Steps(progress))
+        except ImportError as error:
+            raise EngineMissing(f'exporting needs {error.name}; install it: pip install "edgekv[export]"') from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise EdgeKVError(f"cannot write {out}: {reason}; free the disk or choose another --out") from error
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the caller asked for; ``weights`` None: by size; ``engine`` None: by measurement."""
+
+    engine: str | None
+    form: str
+    weights: str | None
+    page_size: int
+    operators: str | None
+
+
+class _Steps:
+    """Counts steps for a progress callback."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.done, self.total = progress, 0, 1
+
+    def __call__(self, name: str) -> None:
+        self.progress(name, self.done, self.total)
+        self.done += 1
+
+
+def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
+    from .checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(source)
+    weights = choice.weights or default_weights(checkpoint.parameters)
+    engine, operators = choice.engine, choice.operators
+    if engine is None and operators is not None:
+        engine = "executorch"
+    elif engine is None:
+        default = default_engine(choice.form, weights)
+        engine, operators = default.engine, default.operators
+    write: Callable[..., tuple[tuple[str, ...], EmbeddingSpec | None]]
+    if engine == "executorch":
+        from .executorch import split as executorch
+
+        operators = operators or "xnnpack"
+        count = executorch.count_steps(checkpoint)
+        write = functools.partial(executorch.write_graphs, checkpoint, operators=operators)
+    else:
+        from .onnx import graphs as onnx
+
+        count = onnx.count_steps(checkpoint)
+        write = functools.partial(onnx.write_graphs, checkpoint)
+
+    steps.total = count + 2
+    with _appearing(out) as folder:
+        graphs, embedding = write(folder, form=choice.form, weights=weights, page_size=choice.page_size, step=steps)
+        shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
+        if checkpoint.chat_template is not None:
+            (folder / CHAT_TEMPLATE).write_text(checkpoint.chat_template, encoding="utf-8")
+        steps("hashing the checkpoint")
+        source_sha256 = checkpoint.sha256()
+        steps("hashing the bundle")
+        manifest = Manifest(
+            engine=engine,
+            form=choice.form,
+            weights=weights,
+            page_size=choice.page_size,
+            model=checkpoint.config.model,
+            graphs=graphs,
+            source_sha256=source_sha256,
+            tokenizer_sha256=file_sha256(folder / "tokenizer.json"),
+            embedding=embedding,
+            chat_template=CHAT_TEMPLATE if checkpoint.chat_template is not None else None,
+            operators=operators,
+        )
+        manifest = write_manifest(folder, manifest)
+    steps.progress("done", steps.total, steps.total)
+    return manifest
+
+
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """Give a folder beside ``out`` that takes its place at the end, and is removed on any error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if out.exists():
+            old = folder.with_name(folder.name + ".old")
+            out.rename(old)
+            folder.rename(out)
+            shutil.rmtree(old)
+        else:
+            folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -1,0 +1,126 @@
+"""A checkpoint written as an ExecuTorch program: the split form, one method per segment and size.
+
+Method ``segment_{l}_t{T}`` takes and gives what :func:`edgekv.contract.segment_spec` says, for exactly T rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from edgekv.bundle import EmbeddingSpec
+from edgekv.contract import EXECUTORCH_HEAD_ROWS, EXECUTORCH_ROWS, executorch_method, segment_spec
+from edgekv.errors import UsageError
+
+from ..checkpoint import EMBEDDING, Checkpoint
+from ..config import DecoderConfig
+from ..decoder import build_segment, load_parameter, segment_kind
+from ..onnx.matmul_nbits import quantise
+from ..weights import WeightFile
+from .lower import lower, materialise, require_executorch
+from .program import ProgramBuilder
+from .weights import Constant, matrix_constants, vector_constants
+
+PROGRAM = "model.pte"
+EMBEDDING_FILE = "embedding.bin"
+
+Step = Callable[[str], None]
+
+
+def write_graphs(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    form: str,
+    weights: str,
+    page_size: int,
+    step: Step,
+    operators: str = "xnnpack",
+) -> tuple[tuple[str, ...], EmbeddingSpec | None]:
+    """Write the program into ``folder``; see :func:`edgekv.export.onnx.write_graphs`.
+
+    Args:
+        operators: one of :data:`edgekv.contract.OPERATORS`.
+
+    Raises:
+        EngineMissing: executorch or torchao is not installed. UsageError: the weight kind or the form cannot be had.
+    """
+    require_executorch()
+    if weights == "fp16":
+        raise UsageError("XNNPACK computes fp16 weights in float32; choose --weights int4, int8 or fp32")
+    if operators == "edgekv" and (form, weights) != ("split", "int4"):
+        raise UsageError("--operators edgekv is for --form split with --weights int4")
+    config = checkpoint.config
+    step("tracing the decoder")
+    if form == "inline":
+        from .inline import write_inline
+
+        write_inline(checkpoint, folder / PROGRAM, weights, page_size)
+        return (PROGRAM,), None
+    with _split_builder(config, weights, folder, operators) as builder:
+        for index in range(config.model.n_layers + 1):
+            step(f"segment {index} of {config.model.n_layers}")
+            kind = segment_kind(config, index)
+            constants = _load_segment(checkpoint, index, weights)
+            named = {f"{kind}/{name}": value for name, value in constants.items()}
+            for rows in segment_rows(config, index):
+                builder.add(executorch_method(kind, rows), executorch_method(f"segment_{index}", rows), named)
+        step("embedding")
+        builder.save(folder / PROGRAM)
+    return (PROGRAM,), write_embedding(checkpoint, folder, weights)
+
+
+def count_steps(checkpoint: Checkpoint) -> int:
+    """Return how often :func:`write_graphs` calls ``step``."""
+    return checkpoint.config.model.n_layers + 3
+
+
+def segment_rows(config: DecoderConfig, index: int) -> tuple[int, ...]:
+    """Return the numbers of rows for which segment ``index`` has a method."""
+    return EXECUTORCH_HEAD_ROWS if index == config.model.n_layers else EXECUTORCH_ROWS
+
+
+def write_embedding(checkpoint: Checkpoint, folder: Path, weights: str) -> EmbeddingSpec:
+    """Write the table that the runtime looks rows up in: float32, or INT8 with a scale per 32 channels."""
+    table = checkpoint.tensor(EMBEDDING).numpy()
+    with WeightFile(folder / EMBEDDING_FILE) as file:
+        if weights == "fp32":
+            return EmbeddingSpec(EMBEDDING_FILE, "float32", file.put(table).offset)
+        if table.shape[1] % 32:
+            return EmbeddingSpec(EMBEDDING_FILE, "float16", file.put(table.astype("float16")).offset)
+        quantised = quantise(table, 8, symmetric=True)
+        return EmbeddingSpec(
+            EMBEDDING_FILE, "int8", file.put(quantised.codes).offset, file.put(quantised.scales).offset
+        )
+
+
+def _split_builder(config: DecoderConfig, weights: str, folder: Path, operators: str) -> ProgramBuilder:
+    """Lower one segment of each kind, for each number of rows."""
+    methods, parameters = {}, {}
+    done = set()
+    for index in range(config.model.n_layers + 1):
+        kind = segment_kind(config, index)
+        if kind in done:
+            continue
+        done.add(kind)
+        segment = build_segment(config, index)
+        module, constants = materialise(segment, f"segment_{index}", weights, len(done), operators)
+        parameters.update({f"{kind}/{name}": value for name, value in constants.items()})
+        for rows in segment_rows(config, index):
+            example = tuple(
+                torch.zeros(*(rows if dim == "T" else int(dim) for dim in tensor.shape))
+                for tensor in segment_spec(config.model, index).inputs
+            )
+            methods[executorch_method(kind, rows)] = (module, example, None)
+    return ProgramBuilder(lower(methods, operators=operators), parameters, folder)
+
+
+def _load_segment(checkpoint: Checkpoint, index: int, weights: str) -> dict[str, list[Constant]]:
+    """Read a segment's parameters as constants."""
+    result = {}
+    for name, parameter in build_segment(checkpoint.config, index).named_parameters():
+        value = load_parameter(checkpoint, index, name)
+        result[name] = matrix_constants(value, weights) if parameter.ndim == 2 else vector_constants(value)
+    return result

@@ -1,0 +1,256 @@
+"""Builds one ONNX graph out of pieces: renames their values, binds their weights, lowers their products.
+
+The weight kind decides what a product becomes: Gemm on float32, Cast and Gemm on float16, MatMulNBits on int8 and int4.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+import edgekv
+from edgekv.contract import GraphSpec
+
+from ..checkpoint import EMBEDDING, Checkpoint
+from ..decoder import parameter_sources
+from ..weights import Extent, WeightFile
+from .matmul_nbits import BITS, BLOCK, quantise
+from .pieces import OPSET, Piece
+from .stack import stack_gate_and_up
+
+CONTRIB = "com.microsoft"
+#: MatMulNBits: quantise the activations to INT8 and multiply in integers.
+ACCURACY_INT8 = 4
+IR_VERSION = 10
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix [rows, columns] in the weight file; int8 and int4 have ``scales``, some int4 ``zeros``."""
+
+    kind: str
+    rows: int
+    columns: int
+    data: Extent
+    scales: Extent | None = None
+    zeros: Extent | None = None
+
+
+@dataclass
+class WeightBinder:
+    """Reads tensors from the checkpoint and stores them in the bundle, each once."""
+
+    checkpoint: Checkpoint
+    file: WeightFile
+    weights: str
+    _matrices: dict[tuple[str, tuple[str, ...]], StoredMatrix] = field(default_factory=dict)
+
+    def vector(self, sources: tuple[str, ...]) -> Extent:
+        """Store a norm's gain or a bias as float32."""
+        return self.file.put(self._read(sources))
+
+    def matrix(self, sources: tuple[str, ...], kind: str | None = None) -> StoredMatrix:
+        """Store the rows of ``sources`` as ``kind``, by default the export's weight kind."""
+        key = (kind or self.weights, sources)
+        if key not in self._matrices:
+            symmetric = key[0] == "int8" or sources == (EMBEDDING,)
+            self._matrices[key] = self._store(self._read(sources), key[0], symmetric=symmetric)
+        return self._matrices[key]
+
+    def embedding(self) -> StoredMatrix:
+        """Store the embedding. When it is tied it is the output head's own matrix."""
+        kind = self.weights
+        if kind in BITS and self.checkpoint.config.model.hidden_size % BLOCK:
+            kind = "fp16"  # rows that do not fill their blocks cannot be read by offset
+        elif kind == "int4" and not self.checkpoint.config.model.tied_embeddings:
+            kind = "int8"  # only the rows of the step's tokens are ever read: precision is free here
+        return self.matrix((EMBEDDING,), kind)
+
+    def _read(self, sources: tuple[str, ...]) -> Any:
+        return np.concatenate([self.checkpoint.tensor(name).numpy() for name in sources])
+
+    def _store(self, value: Any, kind: str, *, symmetric: bool) -> StoredMatrix:
+        rows, columns = value.shape
+        if kind in BITS:
+            quantised = quantise(value, BITS[kind], symmetric=symmetric)
+            codes, scales = self.file.put(quantised.codes), self.file.put(quantised.scales)
+            zeros = None if quantised.zeros is None else self.file.put(quantised.zeros)
+            return StoredMatrix(kind, rows, columns, codes, scales, zeros)
+        return StoredMatrix(
+            kind, rows, columns, self.file.put(value.astype(np.float16 if kind == "fp16" else np.float32))
+        )
+
+
+class GraphBuilder:
+    """Collects nodes and initializers; :meth:`save` writes the graph that ``spec`` promises."""
+
+    def __init__(self, binder: WeightBinder) -> None:
+        self.binder = binder
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+
+    def add(
+        self, piece: Piece, path: str, bindings: Mapping[str, str], sources: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
+        """Append a piece under the node path ``path``.
+
+        Args:
+            bindings: names in the graph of the piece's inputs and outputs; an unnamed one keeps its name.
+            sources: the checkpoint tensors of each of the piece's parameters.
+        """
+        nodes, sources = stack_gate_and_up(piece.nodes, sources or {})
+        names = {name: bindings.get(name, name) for name in (*piece.inputs, *piece.outputs)}
+        for constant in piece.constants:
+            names[constant.name] = self._constant(constant)
+        for number, template in enumerate(nodes):
+            node = onnx.NodeProto()
+            node.CopyFrom(template)
+            del node.metadata_props[:]
+            parameters = [name for name in template.input if name in sources]
+            owner = _module_path(sources[parameters[0]]) if parameters else f"{path}{_scope(template)}"
+            node.name = f"{owner}/{template.op_type}_{number}"
+            for values in (node.input, node.output):
+                for i, name in enumerate(values):
+                    if name and name not in sources:
+                        values[i] = names.setdefault(name, f"{path}/{name}")
+            if template.op_type == "Gemm" and parameters:
+                self._product(node, [sources[name] for name in parameters])
+                continue
+            for i, name in enumerate(node.input):
+                if name in sources:
+                    node.input[i] = self._vector(sources[name])
+            self.nodes.append(node)
+
+    def embed(self, ids: str, output: str) -> None:
+        """Append the embedding lookup: ids [T] int64 -> output [T, hidden] float32."""
+        table = self.binder.embedding()
+        path, name = "/model/embed_tokens", EMBEDDING
+        if table.scales is not None:
+            width = table.columns * BITS[table.kind] // 8
+            data = self._initializer(f"{name}.rows", table.data, (table.rows, width))
+            scales = self._initializer(f"{name}.row_scales", table.scales)
+            self._append(
+                "GatherBlockQuantized",
+                [data, ids, scales],
+                output,
+                path,
+                domain=CONTRIB,
+                bits=BITS[table.kind],
+                block_size=BLOCK,
+                gather_axis=0,
+                quantize_axis=1,
+            )
+            return
+        data = self._initializer(f"{name}.{table.kind}", table.data)
+        if table.kind == "fp16":
+            self._append("Gather", [data, ids], f"{path}/half", path)
+            self._append("Cast", [f"{path}/half"], output, path, to=TensorProto.FLOAT)
+        else:
+            self._append("Gather", [data, ids], output, path)
+
+    def save(self, spec: GraphSpec, path: Path) -> None:
+        """Write the graph with the inputs and outputs of ``spec``."""
+        graph = helper.make_graph(
+            self.nodes,
+            spec.name,
+            [_value(tensor.name, tensor.dtype, tensor.shape) for tensor in spec.inputs],
+            [_value(tensor.name, tensor.dtype, tensor.shape) for tensor in spec.outputs],
+            initializer=list(self.initializers.values()),
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(
+            graph,
+            opset_imports=opsets,
+            ir_version=IR_VERSION,
+            producer_name="edgekv",
+            producer_version=edgekv.__version__,
+        )
+        path.write_bytes(model.SerializeToString())
+
+    def _product(self, node: onnx.NodeProto, sources: list[tuple[str, ...]]) -> None:
+        matrix = self.binder.matrix(sources[0])
+        bias = [self._vector(sources[1])] if len(sources) > 1 else []
+        x, output, name = (
+            node.input[0],
+            node.output[0],
+            sources[0][0] + (f"+{len(sources[0]) - 1}" * (len(sources[0]) > 1)),
+        )
+        path = node.name.rsplit("/", 1)[0]
+        data = self._initializer(f"{name}.{matrix.kind}", matrix.data)
+        if matrix.scales is not None:
+            inputs = [x, data, self._initializer(f"{name}.scales", matrix.scales)]
+            shape = {"K": matrix.columns, "N": matrix.rows, "bits": BITS[matrix.kind], "block_size": BLOCK}
+            if matrix.zeros is not None:
+                inputs.append(self._initializer(f"{name}.zeros", matrix.zeros))
+            if bias:  # the inputs between are the zero points and g_idx
+                inputs += [""] * (5 - len(inputs)) + bias
+            self._append("MatMulNBits", inputs, output, path, domain=CONTRIB, accuracy_level=ACCURACY_INT8, **shape)
+            return
+        if matrix.kind == "fp16":
+            self._append("Cast", [data], f"{name}.float", path, to=TensorProto.FLOAT)
+            data = f"{name}.float"
+        self._append("Gemm", [x, data, *bias], output, path, transB=1)
+
+    def _append(self, op_type: str, inputs: list[str], output: str, path: str, **attributes: Any) -> None:
+        self.nodes.append(helper.make_node(op_type, inputs, [output], name=f"{path}/{op_type}", **attributes))
+
+    def _vector(self, sources: tuple[str, ...]) -> str:
+        return self._initializer("+".join(sources), self.binder.vector(sources))
+
+    def _initializer(self, name: str, extent: Extent, shape: tuple[int, ...] | None = None) -> str:
+        if name not in self.initializers:
+            self.initializers[name] = self.binder.file.tensor(name, extent, shape)
+        return name
+
+    def _constant(self, constant: TensorProto) -> str:
+        """Add a small constant under a name made of its value, so that equal ones are one."""
+        array = onnx.numpy_helper.to_array(constant)
+        name = f"constant_{array.dtype}_{json.dumps(array.tolist())}".replace(" ", "")
+        if len(name) > 80:
+            name = f"constant_{array.dtype}_{constant.name}"
+        if name not in self.initializers:
+            self.initializers[name] = onnx.numpy_helper.from_array(array, name)
+        return name
+
+
+def segment_sources(checkpoint: Checkpoint, index: int, piece: Piece) -> dict[str, tuple[str, ...]]:
+    """Return the checkpoint tensors behind each parameter of segment ``index``."""
+    return {name: parameter_sources(checkpoint, index, name) for name in piece.parameters}
+
+
+def _scope(node: onnx.NodeProto) -> str:
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
+    names = [part.strip("'\" ") for part in scopes.strip("[]").split(",")]
+    modules = [name for name in names[:-1] if name]
+    return "/" + modules[-1].replace(".", "/") if modules else ""
+
+
+def _module_path(sources: tuple[str, ...]) -> str:
+    """Turn model.layers.0.self_attn.o_proj.weight into /model/layers.0/self_attn/o_proj."""
+    if sources == (EMBEDDING,):
+        return "/lm_head"  # a product with the embedding is a tied head
+    name = sources[0].rpartition(".")[0]
+    if len(sources) > 1:
+        name = name.replace("q_proj", "qkv_proj").replace("gate_proj", "gate_up_proj")
+    return "/" + re.sub(r"\.(?!\d)", "/", name)
+
+
+_KINDS = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int8": TensorProto.INT8,
+    "int64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
+}
+
+
+def _value(name: str, dtype: str, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, _KINDS[dtype], list(shape))

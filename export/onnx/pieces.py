@@ -1,0 +1,180 @@
+"""From a torch module to a piece of an ONNX graph, through torch.onnx's dynamo exporter.
+
+A piece is structure only: its weights are open inputs, so one export serves every layer of the same structure and
+costs no memory, whatever the size of the model. Pieces are remembered: a second export of the same structure (the
+other form, other weights) does not trace again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir
+import torch
+from onnxscript import optimizer
+from torch import nn
+
+from edgekv.spec import ModelSpec, RopeSpec
+
+from ..attention import InlineAttention, Positions, distinct_windows
+from ..config import DecoderConfig
+from ..decoder import build_segment, segment_kind
+from ..ops import ONNX_TRANSLATIONS
+
+#: Opset 21 is the newest whose every operator runs in ONNX Runtime 1.20 and later, on desktop and mobile builds.
+OPSET = 21
+Tensor = torch.Tensor
+Dynamic = Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Nodes in order, the values they read from outside, those they give, their weights and constants."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[str, ...]
+    constants: tuple[onnx.TensorProto, ...]
+    nodes: tuple[onnx.NodeProto, ...]
+
+
+def export_segments(config: DecoderConfig) -> dict[str, Piece]:
+    """Export each distinct segment structure of the decoder once, by its kind."""
+    kinds = {segment_kind(config, index): index for index in reversed(range(config.model.n_layers + 1))}
+    pieces = {}
+    for kind, index in kinds.items():
+        rotated = index == config.model.n_layers or config.rotated[index]
+        place = 0 if index == 0 else 2 if index == config.model.n_layers else 1
+        pieces[kind] = _export_segment(_structure(config, rotated=rotated), place)
+    return pieces
+
+
+def _structure(config: DecoderConfig, *, rotated: bool) -> DecoderConfig:
+    """Keep what a segment's structure depends on, as a decoder of two layers: equal structures share their pieces."""
+    model = dataclasses.replace(
+        config.model,
+        architecture="",
+        n_layers=2,
+        rope=RopeSpec((0.0,) * len(config.model.rope.inv_freq)),
+        windows=(),
+        max_context=0,
+        tied_embeddings=False,
+        bos_token_id=None,
+        eos_token_ids=(),
+    )
+    return dataclasses.replace(config, model=model, rotated=(rotated, rotated))
+
+
+@functools.lru_cache(maxsize=32)
+def _export_segment(config: DecoderConfig, index: int) -> Piece:
+    model = config.model
+    half = model.rope.rotary_dim // 2
+    rope = [_example(_T, half), _example(_T, half)]
+    residual, attention = _example(_T, model.hidden_size), _example(_T, model.n_q_heads, model.head_dim)
+    if index == 0:
+        example, names = [residual, *rope], ["q", "k", "v"]
+    elif index < model.n_layers:
+        example, names = [residual, attention, *rope], ["next_residual", "q", "k", "v"]
+    else:
+        example, names = [residual, attention], ["logits"]
+    return _export(build_segment(config, index), example, [{0: "T"}] * len(example), names)
+
+
+@functools.lru_cache(maxsize=32)
+def export_attention(n_q_heads: int, n_kv_heads: int, head_dim: int, scale: float, page_size: int) -> Piece:
+    """Export the seam in stock operations: one layer's, the same for all."""
+    n, r, s = 3, 5, 3 * page_size + 5
+    page = torch.empty(n, n_kv_heads, page_size, head_dim, dtype=torch.int8, device="meta")
+    example = [
+        _example(_T, n_q_heads, head_dim),
+        _example(_T, n_kv_heads, head_dim),
+        _example(_T, n_kv_heads, head_dim),
+        page,
+        _example(n, n_kv_heads, head_dim).half(),
+        page.clone(),
+        _example(n, n_kv_heads, page_size).half(),
+        _example(r, n_kv_heads, head_dim).half(),
+        _example(r, n_kv_heads, head_dim).half(),
+        torch.empty(_T, s, dtype=torch.bool, device="meta"),
+        torch.empty(_T, _T, dtype=torch.bool, device="meta"),
+    ]
+    dynamic: list[Dynamic] = [{0: name} for name in "TTTNNNNRR"]
+    dynamic += [{0: "T", 1: "S"}, {0: "T", 1: "T"}]
+    return _export(
+        InlineAttention(n_q_heads, n_kv_heads, head_dim, scale), example, dynamic, ["attention", "page_mass"]
+    )
+
+
+def export_positions(model: ModelSpec) -> Piece:
+    """Export what the inline form derives from position_ids: cosines, sines and causal masks."""
+    module = Positions(model.rope, distinct_windows(model))
+    names = ["cos", "sin", *(f"causal_{window}" for window in module.windows)]
+    return _export(module, [torch.zeros(_T, dtype=torch.int64)], [{0: "T"}], names)
+
+
+_T = 7  # any number of new tokens that no dimension of a model has
+
+
+def _example(*shape: int) -> Tensor:
+    return torch.empty(*shape, device="meta")
+
+
+def _export(module: nn.Module, example: list[Tensor], dynamic: list[Dynamic], names: list[str]) -> Piece:
+    dims: dict[str, object] = {}
+
+    def dim(name: str) -> object:
+        return dims.setdefault(
+            name, torch.export.Dim.DYNAMIC if name == "S" else torch.export.Dim(name, min=1, max=1 << 20)
+        )
+
+    shapes = tuple({axis: dim(name) for axis, name in axes.items()} for axes in dynamic)
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(module.eval(), tuple(example), dynamic_shapes=shapes)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=dict(ONNX_TRANSLATIONS),
+            output_names=names,
+            optimize=False,  # it would read the weights, and there are none
+            verbose=False,
+        )
+    assert exported is not None
+    model = exported.model
+    parameters = [name for name, _ in module.named_parameters()]
+    inputs = [str(value.name) for value in model.graph.inputs]
+    for name in parameters:
+        value = model.graph.initializers.pop(name)
+        value.const_value = None  # a meta tensor: nothing to read
+        model.graph.inputs.append(value)
+    optimizer.optimize_ir(model)
+    graph = onnx_ir.to_proto(model).graph
+    return Piece(
+        inputs=tuple(inputs),
+        outputs=tuple(value.name for value in graph.output),
+        parameters=tuple(parameters),
+        constants=tuple(graph.initializer),
+        nodes=tuple(graph.node),
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes about optional packages off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,61 @@
+"""One step of the decoder in the split form: new tokens in, logits out, the cache extended."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..attention.attend import Attender
+from ..engines.base import Float, SegmentEngine, StepBuffers
+from ..pages.cache import KVCache
+from .base import Rows
+from .embedding import Embedding
+from .rope import Rope
+from .token_step import TokenStep
+
+
+class SplitForward:
+    """The split form: an engine runs the dense segments, the kernels run attention between them."""
+
+    def __init__(
+        self, engine: SegmentEngine, embedding: Embedding, rope: Rope, cache: KVCache, attender: Attender
+    ) -> None:
+        self._engine = engine
+        self._embedding = embedding
+        self._rope = rope
+        self._cache = cache
+        self._attender = attender
+        self._short = TokenStep(cache, attender)
+
+    def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
+        """Run T tokens; see :class:`Forward`."""
+        engine, cache = self._engine, self._cache
+        n_layers = cache.spec.n_layers
+        buffers = engine.prepare(len(tokens))
+        cache.manager.step += 1
+        self._embedding.look_up(tokens, buffers.residual[0])
+        self._rope.fill(positions, buffers.cos, buffers.sin)
+        if len(tokens) == 1 and rows != "none" and self._short.begin():
+            self._run_short(buffers, positions)
+            return engine.head(buffers.residual[(n_layers - 1) % 2], buffers.attention)
+        for layer in range(n_layers):
+            engine.run(layer, buffers)
+            # What the last layer attends to only matters for the logits.
+            if rows != "none" or layer < n_layers - 1:
+                self._attender.attend(layer, buffers.q, buffers.k, buffers.v, positions, buffers.attention)
+            cache.append(layer, buffers.k, buffers.v, positions)
+        if rows == "none":
+            return buffers.residual[0][:0]
+        first = 0 if rows == "all" else len(tokens) - 1
+        return engine.head(buffers.residual[(n_layers - 1) % 2][first:], buffers.attention[first:])
+
+    def _run_short(self, buffers: StepBuffers, positions: NDArray[np.int64]) -> None:
+        engine, short = self._engine, self._short
+        try:
+            for layer in range(self._cache.spec.n_layers):
+                engine.run(layer, buffers)
+                short.layer(layer, buffers, positions)
+        except BaseException:
+            short.cancel()
+            raise
+        short.commit(int(positions[0]))

@@ -1,0 +1,1 @@
+"""ExecuTorch as an engine."""

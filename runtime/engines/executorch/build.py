@@ -1,0 +1,102 @@
+"""Finds the ExecuTorch runtime and compiles the C interface to it, once, without torch.
+
+The `executorch` wheel holds the runtime as libraries that do not need torch, and their headers. Two sources are compiled
+against them on first use, in a few seconds, into the user's cache folder. The file's name holds everything that it
+depends on, so that another version or source makes another file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from importlib import metadata, resources
+from pathlib import Path
+
+from edgekv.errors import EngineMissing
+
+SOURCES = ("shim.cpp", "operators.cpp")
+
+
+class NoShim(EngineMissing):
+    """The shim is not compiled yet and cannot be."""
+
+
+def package_folder() -> Path:
+    """Return the folder of the executorch package, without importing it.
+
+    Raises:
+        EngineMissing: it is not installed.
+    """
+    spec = importlib.util.find_spec("executorch")
+    if spec is None or not spec.submodule_search_locations:
+        raise EngineMissing(
+            "this bundle needs the ExecuTorch runtime; install it: pip install --no-deps executorch (torch is not needed)"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@functools.lru_cache(maxsize=1)
+def version() -> str:
+    """Return the version of the executorch package."""
+    try:
+        return metadata.version("executorch")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def build_shim(package: Path, cache: Path) -> Path:
+    """Compile the shim unless it is in ``cache``; returns its path.
+
+    Raises:
+        NoShim: there is no compiler, or it failed.
+    """
+    folder = resources.files("edgekv.runtime") / "native" / "engines" / "executorch"
+    sources = {name: (folder / name).read_bytes() for name in SOURCES}
+    made_for = f"{version()} {package} {platform.machine()}".encode()
+    key = hashlib.sha256(b"".join(sources.values()) + made_for).hexdigest()[:16]
+    path = cache / "executorch" / f"shim-{version()}-{key}.so"
+    if path.is_file():
+        return path
+    compiler = _compiler()
+    if compiler is None:
+        raise NoShim(
+            "the ExecuTorch engine is compiled on first use and no C++ compiler was found; install g++ or clang,"
+            " or name one in CXX"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            for name, text in sources.items():
+                (Path(scratch) / name).write_bytes(text)
+            _compile(compiler, package, Path(scratch))
+            os.replace(Path(scratch) / "shim.so", path)
+    except OSError as error:
+        raise NoShim(f"the ExecuTorch engine cannot be written to {path.parent}: {error.strerror}") from error
+    return path
+
+
+def _compile(compiler: str, package: Path, folder: Path) -> None:
+    include = package / "include"
+    command = [
+        compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-DC10_USING_CUSTOM_GENERATED_MACROS",
+        f"-I{include}", f"-I{include}/executorch/runtime/core/portable_type/c10",
+        *(str(folder / name) for name in SOURCES), "-o", str(folder / "shim.so"),
+        f"-L{package}/lib", "-lexecutorch", "-lexecutorch_threadpool",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        errors = [line for line in result.stderr.splitlines() if "error" in line] or ["no message"]
+        raise NoShim(f"compiling the ExecuTorch engine against executorch {version()} failed: {errors[0].strip()}")
+
+
+def _compiler() -> str | None:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    return None

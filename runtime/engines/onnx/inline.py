@@ -1,0 +1,32 @@
+"""ONNX Runtime as the engine of the inline form: the whole decoder in one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from edgekv.bundle import Manifest
+from edgekv.contract import inline_spec
+
+from .options import check_contract, open_session, set_up
+
+
+class OnnxInline:
+    """An :class:`~edgekv.runtime.engines.base.InlineEngine` on ONNX Runtime."""
+
+    max_tokens: int | None = None
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int, *, own_process: bool) -> None:
+        sessions = set_up(manifest.weights, threads, own_process=own_process)
+        self.description = sessions.description
+        path = folder / manifest.graphs[0]
+        self._session = open_session(path, sessions.options)
+        check_contract(self._session, inline_spec(manifest.model, manifest.page_size), path)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run a step and return its outputs by name."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))

@@ -1,0 +1,287 @@
+"""The memory manager as a library: a paged, budgeted cache of keys and values for any decoder.
+
+    manager = MemoryManager(max_memory_mb=512)
+    manager.initialize_kv_cache({"num_layers": 24, "num_kv_heads": 8, "head_dim": 64})
+    manager.add_to_kv_cache(layer_idx=0, key=k, value=v, token_indices=[0, 1, 2])
+    keys, values = manager.get_from_kv_cache(layer_idx=0, token_indices=[1, 2])
+
+It is the page manager of the runtime, with names for people. It takes NumPy arrays and torch tensors, without
+importing torch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.errors import StoreError, UsageError
+from edgekv.spec import PageSpec
+
+from .kernels.choose import load_kernels
+from .pages.cache import KVCache
+from .pages.policy import CacheOptions, make_policy
+from .storage.flash import FlashStore
+from .storage.wear import WearLedger
+
+Float = NDArray[np.float32]
+
+#: Names that a model configuration may use, in order of preference (Hugging Face's first).
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_attention_heads", "num_heads", "n_head")
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+
+
+class MemoryManager:
+    """Keys and values of one sequence inside ``max_memory_mb``.
+
+    Args:
+        max_memory_mb: the budget for pages in RAM, in MiB; allocated once.
+        page_size: tokens per page, a multiple of 4 up to 128.
+        quantization_enabled: compress pages to INT8 when memory runs short. Without it pages leave RAM only
+            through ``compress_pages`` or dropping.
+        memory_threshold_percent: share of the budget above which pages are compressed, then offloaded, then,
+            only with ``allow_drop``, dropped.
+        offload_dir: folder for pages that do not fit; None uses a private temporary file.
+        allow_drop: let pages be forgotten when nothing else helps. Reading their tokens is a clear error.
+        policy: who goes first: ``lru``, ``heavy``, ``window`` or ``random``.
+        max_write_per_day: bytes that all who use ``offload_dir`` may write there in a day.
+
+    Raises:
+        UsageError: an argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        max_memory_mb: float = 512,
+        page_size: int = 16,
+        quantization_enabled: bool = True,
+        memory_threshold_percent: float = 90,
+        *,
+        offload_dir: str | Path | None = None,
+        allow_drop: bool = False,
+        policy: str = "lru",
+        max_write_per_day: int | None = None,
+    ) -> None:
+        if max_memory_mb <= 0:
+            raise UsageError(f"max_memory_mb must be above zero, not {max_memory_mb}")
+        if not 0 < memory_threshold_percent <= 100:
+            raise UsageError(
+                f"memory_threshold_percent must be above 0 and at most 100, not {memory_threshold_percent}"
+            )
+        self.page_size = page_size
+        self._options = CacheOptions(
+            budget_bytes=int(max_memory_mb * 1024 * 1024),
+            compress_at_seal=False,
+            compress=quantization_enabled,
+            allow_drop=allow_drop,
+            threshold=memory_threshold_percent / 100,
+            policy=make_policy(policy),
+            merge_layers=None,
+        )
+        if max_write_per_day is not None and offload_dir is None:
+            raise UsageError("max_write_per_day counts what goes to a folder over time; give offload_dir with it")
+        self._offload_dir = offload_dir
+        self._max_write_per_day = max_write_per_day
+        self._cache: KVCache | None = None
+        self._store: FlashStore | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def initialize_kv_cache(self, model_config: Mapping[str, Any] | object) -> None:
+        """Allocate the cache for a model.
+
+        Args:
+            model_config: a mapping or an object with the number of layers, of KV heads, and the head size, under
+                the names that Hugging Face configurations use (``num_hidden_layers``, ``num_key_value_heads``,
+                ``head_dim`` or ``hidden_size`` and ``num_attention_heads``) or ``num_layers``, ``num_kv_heads``.
+
+        Raises:
+            UsageError: the configuration lacks a number. BudgetError: the budget is too small for this shape.
+            StoreError: the offload folder cannot be used.
+        """
+        n_heads = _look_up(model_config, _HEADS, required=False)
+        head_dim = _look_up(model_config, ("head_dim",), required=False)
+        if not head_dim:
+            head_dim = _look_up(model_config, ("hidden_size", "n_embd")) // (n_heads or _look_up(model_config, _HEADS))
+        spec = PageSpec(_look_up(model_config, _LAYERS), _look_up(model_config, _KV_HEADS), head_dim, self.page_size)
+        self.close()
+        if self._options.compress:
+            self._store = self._open_store(spec)
+        try:
+            self._cache = KVCache(spec, self._options, load_kernels(), self._store)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_store(self, spec: PageSpec) -> FlashStore:
+        if self._offload_dir is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="edgekv-")
+            return FlashStore(Path(self._scratch.name), spec)
+        folder = Path(self._offload_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot write the offload folder {folder}: {error.strerror}") from error
+        wear = WearLedger(folder, self._max_write_per_day)
+        try:
+            return FlashStore(folder, spec, wear=wear)
+        except StoreError:
+            wear.close()
+            raise
+
+    @property
+    def cache(self) -> KVCache:
+        """The page manager underneath.
+
+        Raises:
+            UsageError: ``initialize_kv_cache`` was not called.
+        """
+        if self._cache is None:
+            raise UsageError("the cache has no shape yet; call initialize_kv_cache(model_config) first")
+        return self._cache
+
+    def add_to_kv_cache(self, *, layer_idx: int, key: Any, value: Any, token_indices: Sequence[int]) -> None:
+        """Add tokens to one layer.
+
+        Args:
+            layer_idx: 0 .. number of layers - 1.
+            key, value: [len(token_indices), n_kv_heads, head_dim], array or tensor, any float dtype; kept as fp16.
+            token_indices: which tokens these are: any numbers >= 0 that the layer does not hold yet.
+
+        Raises:
+            UsageError: a wrong layer, shape or token. OutOfPages, StoreError: no room. In each case nothing was added.
+        """
+        cache = self.cache
+        tokens = self._tokens(token_indices)
+        self._check_layer(layer_idx)
+        shape = (tokens.size, cache.spec.n_kv_heads, cache.spec.head_dim)
+        keys, values = _as_float32(key, "key", shape), _as_float32(value, "value", shape)
+        if np.unique(tokens).size != tokens.size:
+            raise UsageError("token_indices names a token twice")
+        known = cache.table.holds(layer_idx, tokens)
+        if known.any():
+            raise UsageError(
+                f"token {int(tokens[known][0])} is in layer {layer_idx} already; a cached token never changes"
+            )
+        cache.manager.step += 1
+        cache.append(layer_idx, keys, values, tokens)
+
+    def get_from_kv_cache(self, *, layer_idx: int, token_indices: Sequence[int]) -> tuple[Float, Float]:
+        """Return keys and values of tokens; pages are fetched and dequantised as needed.
+
+        Returns:
+            keys and values [len(token_indices), n_kv_heads, head_dim] float32, in the order asked for.
+
+        Raises:
+            TokenDropped, TokenPruned, TokenNotFound: the error names the token. CorruptPage, StoreError: its page
+                cannot be read.
+        """
+        self._check_layer(layer_idx)
+        self.cache.manager.step += 1
+        return self.cache.read(layer_idx, self._tokens(token_indices))
+
+    def remove_pruned_tokens(self, token_indices: Sequence[int]) -> int:
+        """Remove tokens from all layers; a page whose tokens are all gone is freed at once, in every tier.
+
+        Returns:
+            how many tokens were removed, counted per layer.
+
+        Raises:
+            TokenNotFound: a token was never added. Nothing changed.
+        """
+        return self.cache.prune(self._tokens(token_indices))
+
+    def compress_pages(self, n_pages: int = 1) -> int:
+        """Compress up to ``n_pages`` full fp16 pages to INT8 now; returns how many."""
+        return self.cache.manager.compress(n_pages)
+
+    def offload_pages(self, n_pages: int = 1) -> int:
+        """Move up to ``n_pages`` INT8 pages to the offload folder now; returns how many."""
+        return self.cache.manager.offload(n_pages)
+
+    def locate(self, *, layer_idx: int, token_index: int) -> dict[str, Any]:
+        """Say where a token is: page, slot, tier, and which tokens share its page.
+
+        Raises:
+            TokenPruned, TokenNotFound: it is nowhere.
+        """
+        self._check_layer(layer_idx)
+        table, size = self.cache.table, self.page_size
+        slot = int(table.find(layer_idx, self._tokens([token_index]))[0])
+        held = table.tokens[layer_idx, slot // size * size : (slot // size + 1) * size]
+        tier = int(table.tier[layer_idx, slot // size])
+        return {
+            "page": slot // size,
+            "slot": slot % size,
+            "tier": _TIER_NAMES[tier],
+            "tokens": [int(token) for token in held if token >= 0],
+        }
+
+    def get_stats(self) -> dict[str, Any]:
+        """Return tokens, budget, bytes and pages by tier, and what was moved so far, as plain data."""
+        stats = {**asdict(self.cache.use()), **asdict(self.cache.manager.counters)}
+        stats["bytes_in_memory"] = stats["arena_bytes"]
+        stats["bytes_written"] = self._store.counters.bytes_written if self._store else 0
+        stats["bytes_read"] = self._store.counters.bytes_read if self._store else 0
+        return stats
+
+    def close(self) -> None:
+        """Free the cache and its files. The manager can be initialised again."""
+        self._cache = None
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    def __enter__(self) -> MemoryManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.cache.spec.n_layers:
+            raise UsageError(
+                f"layer_idx {layer} is out of range; the model has layers 0 to {self.cache.spec.n_layers - 1}"
+            )
+
+    @staticmethod
+    def _tokens(token_indices: Sequence[int]) -> NDArray[np.int64]:
+        tokens = np.asarray(token_indices, np.int64).reshape(-1)
+        if (tokens < 0).any():
+            raise UsageError(f"token indices are numbers from 0 up, not {int(tokens.min())}")
+        return tokens
+
+
+_TIER_NAMES = ("HOT", "WARM", "COLD", "REMOTE", "DROPPED", "FREE")
+
+
+def _look_up(config: Mapping[str, Any] | object, names: Sequence[str], *, required: bool = True) -> int:
+    for name in names:
+        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    if required:
+        raise UsageError(f"model_config has none of {', '.join(names)}")
+    return 0
+
+
+def _as_float32(array: Any, name: str, shape: tuple[int, int, int]) -> Float:
+    if hasattr(array, "detach"):  # a torch tensor; bfloat16 has no NumPy twin, so it becomes float first
+        array = array.detach().cpu().float().numpy()
+    result = np.ascontiguousarray(array, dtype=np.float32)
+    if result.shape != shape:
+        raise UsageError(f"{name} has shape {result.shape}; expected {shape}: tokens, KV heads, head size")
+    if not np.isfinite(result).all():
+        raise UsageError(f"{name} holds a value that is not finite")
+    return result

@@ -1,0 +1,1 @@
+"""The page manager and what it manages: arena, page table, policies, budget."""

@@ -1,0 +1,1 @@
+"""Sessions and prefixes: tokens and pages that outlive a run."""

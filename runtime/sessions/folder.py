@@ -1,0 +1,323 @@
+"""The folder of a session: its lock, its index with the backup, and what to do when the index is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgekv.bundle import Manifest
+from edgekv.codec import CODEC_VERSION
+from edgekv.errors import SessionError, SessionMismatch, StoreLocked, UsageError
+from edgekv.spec import PageSpec
+
+from ..storage.cipher import SALT_BYTES, Cipher
+from ..storage.segments import segment_paths, sync_folder
+from ..storage.wear import LEDGER
+from .index import BACKUP, DAMAGED, INDEX, SessionIndex, State
+
+if sys.platform != "win32":
+    import fcntl
+
+FORMAT = 1
+LOCK = "lock"
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def is_session(path: Path) -> bool:
+    """Say whether a folder looks like a session."""
+    return path.is_dir() and ((path / INDEX).exists() or (path / BACKUP).exists())
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of a new session, readable by its owner only; an existing session is left as it is.
+
+    Raises:
+        UsageError: something else is there. SessionError: it cannot be made.
+    """
+    if path.exists():
+        # A session whose first commit never came may hold any of its files.
+        if not path.is_dir() or any(not p.name.startswith((LOCK, "index.", "pages-", LEDGER)) for p in path.iterdir()):
+            raise UsageError(f"{path} exists and is not a session; choose another name for --session")
+        return
+    try:
+        path.mkdir(mode=0o700, parents=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise SessionError(f"cannot make the session {path}: {error.strerror}; choose another place") from error
+
+
+def take_lock(path: Path) -> int | None:
+    """Keep other processes out of a session; returns the handle, or None on a medium that cannot be written.
+
+    Raises:
+        StoreLocked: another process has it open.
+    """
+    try:
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in _READ_ONLY:
+            return None
+        raise SessionError(f"cannot open the session {path}: {error.strerror}") from error
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            raise StoreLocked(
+                f"another process has the session {path} open; wait until it ends, or work on a copy:"
+                f" edgekv sessions export {path} COPY"
+            ) from error
+    return handle
+
+
+@contextmanager
+def index_copy(path: Path, name: str = INDEX) -> Iterator[SessionIndex]:
+    """Open a private copy of an index: nothing is written beside the session, and nobody is disturbed.
+
+    Raises:
+        SessionError: it cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgekv-index-") as folder:
+        try:
+            shutil.copyfile(path / name, Path(folder) / INDEX)
+            if (path / f"{name}-wal").exists():
+                shutil.copyfile(path / f"{name}-wal", Path(folder) / f"{INDEX}-wal")
+        except OSError as error:
+            raise SessionError(f"cannot read {path / name}: {error.strerror}") from error
+        index = SessionIndex(Path(folder) / INDEX)
+        try:
+            yield index
+        finally:
+            index.close()
+
+
+def load_index(index: SessionIndex, path: Path, secret: bytes | None) -> State:
+    """Read everything that is whole in an index.
+
+    Raises:
+        SessionMismatch: it is encrypted and the key is missing or wrong, or it has a newer format.
+    """
+    state = State()
+    state.problems += index.structure()
+    index.load_meta(state)
+    if not state.meta:
+        return state
+    if state.meta["format"] > FORMAT:
+        raise SessionMismatch(
+            f"{path} has session format {state.meta['format']}, this edgekv reads up to {FORMAT}; update"
+        )
+    index.cipher = make_cipher(state.meta, path, secret)
+    index.load(state, PageSpec(**state.meta["pages"]))
+    return state
+
+
+def make_cipher(meta: dict[str, Any], path: Path, secret: bytes | None) -> Cipher | None:
+    """Return the cipher of a session, or None if it is plain.
+
+    Raises:
+        SessionMismatch: the key is missing or wrong, or the session is not encrypted though it should be.
+    """
+    if not meta["encrypted"]:
+        if secret is not None:
+            raise SessionMismatch(f"the session {path} is not encrypted; run without --encrypt, or start a new one")
+        return None
+    if secret is None:
+        raise SessionMismatch(f"the session {path} is encrypted; run with --encrypt and its key")
+    cipher = Cipher(secret, bytes.fromhex(str(meta["salt"])))
+    if cipher.open(bytes.fromhex(str(meta["probe"])), b"probe") is None:
+        raise SessionMismatch(f"this is not the key of the session {path}")
+    return cipher
+
+
+def read_state(path: Path, secret: bytes | None) -> State:
+    """Read the index of a session without locking it: the backup when it has more that is whole.
+
+    Raises:
+        SessionError: nothing can be read. SessionMismatch: see :func:`load_index`.
+    """
+    best = State(problems=["the index is missing"])
+    for name in (INDEX, BACKUP):
+        if not (path / name).exists():
+            continue
+        try:
+            with index_copy(path, name) as index:
+                found = load_index(index, path, secret)
+        except SessionError as error:
+            found = State(problems=[str(error)])
+        if name == INDEX:
+            best = found
+            if found.meta and not found.problems:
+                break
+            found.problems = found.problems or ["the index holds nothing"]
+        elif found.meta and (len(found.rows) > len(best.rows) or not best.meta):
+            found.problems = [*best.problems, "its backup is used"]
+            best = found
+    return best
+
+
+def replace_index(path: Path, state: State, secret: bytes | None) -> SessionIndex:
+    """Put a new index in the place of a damaged one, which is kept as ``index.damaged``.
+
+    Raises:
+        SessionError: it cannot be written.
+    """
+    try:
+        for suffix in ("-wal", ""):
+            if (path / f"{INDEX}{suffix}").exists():
+                os.replace(path / f"{INDEX}{suffix}", path / f"{DAMAGED}{suffix}")
+    except OSError as error:
+        raise SessionError(f"cannot write the session {path}: {error.strerror}") from error
+    index = SessionIndex(path / INDEX, create=True)
+    index.begin(state.meta)
+    index.cipher = make_cipher(state.meta, path, secret)
+    index.commit(state, 0, 0)
+    return index
+
+
+def write_backup(path: Path) -> None:
+    """Copy the index, which is closed and whole, beside itself."""
+    temporary = path / f"{BACKUP}.tmp"
+    with contextlib.suppress(OSError):  # a backup that cannot be written costs nothing now
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write((path / INDEX).read_bytes())
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path / BACKUP)
+
+
+def session_key(manifest: Manifest) -> dict[str, Any]:
+    """Return what keys and values depend on; a session is only used where all of it is equal.
+
+    Engine and form are not in it: both engines and both forms of a checkpoint use the same sessions.
+    """
+    model = manifest.model
+
+    def short(value: object) -> str:
+        return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+    return {
+        "checkpoint": manifest.source_sha256,
+        "weights": manifest.weights,
+        "tokenizer": manifest.tokenizer_sha256,
+        "geometry": f"{model.n_layers} layers, {model.n_q_heads}/{model.n_kv_heads} heads of {model.head_dim}",
+        "rope": short((model.rope.inv_freq, model.rope.attention_scaling)),
+        "attention": short((model.windows, model.softmax_scale)),
+        "page_size": manifest.page_size,
+        "codec": CODEC_VERSION,
+    }
+
+
+def open_index(path: Path, manifest: Manifest | None, secret: bytes | None) -> tuple[State, SessionIndex | None]:
+    """Open the index for writing; a new one gets its meta, a damaged one is replaced by what is whole of it."""
+    index: SessionIndex | None = None
+    if segment_paths(path) or (path / BACKUP).exists():  # at least one commit was made, so there must be an index
+        try:
+            index = SessionIndex(path / INDEX)
+            state = load_index(index, path, secret)
+        except SessionError as error:
+            state = State(problems=[str(error)])
+        except BaseException:
+            if index is not None:
+                index.close()
+            raise
+        if state.meta and not state.problems:
+            return state, index
+        if index is not None:
+            index.close()
+        state = read_state(path, secret)
+        return state, replace_index(path, state, secret) if state.meta else None
+    index = SessionIndex(path / INDEX, create=True)
+    try:
+        state = load_index(index, path, secret)
+    except BaseException:
+        index.close()
+        raise
+    if state.meta:
+        return state, index
+    if manifest is None:
+        index.close()
+        return state, None
+    meta: dict[str, Any] = {
+        "format": FORMAT,
+        "key": session_key(manifest),
+        "pages": manifest.model.pages(manifest.page_size).to_json(),
+        "created": time.time(),
+        "encrypted": False,
+    }
+    if secret is not None:
+        salt = os.urandom(SALT_BYTES)
+        cipher = Cipher(secret, salt)
+        meta |= {"encrypted": True, "salt": salt.hex(), "probe": cipher.seal(b"", b"probe").hex()}
+        index.cipher = cipher
+    index.begin(meta)
+    sync_folder(path)
+    return State(meta=meta), index
+
+
+def check_key(path: Path, had: dict[str, Any], has: dict[str, Any]) -> None:
+    """Refuse a session that was made with something else.
+
+    Raises:
+        SessionMismatch: the message names every difference.
+    """
+    different = [name for name in has if had.get(name) != has[name]]
+    if different:
+        facts = [
+            f"{name.replace('_', ' ')} {_short(had.get(name))}, this bundle {_short(has[name])}" for name in different
+        ]
+        raise SessionMismatch(
+            f"the session {path} was made with something else: {'; '.join(facts)}. Use the bundle that it was made"
+            " with, or another session"
+        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def share_segments(source: Path, target: Path) -> None:
+    """Give ``target`` the page files of ``source``: by hard links, whose number the file system counts, or as copies."""
+    for path in segment_paths(source).values():
+        try:
+            os.link(path, target / path.name)
+        except OSError:
+            shutil.copyfile(path, target / path.name)
+            os.chmod(target / path.name, 0o600)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back the signals that end programs until the block is done (in the main thread, where Python handles them)."""
+    with ExitStack() as held:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+                if callable(signal.getsignal(number)):
+                    held.enter_context(_held(number))
+        yield
+
+
+@contextmanager
+def _held(number: int) -> Iterator[None]:
+    came: list[int] = []
+    before = signal.getsignal(number)
+    try:
+        signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        signal.signal(number, before)
+        if came:
+            signal.raise_signal(number)

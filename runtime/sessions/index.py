@@ -1,0 +1,271 @@
+"""The index of a session: which tokens are in which pages, and where their records are. SQLite in WAL mode.
+
+SQLite does not check its pages, so every row carries its own xxh3 checksum over its name and its value. What a row refers
+to is checked in turn by the checksums of the records that it holds. ::
+
+    item(name TEXT PRIMARY KEY, value BLOB, xxh3 BLOB)
+      meta       JSON: format, key (what the session was made with), salt of the encryption, time of creation
+      notes      JSON: what the application wants to keep, such as the messages of a conversation
+      tail       JSON, see Tail
+      page N     tokens [page_size] int32, records [n_layers] int64, checksums [n_layers] uint64, little endian, and
+                 16 bytes that stand for all tokens up to here: a row of another history is not believed. Without
+                 records and checksums where every token of the page was pruned
+
+All but ``meta`` are ciphertext in an encrypted session.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from edgekv.errors import SessionError
+from edgekv.spec import PageSpec
+
+from ..storage.cipher import Cipher
+
+INDEX = "index.sqlite"
+BACKUP = "index.backup"
+DAMAGED = "index.damaged"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sealed page of all layers: its tokens, per layer its record and the record's checksum, and :func:`chain`.
+
+    ``records``, ``checks``: empty when every token was pruned, so that nothing is stored.
+    """
+
+    tokens: tuple[int, ...]
+    records: tuple[int, ...]
+    checks: tuple[int, ...]
+    chain: bytes
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What comes after the sealed pages.
+
+    ``tokens``: after the last sealed page. ``n_kv``: how many tokens of the session, from its first, had keys and values
+    (the last one that was generated has none yet). ``starts``: positions at which the last steps of the model began, so that
+    tokens whose keys and values are not stored are computed again in the same steps, to the same bits.
+    ``records``, ``checks``: the open page as fp16, two records per layer; empty when it was not stored.
+    ``chain``: of the last sealed page, in hexadecimal. ``pruned``: [start, stop) of the positions whose tokens were pruned,
+    one after the other; they are masked again when the session is resumed.
+    """
+
+    n_pages: int = 0
+    tokens: tuple[int, ...] = ()
+    n_kv: int = 0
+    starts: tuple[int, ...] = ()
+    records: tuple[int, ...] = ()
+    checks: tuple[int, ...] = ()
+    chain: str = ""
+    pruned: tuple[int, ...] = ()
+
+
+@dataclass
+class State:
+    """What an index holds. ``problems``: what is damaged; everything here is whole."""
+
+    meta: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    tail: Tail = field(default_factory=Tail)
+    problems: list[str] = field(default_factory=list)
+
+
+def chain(before: bytes, tokens: Sequence[int]) -> bytes:
+    """Return 16 bytes that stand for a page's tokens and all tokens before them; ``before`` is b"" for the first."""
+    return hashlib.blake2b(before + np.asarray(tokens, "<i4").tobytes(), digest_size=16).digest()
+
+
+def to_ranges(positions: Sequence[int]) -> tuple[int, ...]:
+    """Write increasing positions as ranges: start, stop, start, stop."""
+    ranges: list[int] = []
+    for position in positions:
+        if ranges and ranges[-1] == position:
+            ranges[-1] = position + 1
+        else:
+            ranges += [position, position + 1]
+    return tuple(ranges)
+
+
+def from_ranges(ranges: Sequence[int]) -> NDArray[np.int64]:
+    """Return the positions [n] int64 that :func:`to_ranges` wrote."""
+    pairs = zip(ranges[::2], ranges[1::2], strict=True)
+    return np.concatenate([np.arange(start, stop) for start, stop in pairs] or [np.empty(0, np.int64)])
+
+
+def row_check(name: str, value: bytes) -> bytes:
+    """Return the checksum of a row."""
+    return xxhash.xxh3_64_digest(name.encode() + b"\0" + value)
+
+
+class SessionIndex:
+    """The open index of one session.
+
+    Raises (from the constructor):
+        SessionError: SQLite cannot open it.
+    """
+
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        self.path = path
+        self.cipher: Cipher | None = None
+        if create:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        self._db = sqlite3.connect(":memory:")
+        try:
+            self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None)
+            # The lock of the session keeps others out; without shared memory this works on any file system.
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            if create:
+                self._db.execute(
+                    "CREATE TABLE IF NOT EXISTS item(name TEXT PRIMARY KEY, value BLOB, xxh3 BLOB) WITHOUT ROWID"
+                )
+        except sqlite3.Error as error:
+            self.close()
+            raise SessionError(f"cannot open the index {path}: {error}") from error
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def load_meta(self, state: State) -> None:
+        """Read ``meta``; an index without it was never committed to."""
+        value = self._value("meta", state)
+        if value is not None:
+            state.meta = json.loads(value)
+
+    def load(self, state: State, spec: PageSpec) -> None:
+        """Read everything else, up to the first damage."""
+        value = self._plain("tail", state)
+        tail = _read_tail(value) if value else Tail()
+        notes = self._plain("notes", state)
+        state.notes = json.loads(notes) if notes else {}
+        for page in range(tail.n_pages if value else 1 << 31):
+            packed = self._plain(f"page {page}", state)
+            if packed is None:
+                if value:
+                    state.problems.append(f"page {page} is missing in the index")
+                elif state.rows and not state.problems:
+                    state.problems.append("tail is missing in the index")
+                return
+            row = _unpack(packed, spec)
+            if row.chain != chain(state.rows[-1].chain if state.rows else b"", row.tokens):
+                state.problems.append(f"page {page} belongs to another history")
+                return
+            state.rows.append(row)
+        if tail.chain == (state.rows[-1].chain.hex() if state.rows else ""):
+            state.tail = tail
+        else:
+            state.problems.append("tail belongs to another history")
+
+    def _plain(self, name: str, state: State) -> bytes | None:
+        value = self._value(name, state)
+        if value is None or self.cipher is None:
+            return value
+        plain = self.cipher.open(value, name.encode())
+        if plain is None:
+            state.problems.append(f"{name} does not decrypt")
+        return plain
+
+    def _value(self, name: str, state: State) -> bytes | None:
+        try:
+            found = self._db.execute("SELECT value, xxh3 FROM item WHERE name = ?", (name,)).fetchone()
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            state.problems.append(f"{name} cannot be read: {error}")
+            return None
+        if found is None:
+            return None
+        if not isinstance(found[0], bytes) or found[1] != row_check(name, found[0]):
+            state.problems.append(f"{name} differs from its checksum")
+            return None
+        return found[0]
+
+    def structure(self) -> list[str]:
+        """Return what SQLite finds wrong with the file."""
+        try:
+            return [str(row[0]) for row in self._db.execute("PRAGMA integrity_check(8)") if row[0] != "ok"]
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            return [str(error)]
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def begin(self, meta: dict[str, Any]) -> None:
+        """Write the first commit.
+
+        Raises:
+            SessionError: SQLite cannot write.
+        """
+        self._run([("meta", json.dumps(meta).encode())], 0, 0)
+
+    def commit(self, state: State, kept: int, old: int) -> None:
+        """Replace the pages from ``kept`` on (there were ``old``), the tail and the notes, atomically and durably.
+
+        Raises:
+            SessionError: SQLite cannot write; the last commit stands.
+        """
+        items = [(f"page {page}", _pack(state.rows[page])) for page in range(kept, len(state.rows))]
+        items.append(("tail", json.dumps(dataclasses.asdict(state.tail)).encode()))
+        items.append(("notes", json.dumps(state.notes).encode()))
+        if self.cipher is not None:
+            items = [(name, self.cipher.seal(value, name.encode())) for name, value in items]
+        self._run(items, len(state.rows), old)
+
+    def _run(self, items: list[tuple[str, bytes]], n_pages: int, old: int) -> None:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("DELETE FROM item WHERE name = ?", [(f"page {page}",) for page in range(n_pages, old)])
+            self._db.executemany(
+                "INSERT OR REPLACE INTO item VALUES (?, ?, ?)",
+                [(name, value, row_check(name, value)) for name, value in items],
+            )
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise SessionError(f"cannot write the index {self.path}: {error}; the last checkpoint stands") from error
+
+    def fold(self) -> None:
+        """Move everything from the write-ahead log into the file."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+def _read_tail(value: bytes) -> Tail:
+    fields: dict[str, Any] = json.loads(value)
+    for name, entry in fields.items():
+        fields[name] = tuple(entry) if isinstance(entry, list) else entry
+    return Tail(**fields)
+
+
+def _pack(row: Row) -> bytes:
+    return (
+        np.asarray(row.tokens, "<i4").tobytes()
+        + np.asarray(row.records, "<i8").tobytes()
+        + np.asarray(row.checks, "<u8").tobytes()
+        + row.chain
+    )
+
+
+def _unpack(packed: bytes, spec: PageSpec) -> Row:
+    size, layers = spec.page_size, spec.n_layers if len(packed) > 4 * spec.page_size + 16 else 0
+    tokens = np.frombuffer(packed, "<i4", size)
+    records = np.frombuffer(packed, "<i8", layers, 4 * size)
+    checks = np.frombuffer(packed, "<u8", layers, 4 * size + 8 * layers)
+    return Row(tuple(tokens.tolist()), tuple(records.tolist()), tuple(checks.tolist()), packed[-16:])

@@ -1,0 +1,156 @@
+"""The prefix cache: long prompts that many runs begin with, computed once.
+
+A prefix is a session in ``prefixes/`` of the cache folder, read-only once it is made. A run that begins with it takes its
+pages from there; a new session shares its page files by hard links, so the file system counts who still needs them, and
+removing a prefix never breaks a session. When the prefixes exceed their limit, those not used for longest go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekv.bundle import Manifest
+from edgekv.errors import SessionError, SessionMismatch, StoreError, UsageError
+
+from ..options import SessionOptions
+from ..storage.segments import segment_paths
+from ..system.process import cache_home
+from .folder import read_state, session_key
+from .index import chain
+from .session import Session
+
+#: What all prefixes together take at the most; ``EDGEKV_PREFIX_BYTES`` or ``edgekv prefix add --limit`` changes it.
+DEFAULT_LIMIT_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """One entry. ``used_at``: seconds since 1970; ``key``: which bundles it fits."""
+
+    path: Path
+    tokens: int
+    bytes_on_flash: int
+    used_at: float
+    checkpoint: str
+    name: str
+
+
+def prefix_root() -> Path:
+    """Folder of all prefixes."""
+    return cache_home() / "prefixes"
+
+
+def limit_bytes() -> int:
+    """Return the size limit of the cache in bytes."""
+    return int(os.environ.get("EDGEKV_PREFIX_BYTES") or DEFAULT_LIMIT_BYTES)
+
+
+def list_prefixes() -> list[Prefix]:
+    """Return all prefixes, the last used first; damaged ones with 0 tokens."""
+    found = []
+    for path in prefix_root().glob("*/*") if prefix_root().is_dir() else ():
+        if path.name.startswith("."):
+            continue
+        try:
+            state = read_state(path, None)
+        except (SessionError, SessionMismatch):
+            continue
+        size = state.meta["pages"]["page_size"] if state.meta else 0
+        found.append(
+            Prefix(
+                path,
+                len(state.rows) * size,
+                sum(file.stat().st_blocks * 512 for file in path.iterdir()),
+                path.stat().st_mtime,
+                state.meta["key"]["checkpoint"] if state.meta else "",
+                str(state.notes.get("name", "")),
+            )
+        )
+    return sorted(found, key=lambda prefix: -prefix.used_at)
+
+
+def find_prefix(manifest: Manifest, prompt: Sequence[int]) -> Session | None:
+    """Return the prefix that shares most whole pages with a prompt, open for reading, or None.
+
+    The caller closes it. A prefix that cannot be read is passed over.
+    """
+    size = manifest.page_size
+    folder = prefix_root() / key_name(manifest)
+    if len(prompt) <= size or not folder.is_dir():
+        return None
+    start = chain(b"", prompt[:size]).hex()
+    best: tuple[int, Path] | None = None
+    for path in sorted(folder.glob(f"{start}-*")):
+        with contextlib.suppress(StoreError, SessionMismatch):
+            rows = read_state(path, None).rows
+            shared = 0
+            while shared < min(len(rows), (len(prompt) - 1) // size):
+                if tuple(prompt[shared * size : shared * size + size]) != rows[shared].tokens:
+                    break
+                shared += 1
+            if shared and (best is None or shared > best[0]):
+                best = (shared, path)
+    if best is None:
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(best[1])
+    try:
+        session = Session.open(SessionOptions(best[1]), manifest, save=False)
+    except (StoreError, SessionMismatch, UsageError):
+        return None
+    session.read_only = "it is a shared prefix"
+    return session
+
+
+def shrink(limit: int, keep: Path | None = None) -> list[Path]:
+    """Remove the prefixes that were not used for longest until all take ``limit`` bytes at the most; returns which."""
+    prefixes = list_prefixes()
+    total = sum(prefix.bytes_on_flash for prefix in prefixes)
+    gone = []
+    for prefix in reversed(prefixes):
+        if total <= limit:
+            break
+        if prefix.path != keep:
+            remove_prefix(prefix.path)
+            total -= prefix.bytes_on_flash
+            gone.append(prefix.path)
+    return gone
+
+
+def remove_prefix(path: Path) -> None:
+    """Remove a prefix; sessions that began with it keep its pages.
+
+    Raises:
+        UsageError: there is none. StoreError: it cannot be removed.
+    """
+    if path.parent.parent != prefix_root() or not path.is_dir():
+        raise UsageError(f"there is no prefix {path.name}; edgekv prefix list shows them")
+    try:
+        gone = path.with_name(f".{path.name}")
+        os.rename(path, gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        raise StoreError(f"cannot remove the prefix {path.name}: {error.strerror}") from error
+
+
+def shared_pages(path: Path) -> bool:
+    """Say whether a session shares the page files of a prefix."""
+    return any(file.stat().st_nlink > 1 for file in segment_paths(path).values())
+
+
+def key_name(manifest: Manifest) -> str:
+    """Return the folder of the prefixes that fit a bundle."""
+    return hashlib.sha256(json.dumps(session_key(manifest), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prefix_name(manifest: Manifest, tokens: Sequence[int]) -> str:
+    """Return the name of a prefix, first page, then everything: what a run looks for, and what makes the name unique."""
+    size = manifest.page_size
+    return f"{chain(b'', tokens[:size]).hex()}-{chain(b'', tokens).hex()[:8]}"

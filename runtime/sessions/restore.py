@@ -1,0 +1,152 @@
+"""From the records of a session to the pages of a cache, and the open page back to records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.spec import RECORD_HEADER_BYTES
+from edgekv.tiers import Tier
+
+from ..pages.cache import KVCache
+from ..pages.manager import tag
+from ..pages.table import NOTHING
+from ..storage.segments import SessionStore
+from ..system.buffers import aligned_rows
+from .index import Row
+
+Bytes = NDArray[np.uint8]
+#: In the tag of a record: it is half of an open fp16 page, the first or the second.
+OPEN_HALVES = (1 << 30, 1 << 31)
+_BATCH_BYTES = 4 * 1024 * 1024
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    for count, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return count
+    return min(len(first), len(second))
+
+
+def restore_pages(cache: KVCache, rows: list[Row], store: SessionStore) -> int:
+    """Fill an empty cache with the pages of a session: in RAM as far as the budget allows, the rest COLD.
+
+    Every record is read once and checked; the first damaged one ends what is restored.
+
+    Returns:
+        how many pages (of all layers) the cache holds now.
+
+    Raises:
+        StoreError: the medium refused.
+    """
+    manager, spec = cache.manager, cache.spec
+    cache.table.grow(len(rows) + 1)
+    batch = max(1, _BATCH_BYTES // (spec.record_bytes * spec.n_layers))
+    buffers = [aligned_rows(batch * spec.n_layers, spec.record_bytes) for _ in range(2)]
+
+    def read(first: int) -> tuple[list[tuple[int, int, int]], Bytes, list[bool]]:
+        places = [
+            (row.records[layer], layer, page)
+            for page, row in enumerate(rows[first : first + batch], first)
+            for layer in range(len(row.records))
+        ]
+        places.sort()
+        out = buffers[first // batch % 2][: len(places)]
+        return places, out, store.try_read([p[0] for p in places], [tag(*p[1:]) for p in places], out)
+
+    starts = range(0, len(rows), batch)
+    with ThreadPoolExecutor(1, thread_name_prefix="edgekv-restore") as reader:
+        ahead = reader.submit(read, 0)
+        for first in starts:
+            places, out, good = ahead.result()
+            if first != starts[-1]:
+                ahead = reader.submit(read, first + batch)
+            bad = min((p[2] for p, whole in zip(places, good, strict=True) if not whole), default=len(rows))
+            _fill_table(cache, first, min(bad, first + batch, len(rows)))
+            room = True
+            for (record, layer, page), row in zip(places, out, strict=True):
+                if page < bad:
+                    manager.adopt(layer, page, record)
+                    manager.summarise(layer, page, row[RECORD_HEADER_BYTES:])
+                    room = room and manager.warm(layer, page, row[RECORD_HEADER_BYTES:])
+            if bad < len(rows):
+                return bad
+    return len(rows)
+
+
+def _fill_table(cache: KVCache, first: int, last: int) -> None:
+    """Say that the pages [first, last) hold their tokens, in every layer."""
+    table, size = cache.table, cache.spec.page_size
+    table.tokens[:, first * size : last * size] = np.arange(first * size, last * size)
+    table.refs["n_slots"][:, first:last] = size
+    full = (1 << size) - 1
+    table.refs["mask"][:, first:last] = np.array([full & 0xFFFFFFFFFFFFFFFF, full >> 64], np.uint64)
+    table.n_slots[:] = last * size
+
+
+def records_of(cache: KVCache, page: int) -> tuple[int, ...]:
+    """Return the record of a page in each layer; none when every token of it was pruned."""
+    return tuple(record for record in cache.table.record[:, page].tolist() if record != NOTHING)
+
+
+def store_open(cache: KVCache, n_slots: int, store: SessionStore) -> list[int]:
+    """Write the open page of every layer, fp16, as two records each; ``n_slots`` tokens of the sequence are in the cache.
+
+    Returns:
+        the records, [first half, second half] per layer; none when every token of the page was pruned.
+
+    Raises:
+        StoreFull, StoreError: nothing counts as written.
+    """
+    spec, page = cache.spec, n_slots // cache.spec.page_size
+    half = spec.hot_bytes // 2
+    tags, payloads = [], []
+    if (cache.table.tier[:, page] == Tier.FREE).all():
+        return []
+    for layer in range(spec.n_layers):
+        assert cache.table.tier[layer, page] == Tier.HOT
+        content = cache.manager.arena.page(int(cache.table.offset[layer, page]), spec.hot_bytes)
+        for part, flag in enumerate(OPEN_HALVES):
+            tags.append(tag(layer, page) | flag)
+            payloads.append(content[part * half : part * half + half])
+    return store.write(tags, payloads)
+
+
+def restore_open(cache: KVCache, n_slots: int, records: tuple[int, ...], store: SessionStore) -> bool:
+    """Bring back the open page of every layer with its first tokens, up to ``n_slots`` in the sequence.
+
+    Args:
+        records: none when every token of the page was pruned; the caller prunes them again.
+
+    Returns:
+        False, with nothing changed, when a record is damaged.
+
+    Raises:
+        StoreError: the medium refused.
+    """
+    spec, table = cache.spec, cache.table
+    page, inside = divmod(n_slots, spec.page_size)
+    half = spec.hot_bytes // 2
+    out = aligned_rows(len(records), spec.record_bytes)
+    stored = range(spec.n_layers if records else 0)
+    tags = [tag(layer, page) | flag for layer in stored for flag in OPEN_HALVES]
+    if not all(store.try_read(list(records), tags, out)):
+        return False
+    table.grow(page + 1)
+    cache.manager.make_room(len(stored))
+    slots = slice(page * spec.page_size, n_slots)
+    table.tokens[:, slots] = np.arange(slots.start, n_slots)
+    table.n_slots[:] = n_slots
+    for layer in stored:
+        cache.manager.open_page(layer, page)
+        content = cache.manager.arena.page(int(table.offset[layer, page]), spec.hot_bytes)
+        for part in range(2):
+            payload = out[2 * layer + part, RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + half]
+            content[part * half : part * half + half] = payload
+        table.set_live(layer, page, 0, inside, live=True)
+        table.refs["n_slots"][layer, page] = inside
+    return True

@@ -1,0 +1,378 @@
+"""A session: the tokens of a sequence and their keys and values, kept across runs in a folder.
+
+A checkpoint writes only what is new (sealed pages, each once; pages that went to flash for lack of RAM are written
+already), makes it durable, and then commits the index. A run that starts again restores the longest common prefix of its
+prompt and the session. Whatever is damaged is found by a checksum and never attended to; what is before it is used.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from edgekv.bundle import Manifest
+from edgekv.errors import SessionError, StoreError, UsageError
+from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
+from edgekv.tiers import Tier
+
+from ..options import SessionOptions
+from ..pages.cache import KVCache
+from ..pages.manager import tag
+from ..storage.cipher import Cipher
+from ..storage.medium import SYSTEM, Medium
+from ..storage.segments import SessionStore, segment_paths, sync_folder
+from ..storage.wear import WearLedger
+from ..system.buffers import aligned_rows
+from .folder import (
+    check_key,
+    is_session,
+    make_cipher,
+    make_folder,
+    open_index,
+    read_state,
+    session_key,
+    share_segments,
+    signals_held,
+    take_lock,
+    write_backup,
+)
+from .index import INDEX, Row, SessionIndex, State, Tail, chain, from_ranges, to_ranges
+from .restore import OPEN_HALVES, common_prefix, records_of, restore_open, restore_pages, store_open
+
+Part = TypeVar("Part", Row, Tail)
+
+
+class Session:
+    """One session, open. Not safe for use from several threads.
+
+    Attributes:
+        read_only: why nothing is saved, or None.
+        failure: why the last checkpoint could not be written, or None.
+        problems: damage that was found; everything that is used is whole.
+        notes: plain data that is saved along, such as the messages of a conversation.
+        reused_tokens, computed_tokens, discarded_tokens: of the last prompt: what was restored, what had to be computed,
+            what the session held after the place where the prompt differs from it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        state: State,
+        store: SessionStore,
+        index: SessionIndex | None,
+        lock: int | None,
+        read_only: str | None,
+    ) -> None:
+        self.path = path
+        self.store = store
+        self.read_only = read_only
+        self.failure: str | None = None
+        self.problems = state.problems
+        self.notes: dict[str, Any] = state.notes
+        self.reused_tokens = self.computed_tokens = self.discarded_tokens = 0
+        self.checkpoints = 0
+        self._state = state
+        self._index = index
+        self._lock = lock
+        self._spec = store.spec
+        self._spill: tempfile.TemporaryDirectory[str] | None = None
+        self._limit: int | None = None
+        #: The committed rows that the cache holds; those of ``_state`` are what the index holds.
+        self._rows: list[Row] = []
+
+    @classmethod
+    def open(
+        cls, options: SessionOptions, manifest: Manifest | None, *, save: bool = True, medium: Medium = SYSTEM
+    ) -> Session:
+        """Open a session, or start one.
+
+        Args:
+            manifest: of the bundle that it must fit; None opens an existing session whatever it was made with.
+            save: False reads it without a lock and never writes beside it.
+
+        Raises:
+            StoreLocked: another process has it. SessionMismatch: it was made with something else; the message says with
+                what. UsageError: the path is no session. SessionError, StoreError: it cannot be read.
+        """
+        path = options.path
+        if manifest is None or not save:
+            if not is_session(path):
+                raise UsageError(f"{path} is not a session; edgekv sessions list DIR shows those of a folder")
+        else:
+            make_folder(path)
+        lock = take_lock(path) if save else None
+        index: SessionIndex | None = None
+        try:
+            read_only = None if lock is not None else "it is on a medium that cannot be written"
+            if lock is not None:
+                state, index = open_index(path, manifest, options.secret)
+            else:
+                state = read_state(path, options.secret)
+            if not state.meta:
+                raise SessionError(
+                    f"the index of the session {path} is damaged beyond use ({'; '.join(state.problems[:2])}); nothing was"
+                    " deleted. Start a new session under another name"
+                )
+            if manifest is not None:
+                check_key(path, state.meta["key"], session_key(manifest))
+            cipher = index.cipher if index is not None else make_cipher(state.meta, path, options.secret)
+            spill = tempfile.TemporaryDirectory(prefix="edgekv-") if lock is None else None
+            store = SessionStore(
+                path,
+                PageSpec(**state.meta["pages"]),
+                cipher,
+                Path(spill.name) if spill else None,
+                medium,
+                WearLedger(path, options.max_bytes_per_day) if lock is not None else None,
+            )
+        except BaseException:
+            if index is not None:
+                index.close()
+            if lock is not None:
+                os.close(lock)
+            raise
+        session = cls(path, state, store, index, lock, read_only)
+        session._spill = spill
+        session._limit = options.max_bytes_per_day
+        session._adopt()
+        return session
+
+    # -- what it holds -----------------------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens of the last checkpoint."""
+        return [token for row in self._state.rows for token in row.tokens] + list(self._state.tail.tokens)
+
+    @property
+    def state(self) -> State:
+        """What the last checkpoint holds."""
+        return self._state
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where the last steps before the last checkpoint began."""
+        return self._state.tail.starts
+
+    def restore(self, cache: KVCache, prompt: Sequence[int]) -> tuple[int, list[int]]:
+        """Fill an empty cache with the longest common prefix of the session and a prompt, all but its last token.
+
+        Returns:
+            how many tokens the cache holds now, and the positions at which the steps that follow must end so that the
+            tokens after it get the same bits as before.
+
+        Raises:
+            StoreError: the medium refused.
+        """
+        state, size = self._state, self._spec.page_size
+        held = self.tokens
+        common = common_prefix(held, prompt[:-1])
+        sealed = len(state.rows) * size
+        known = state.tail.n_kv if state.tail.tokens or state.tail.starts else sealed
+        steps = sorted(step for step in {*state.tail.starts, known} if step <= common)
+        whole = min(common // size, len(state.rows))
+        restored = restore_pages(cache, state.rows[:whole], self.store)
+        if restored < whole:
+            self.problems.append(f"page {restored} is damaged; the tokens from {restored * size} on are computed again")
+        count = restored * size
+        open_to = max((step for step in steps if count < step <= known), default=0)
+        pruned = from_ranges(state.tail.pruned)
+        stored = state.tail.records or np.isin(np.arange(sealed, open_to), pruned).all()
+        if restored == len(state.rows) and open_to and stored:
+            if restore_open(cache, open_to, state.tail.records, self.store):
+                count = open_to
+            else:
+                self.problems.append("the open page is damaged; its tokens are computed again")
+        cache.prune(pruned[pruned < count])
+        for record in (record for row in state.rows[restored:] for record in row.records):
+            self.store.free(record)
+        self._rows = state.rows[:restored]
+        self.discarded_tokens = max(0, len(held) - common_prefix(held, prompt))
+        return count, [step for step in steps if step > count]
+
+    # -- saving ------------------------------------------------------------------------------------------------
+
+    def checkpoint(
+        self, cache: KVCache, tokens: Sequence[int], pending: Sequence[int], starts: Sequence[int], *, whole: bool
+    ) -> bool:
+        """Save what is new.
+
+        Args:
+            tokens: whose keys and values the cache holds. pending: tokens after them, without any yet.
+            starts: positions at which the last steps began.
+            whole: store the open page too, so that resuming computes nothing again. Without it at most a page of
+                tokens is computed again, to the same bits; one that has pruned tokens is always stored.
+
+        Returns:
+            False when the session is read-only.
+
+        Raises:
+            StoreFull, StoreError, SessionError: not saved; the last checkpoint stands, and the cache is as it was.
+        """
+        if self.read_only:
+            return False
+        assert self._index is not None
+        with signals_held():
+            size, table = self._spec.page_size, cache.table
+            sealed = len(tokens) // size
+            kept = 0
+            for kept_row in self._rows[:sealed]:
+                if records_of(cache, kept) != kept_row.records:
+                    break
+                kept += 1
+            layers = range(self._spec.n_layers)
+            missing = [(layer, page) for page in range(kept, sealed) for layer in layers]
+            cache.manager.persist([page for page in missing if table.tier[page] != Tier.FREE])
+            pruned = sorted(token for token in table.pruned[0] if token < len(tokens))
+            whole = whole or bool(pruned and pruned[-1] >= sealed * size)
+            rows = self._rows[:kept]
+            for page in range(kept, sealed):
+                records = records_of(cache, page)
+                content = tuple(tokens[page * size : page * size + size])
+                checks = tuple(map(self.store.check_of, records))
+                rows.append(Row(content, records, checks, chain(rows[-1].chain if rows else b"", content)))
+            opened = store_open(cache, len(tokens), self.store) if whole and len(tokens) % size else []
+            tail = Tail(
+                sealed,
+                (*tokens[sealed * size :], *pending),
+                len(tokens),
+                tuple(start for start in starts if start >= len(tokens) - 2 * size),
+                tuple(opened),
+                tuple(map(self.store.check_of, opened)),
+                rows[-1].chain.hex() if rows else "",
+                to_ranges(pruned),
+            )
+            state = State(self._state.meta, self.notes, rows, tail)
+            try:
+                self.store.sync()
+                self._index.commit(state, kept, len(self._state.rows))
+            except StoreError:
+                for record in opened:
+                    self.store.free(record)
+                raise
+            for record in self._state.tail.records:
+                self.store.free(record)
+            self._state, self._rows = state, rows
+            self.store.committed([r for row in rows for r in row.records] + opened)
+            self.checkpoints += 1
+        return True
+
+    def fork(self, path: Path) -> None:
+        """Make another session that begins as the last checkpoint of this one; the pages are shared, not copied.
+
+        Raises:
+            UsageError: ``path`` exists. SessionError: it cannot be written.
+        """
+        if path.exists():
+            raise UsageError(f"{path} exists already; choose another name for the fork")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.mkdir(mode=0o700, parents=True)
+            share_segments(self.path, temporary)
+            index = SessionIndex(temporary / INDEX, create=True)
+            index.begin({**self._state.meta, "created": time.time()})
+            index.cipher = self._cipher
+            index.commit(self._state, 0, 0)
+            index.close()
+            sync_folder(temporary)
+            os.rename(temporary, path)
+            sync_folder(path.parent)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise SessionError(f"cannot make the session {path}: {error.strerror}") from error
+
+    def rewrite(self) -> None:
+        """Write all records that are in use, in order, into one new file, commit, and remove the old files.
+
+        Raises:
+            CorruptPage: a record is damaged. StoreFull, StoreError: not written. In each case nothing changed.
+        """
+        assert self._index is not None
+        old = segment_paths(self.path)
+        self.store.retire()
+        rows = []
+        for page, row in enumerate(self._state.rows):
+            rows.append(self._moved(row, [tag(layer, page) for layer in range(len(row.records))]))
+        tail = self._state.tail
+        if tail.records:
+            layers = range(self._spec.n_layers)
+            halves = [tag(layer, tail.n_pages) | half for layer in layers for half in OPEN_HALVES]
+            tail = self._moved(tail, halves)
+        state = State(self._state.meta, self.notes, rows, tail)
+        self.store.sync()
+        self._index.commit(state, 0, len(rows))
+        self._state = state
+        self._adopt()
+        self.store.forget(old)
+        self.checkpoints += 1
+
+    def _moved(self, part: Part, tags: list[int]) -> Part:
+        """Write the records of a page again; returns the row or tail with their new numbers."""
+        out = aligned_rows(len(tags), self._spec.record_bytes)
+        self.store.read(list(part.records), tags, out)
+        stop = RECORD_HEADER_BYTES + self._spec.warm_bytes
+        records = self.store.write(tags, [row[RECORD_HEADER_BYTES:stop] for row in out])
+        return replace(part, records=tuple(records), checks=tuple(map(self.store.check_of, records)))
+
+    def graft(self, other: Session) -> None:
+        """Begin an empty session with the pages of another one of the same checkpoint, shared.
+
+        Raises:
+            SessionError, StoreError: they cannot be shared; this session stays empty.
+        """
+        assert self._index is not None
+        if self._state.rows or segment_paths(self.path) or self._cipher is not None or other._cipher is not None:
+            return
+        try:
+            share_segments(other.path, self.path)
+        except OSError as error:
+            raise SessionError(f"cannot make the session {self.path}: {error.strerror}") from error
+        self.store.close()
+        wear = WearLedger(self.path, self._limit)
+        self.store = SessionStore(self.path, self._spec, medium=self.store.medium, wear=wear)
+        tail = Tail(len(other._state.rows), chain=other._state.rows[-1].chain.hex(), pruned=other._state.tail.pruned)
+        self._state = State(self._state.meta, self.notes, list(other._state.rows), tail)
+        self._index.commit(self._state, 0, 0)
+        self._adopt()
+
+    def abandon(self) -> None:
+        """Let go as a process does that is killed: nothing is written, and nothing tidied up."""
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+        self.close()
+
+    def close(self) -> None:
+        """Close the files and let other processes in; what was not saved is gone."""
+        if self._index is not None:
+            saved = self.checkpoints > 0
+            if saved and not self.read_only:
+                self.store.trim()
+                self._index.fold()
+            self._index.close()
+            self._index = None
+            if saved:
+                write_backup(self.path)
+        self.store.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        if self._spill is not None:
+            self._spill.cleanup()
+            self._spill = None
+
+    @property
+    def _cipher(self) -> Cipher | None:
+        return self.store.cipher
+
+    def _adopt(self) -> None:
+        parts: list[Row | Tail] = [*self._state.rows, self._state.tail]
+        self.store.adopt([r for part in parts for r in part.records], [c for part in parts for c in part.checks])

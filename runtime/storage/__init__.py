@@ -1,0 +1,1 @@
+"""Pages outside RAM: records, stores, and the ways to read them back."""

@@ -1,0 +1,59 @@
+"""What a store is: where offloaded pages go, and what it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .reads import Reads
+from .record import Wanted
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass
+class StoreCounters:
+    """What a store has done so far; ``bytes_*`` count flash, ``remote_bytes_*`` an object store."""
+
+    records_written: int = 0
+    records_read: int = 0
+    bytes_written: int = 0
+    bytes_read: int = 0
+    objects_written: int = 0
+    remote_bytes_written: int = 0
+    remote_bytes_read: int = 0
+    records_reread: int = 0  #: read again, since they were damaged on the way
+
+
+class PageStore(Protocol):
+    """Where offloaded pages go."""
+
+    counters: StoreCounters
+
+    def write(self, tags: list[int], pages: list[Bytes]) -> list[int]:
+        """Store pages, in one batch, and return their record indices."""
+        ...
+
+    def read(self, records: list[int], tags: list[int], out: Bytes) -> None:
+        """Read records into out [n, record_bytes] uint8, checked; from any thread."""
+        ...
+
+    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
+        """Start to read, and return what waits for the end and raises what ``read`` would."""
+        ...
+
+    def free(self, record: int) -> None:
+        """Let a record be overwritten."""
+        ...
+
+    def tier(self, record: int) -> int:
+        """Return where a record is: COLD, on flash, or REMOTE, in an object store."""
+        ...
+
+    def close(self) -> None:
+        """Release everything."""
+        ...

@@ -1,0 +1,134 @@
+"""One page outside RAM, as bytes: the same record on flash, in a session and in an object store.
+
+A record is (little endian), padded to ``PageSpec.record_bytes``::
+
+    offset  bytes  field
+    0       8      magic b"EKVPAGE1"
+    8       8      xxh3-64 checksum of everything after it up to the end of the payload
+    16      8      record number: a record that was moved or swapped is not believed
+    24      8      tag: which page this is (layer << 32 | page)
+    32      4      payload bytes
+    36      28     zero; of an encrypted record: 12 bytes nonce and 16 bytes tag of AES-256-GCM
+    64      ...    payload: the WARM page as it lay in RAM, or its ciphertext
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from edgekv.spec import RECORD_HEADER_BYTES
+
+from ..kernels.choose import load_kernels
+from .cipher import NONCE_BYTES, TAG_BYTES, Cipher
+
+MAGIC = b"EKVPAGE1"
+_HEADER = struct.Struct("<8sQQQI")
+_HEADER_DTYPE = np.dtype(
+    [("magic", "S8"), ("checksum", "<u8"), ("record", "<u8"), ("tag", "<u8"), ("payload_bytes", "<u4")]
+)
+_CHECKED = 16  # the checksum covers what comes from here on
+_SEAL = _HEADER.size
+assert _SEAL + NONCE_BYTES + TAG_BYTES == RECORD_HEADER_BYTES
+
+Bytes = NDArray[np.uint8]
+
+
+def pack_record(row: Bytes, record: int, tag: int, page: Bytes, payload_bytes: int, cipher: Cipher | None) -> None:
+    """Write one record into ``row`` [record_bytes] uint8, which holds zeros.
+
+    Args:
+        page: [<= payload_bytes] uint8. cipher: encrypts the payload, bound to its place.
+    """
+    stop = RECORD_HEADER_BYTES + payload_bytes
+    row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + page.size] = page
+    _HEADER.pack_into(row, 0, MAGIC, 0, record, tag, payload_bytes)
+    if cipher is not None:
+        sealed = cipher.seal(row[RECORD_HEADER_BYTES:stop].tobytes(), row[_CHECKED:_SEAL].tobytes())
+        parts = np.frombuffer(sealed, np.uint8)
+        row[_SEAL:RECORD_HEADER_BYTES] = np.concatenate([parts[:NONCE_BYTES], parts[-TAG_BYTES:]])
+        row[RECORD_HEADER_BYTES:stop] = parts[NONCE_BYTES:-TAG_BYTES]
+    struct.pack_into("<Q", row, 8, xxhash.xxh3_64_intdigest(row[_CHECKED:stop].data))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Records that are to be read, and what identifies each; made once, read many times."""
+
+    records: list[int]
+    tags: list[int]
+    payload_bytes: int
+
+    @functools.cached_property
+    def places(self) -> NDArray[np.int64]:
+        """The records as [n] int64."""
+        return np.array(self.records, np.int64)
+
+    @functools.cached_property
+    def heads(self) -> Bytes:
+        """What the records begin with [n, 36] uint8, the checksum left out."""
+        return _heads(self.records, self.tags, self.payload_bytes)
+
+
+def open_record(row: Bytes, record: int, tag: int, payload_bytes: int, cipher: Cipher | None) -> bool:
+    """Check one record and decrypt it in place; returns whether it is what :func:`pack_record` wrote there."""
+    good = bool(check_records(row[None], [record], [tag], payload_bytes)[0])
+    return good and (cipher is None or decrypt(row, payload_bytes, cipher))
+
+
+def is_short(payload_bytes: int) -> bool:
+    """Return whether a record is too short for the kernels' checksum, which starts above 240 bytes."""
+    return RECORD_HEADER_BYTES + payload_bytes - _CHECKED <= 240
+
+
+def check_records(rows: Bytes, records: list[int], tags: list[int], payload_bytes: int) -> NDArray[np.bool_]:
+    """Return which of ``rows`` [n, record_bytes] uint8 are what :func:`pack_record` wrote, [n] bool."""
+    heads = _heads(records, tags, payload_bytes)
+    stop = RECORD_HEADER_BYTES + payload_bytes
+    sums = np.empty(len(rows), np.uint64)
+    if is_short(payload_bytes):
+        sums[:] = [xxhash.xxh3_64_intdigest(row[_CHECKED:stop].data) for row in rows]
+    else:
+        load_kernels().checksums(rows, _CHECKED, stop, sums)
+    heads[:, 8:_CHECKED] = sums[:, None].view(np.uint8)
+    good: NDArray[np.bool_] = np.all(rows[:, :_SEAL] == heads, axis=1)
+    return good
+
+
+def _heads(records: list[int], tags: list[int], payload_bytes: int) -> Bytes:
+    heads = np.empty(len(records), _HEADER_DTYPE)
+    for name, value in zip(_HEADER_DTYPE.names or (), (MAGIC, 0, records, tags, payload_bytes), strict=True):
+        heads[name] = value
+    return heads.view(np.uint8).reshape(len(records), _SEAL)
+
+
+def decrypt(row: Bytes, payload_bytes: int, cipher: Cipher) -> bool:
+    """Decrypt one checked record in place; returns whether the key and the place are those it was sealed with."""
+    stop = RECORD_HEADER_BYTES + payload_bytes
+    nonce, tag_bytes = row[_SEAL : _SEAL + NONCE_BYTES], row[_SEAL + NONCE_BYTES : RECORD_HEADER_BYTES]
+    sealed = nonce.tobytes() + row[RECORD_HEADER_BYTES:stop].tobytes() + tag_bytes.tobytes()
+    plain = cipher.open(sealed, row[_CHECKED:_SEAL].tobytes())
+    if plain is None:
+        return False
+    row[RECORD_HEADER_BYTES:stop] = np.frombuffer(plain, np.uint8)
+    return True
+
+
+def checksum_of(row: Bytes) -> int:
+    """Return the checksum that a record carries."""
+    return int(row[8:16].view(np.uint64)[0])
+
+
+def neighbours(records: list[int]) -> Iterator[tuple[int, int]]:
+    """Cut records into runs [start, stop) that lie side by side on flash: one system call each."""
+    start = 0
+    for stop in range(1, len(records) + 1):
+        if stop == len(records) or records[stop] != records[stop - 1] + 1:
+            yield start, stop
+            start = stop

@@ -1,0 +1,36 @@
+"""What this process may use: how much memory it has taken, how many cores it may use, where its files may go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident set of this process so far, as the OS counted it (0 where it does not say)."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:
+        return 0
+    # macOS counts bytes here, the others KiB; Linux was answered above.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def default_threads() -> int:
+    """Cores that this process may use, 4 at the most: decode is bound by memory, and little cores slow big ones."""
+    with contextlib.suppress(AttributeError):
+        return min(4, len(os.sched_getaffinity(0)))
+    return min(4, os.cpu_count() or 1)
+
+
+def cache_home() -> Path:
+    """Folder for files that may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekv"

@@ -1,0 +1,153 @@
+"""Rows of a file, read in the background and checked: whoever reads them, the same rows are good."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgekv.runtime.kernels.choose import load_kernels
+from edgekv.runtime.storage.record import Wanted, pack_record
+from edgekv.runtime.system.buffers import aligned_rows
+
+PAYLOAD, ROW, COUNT = 1000, 4096, 300
+
+
+def readers() -> list[tuple[str, str]]:
+    """Return (kernels, how) of every reader that this system has."""
+    native = [("native", how) for how in ("threads", "io_uring")] if load_kernels().isa() != "numpy" else []
+    return [("numpy", "threads"), *native]
+
+
+@pytest.fixture(params=readers(), ids=lambda reader: "-".join(reader))
+def make(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    kind, how = request.param
+    kernels = load_kernels(kind)
+
+    def make() -> Any:
+        try:
+            return kernels.RowReader(2, kernels.ThreadPool(2), how)
+        except ValueError:
+            pytest.skip(f"this system has no {how}")
+
+    return make
+
+
+@pytest.fixture
+def reader(make: Callable[[], Any]) -> Any:
+    return make()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    """A file of records; the page of record i is tag i + 5."""
+    rows = aligned_rows(COUNT, ROW)
+    pages = np.random.default_rng(0).integers(0, 256, (COUNT, PAYLOAD), np.uint8)
+    for record, (row, page) in enumerate(zip(rows, pages, strict=True)):
+        pack_record(row, record, record + 5, page, PAYLOAD, None)
+    (tmp_path / "pages").write_bytes(rows.tobytes())
+    descriptor = os.open(tmp_path / "pages", os.O_RDWR)
+    yield descriptor
+    os.close(descriptor)
+
+
+class Asked:
+    """Records that were asked for, and the memory they come into."""
+
+    def __init__(self, reader: Any, file: int, records: list[int]) -> None:
+        self.wanted = Wanted(records, [record + 5 for record in records], PAYLOAD)
+        self.rows = aligned_rows(len(records), ROW)
+        self.good: NDArray[np.uint8] = np.full(len(records), 7, np.uint8)
+        self._reader = reader
+        self._ticket = reader.submit(file, self.wanted.places, self.rows, self.wanted.heads, PAYLOAD, self.good)
+
+    def result(self) -> list[int]:
+        self._reader.wait(self._ticket)
+        found: list[int] = self.good.tolist()
+        return found
+
+
+def test_rows_come_from_where_they_are_in_any_order(reader: Any, file: int) -> None:
+    asked = Asked(reader, file, [7, 8, 9, 2, 250, 251, 0])
+    assert asked.result() == [1] * 7
+    whole = os.pread(file, COUNT * ROW, 0)
+    for row, record in zip(asked.rows, asked.wanted.records, strict=True):
+        assert row.tobytes() == whole[record * ROW : (record + 1) * ROW]
+
+
+def test_many_requests_at_once_with_more_reads_than_any_queue_holds(reader: Any, file: int) -> None:
+    everything = [Asked(reader, file, list(range(first, COUNT, 3))) for first in (0, 1, 2)]
+    for asked in reversed(everything):
+        assert asked.result() == [1] * 100
+
+
+def test_a_row_that_is_not_what_was_expected_is_not_good_and_its_neighbours_are(reader: Any, file: int) -> None:
+    for record, at in ((1, 0), (3, 9), (5, 16), (7, 24), (9, 32), (11, 64), (13, 64 + PAYLOAD - 1), (15, 40)):
+        [byte] = os.pread(file, 1, record * ROW + at)
+        os.pwrite(file, bytes([byte ^ 16]), record * ROW + at)
+    assert Asked(reader, file, list(range(17))).result() == [1, 0] * 8 + [1]
+    os.pwrite(file, os.pread(file, ROW, 20 * ROW), 21 * ROW)
+    assert Asked(reader, file, [20, 21, 22]).result() == [1, 0, 1]
+
+
+def test_what_the_file_no_longer_has_is_not_good(reader: Any, file: int) -> None:
+    os.truncate(file, 10 * ROW + 100)
+    assert Asked(reader, file, [8, 9, 10, 11]).result() == [1, 1, 0, 0]
+    assert Asked(reader, file, [200]).result() == [0]
+
+
+def test_a_read_that_the_system_refuses_is_the_error_of_the_system(reader: Any, tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    asked = Asked(reader, descriptor, [0])
+    with pytest.raises(IsADirectoryError):
+        asked.result()
+    os.close(descriptor)
+
+
+def test_a_reader_that_goes_leaves_nothing_in_flight(make: Callable[[], Any], file: int) -> None:
+    asked = Asked(make(), file, list(range(0, COUNT, 2)))
+    del asked._reader
+    gc.collect()
+    there = asked.rows.copy()
+    time.sleep(0.05)
+    np.testing.assert_array_equal(asked.rows, there)
+
+
+def test_an_unknown_way_is_refused() -> None:
+    with pytest.raises(ValueError, match="telepathy"):
+        load_kernels().RowReader(1, None, "telepathy")
+
+
+@pytest.mark.skipif(load_kernels().isa() == "numpy", reason="the native kernels stream")
+@pytest.mark.parametrize(
+    ("stops", "counts", "pages", "message"),
+    [
+        ([8, 12], [2, 1], [0, 3, 9], None),
+        ([4, 12], [2, 1], [0, 3, 9], "whole runs"),
+        ([8, 8], [2, 1], [0, 3, 9], "whole runs"),
+        ([8, 12], [5, 0], [0, 1, 2, 3, 4], "capacity"),
+        ([8, 12], [2, 1], [0, 9, 10], "in its piece"),
+        ([8, 12], [2, 2], [0, 3, 9], "capacity"),
+    ],
+)
+def test_a_plan_that_would_read_beside_its_memory_is_refused(
+    stops: list[int], counts: list[int], pages: list[int], message: str | None
+) -> None:
+    kernels = load_kernels()
+    stream = kernels.RowStream(kernels.RowReader(2), aligned_rows(8, ROW), 4, 2)
+    wanted = Wanted(pages, pages, PAYLOAD)
+    arrays = (np.array(stops), np.array(counts), np.array(pages), wanted.places, wanted.heads)
+    if message is None:
+        stream.plan(1, 0, *arrays, PAYLOAD)
+        with pytest.raises(ValueError, match="layer"):
+            stream.plan(2, 0, *arrays, PAYLOAD)
+    else:
+        with pytest.raises(ValueError, match=message):
+            stream.plan(1, 0, *arrays, PAYLOAD)
