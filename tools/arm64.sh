@@ -106,7 +106,7 @@ emulated() {
     -E CXX=aarch64-linux-gnu-g++ -E PYTHONDONTWRITEBYTECODE=1 "$root/usr/bin/$version" "${@:2}"
 }
 kernel_tests() { # Emulation is slow, so the kernels that are the same everywhere are left to the host's own tests.
-  echo "arm64: the kernels on $1: $(emulated "$1" -c 'from edgekv.runtime.kernels import load_kernels; print(load_kernels().isa())')"
+  echo "arm64: the kernels on $1: $(emulated "$1" -c 'from edgekv.runtime.kernels.choose import load_kernels; print(load_kernels().isa())')"
   emulated "$1" -m pytest -q -p no:cacheprovider --hypothesis-profile=ci -k 'not numpy and not scalar' \
     tests/runtime/kernels/test_attention_kernels.py tests/runtime/kernels/test_page_kernels.py
 }

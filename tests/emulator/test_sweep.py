@@ -138,7 +138,7 @@ def test_a_sweep_on_a_cluster_gives_the_table_of_this_machine(
 def test_a_cluster_that_cannot_work_is_named(
     scheduler: Path, shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgekv.emulator.sweep.ANSWER_S", 0.5)
+    monkeypatch.setattr("edgekv.emulator.sweep.sweep.ANSWER_S", 0.5)
     cases = all_cases(["android-low-4gb"], [512], ["lru"], ["device"], ["exact"], max_tokens=8, seed=0)
     with pytest.raises(UsageError, match=r"has no workers; start some with: dask worker tcp://127.0.0.1:\d+"):
         sweep(shape, cases, tmp_path / "sweep.csv", scheduler=listens_at(scheduler))

@@ -136,7 +136,7 @@ group, limit, folder, tokens = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json
 import numpy as np
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.system.pressure import MARGIN, SystemPressure
-from edgekv.types import KVMode
+from edgekv.tiers import KVMode
 with Generator.open(folder, RunOptions(kv=KVMode.INT8, threads=2, context=1000)) as generator:
     stream = generator.tokens(tokens, max_tokens=60)
     said = [next(stream) for _ in range(10)]

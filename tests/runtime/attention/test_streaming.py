@@ -77,7 +77,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.types import KVMode, PressureMode
+from edgekv.tiers import KVMode, PressureMode
 
 folder, budget, offload = sys.argv[1:]
 options = RunOptions(

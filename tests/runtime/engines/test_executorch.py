@@ -135,7 +135,7 @@ def test_without_a_compiler_the_python_bindings_run_it_and_say_so(bundle: Bundle
     folder = bundle("demo", engine="executorch")
     expected = generate(folder, prompt(30), 6)
     code = (
-        "from edgekv.runtime.engines import executorch_build as build\n"
+        "from edgekv.runtime.engines.executorch import build\n"
         "build._compiler = lambda: None\n"
         f"{OPEN.format(str(folder))}    print(generator.engine); print(list(generator.tokens({prompt(30)}, max_tokens=6)))"
     )

@@ -16,7 +16,7 @@ from edgekv.runtime.kernels.choose import load_kernels
 def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
     if isa == "numpy":
         pytest.skip("the native extension is not built")
-    code = "from edgekv.runtime.kernels import load_kernels; print(load_kernels('native').isa())"
+    code = "from edgekv.runtime.kernels.choose import load_kernels; print(load_kernels('native').isa())"
     root = str(Path(__file__).resolve().parents[3])
     environment = {**os.environ, "EDGEKV_ISA": isa, "PYTHONPATH": root}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

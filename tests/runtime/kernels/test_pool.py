@@ -40,7 +40,7 @@ def test_a_pool_on_the_threads_of_onnx_runtime_gives_the_same_bits() -> None:
     """In a process of its own: ONNX Runtime's global pool can be set once."""
     code = """
 import numpy as np
-from edgekv.runtime.engines.onnx import lend_threads, share_threads
+from edgekv.runtime.engines.onnx.options import lend_threads, share_threads
 from tests.runtime.kernels.test_attention_kernels import NATIVE, Case
 
 assert not lend_threads(), "there is no pool to lend from"

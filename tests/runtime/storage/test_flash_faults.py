@@ -106,7 +106,7 @@ import json, sys
 from pathlib import Path
 from edgekv.errors import EdgeKVError
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.types import KVMode
+from edgekv.tiers import KVMode
 folder, offload, sign, attend, tokens = sys.argv[1:5] + [json.loads(sys.argv[5])]
 options = RunOptions(kv_budget="22%", kv=KVMode.INT8, threads=2, attend=attend, offload=Path(offload), context=800)
 said, error = [], None
