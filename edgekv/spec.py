@@ -13,6 +13,8 @@ from edgekv.schema import Finite, Natural, Positive, PositiveFinite
 #: Alignment of a record on flash. O_DIRECT asks for the logical block size, 512 or 4096 bytes.
 RECORD_ALIGN_BYTES = 4096
 RECORD_HEADER_BYTES = 64
+#: Of a record's header: what says which record it is, and from where on the checksum in it covers what follows.
+RECORD_HEAD_BYTES, RECORD_CHECKED_FROM = 36, 16
 #: Alignment of a page in RAM: one cache line, one AVX-512 register.
 PAGE_ALIGN_BYTES = 64
 #: Channels of a head that the kernels have room for.

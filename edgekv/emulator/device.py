@@ -160,13 +160,13 @@ class Device:
 
     def segments(self, engine: SegmentEngine, manifest: Manifest) -> SegmentEngine:
         """Load the weights from the drive."""
-        cost = self._load(manifest)
-        self._token = TokenCharges(cost, self.clock, self.count_used)
-        return EmulatedSegments(engine, cost, self.clock, self._token, self.begin_step)
+        return self.dense(engine, self._price(manifest), bundle_bytes(manifest))
 
     def inline(self, engine: InlineEngine, manifest: Manifest) -> InlineEngine:
         """Load the weights from the drive."""
-        return EmulatedInline(engine, self._load(manifest), self.clock, self.begin_step)
+        cost = self._cost = self._price(manifest)
+        self.load_weights(bundle_bytes(manifest))
+        return EmulatedInline(engine, cost, self.clock, self.begin_step)
 
     def attention(self, attention: PagedAttention, model: ModelSpec, spec: PageSpec) -> PagedAttention:
         """Return the kernel, at the speed of the device."""
@@ -209,11 +209,16 @@ class Device:
         self.memory.weights_bytes = size_bytes
         self._sample()
 
-    def _load(self, manifest: Manifest) -> StepCost:
+    def dense(self, engine: SegmentEngine, cost: StepCost, weights_bytes: int) -> SegmentEngine:
+        """Load weights of the split form, whose steps ``cost`` prices, and return what runs them."""
+        self._cost = cost
+        self._token = TokenCharges(cost, self.clock, self.count_used)
+        self.load_weights(weights_bytes)
+        return EmulatedSegments(engine, cost, self.clock, self._token, self.begin_step)
+
+    def _price(self, manifest: Manifest) -> StepCost:
         model = Geometry.from_model(manifest.model)
-        self._cost = StepCost.of(self.profile, model, manifest.engine, manifest.weights, manifest.page_size)
-        self.load_weights(bundle_bytes(manifest))
-        return self._cost
+        return StepCost.of(self.profile, model, manifest.engine, manifest.weights, manifest.page_size)
 
     def begin_step(self, n_tokens: int) -> None:
         """The app begins a step; it answers to a new limit before."""

@@ -28,6 +28,7 @@ class EmulatedMedium:
 
     Attributes:
         full: every write fails. error_rate, damage_rate: share of the requests that fail, or return a flipped bit.
+        still: requests take their time and move nothing, for page files without contents.
     """
 
     def __init__(self, flash: Flash, clock: Clock, seed: int) -> None:
@@ -35,6 +36,7 @@ class EmulatedMedium:
         self.full = False
         self.error_rate = self.damage_rate = 0.0
         self.reads = self.writes = self.faults = 0
+        self.still = False
         self._clock = clock
         self._random = random.Random(seed)
         self.asked_until = 0.0
@@ -45,7 +47,7 @@ class EmulatedMedium:
         fault = self.draw()
         if fault == "error":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        got = SYSTEM.read(file, out, offset)
+        got = len(out) if self.still else SYSTEM.read(file, out, offset)
         if fault == "damage":
             out[got // 2] ^= 1
         return got
@@ -59,10 +61,10 @@ class EmulatedMedium:
         for start, stop in neighbours(places.tolist()):
             self.asked_until = max(self.asked_until, self.charge_read(now, out[start:stop].nbytes))
             faults.append(self.draw())
-        finish = SYSTEM.start(reads, file, places, wanted, out)
+        finish = None if self.still else SYSTEM.start(reads, file, places, wanted, out)
 
         def finished() -> list[bool]:
-            good = finish()
+            good = finish() if finish is not None else [True] * len(places)
             if "error" in faults:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return [*good[:-1], good[-1] and "damage" not in faults]
@@ -76,7 +78,7 @@ class EmulatedMedium:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.writes += 1
         self._clock.wait_until(self.drive.write(self._clock.now, len(data)))
-        return SYSTEM.write(file, data, offset)
+        return len(data) if self.still else SYSTEM.write(file, data, offset)
 
     def sync(self, file: int) -> None:
         """Sync the real file; the time of a flush is in that of the writes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.spec import RECORD_HEAD_BYTES
 from edgekv.tiers import Tier
 
 from ..engines.base import StepBuffers
@@ -64,7 +65,7 @@ class Streaming:
                 np.array([len(piece.pages) for piece in used], np.int64),
                 np.array([page for piece in used for page in piece.pages], np.int64),
                 np.array([record for piece in used for record in piece.wanted.records], np.int64),
-                np.concatenate([np.empty((0, 36), np.uint8), *(piece.wanted.heads for piece in used)]),
+                np.concatenate([np.empty((0, RECORD_HEAD_BYTES), np.uint8), *(piece.wanted.heads for piece in used)]),
                 self._cache.spec.warm_bytes,
             )
         return True
@@ -83,6 +84,8 @@ class Streaming:
         """
         store, wanted = self._cache.manager.store, [piece.wanted for piece in self._pieces[layer]]
         assert isinstance(store, FlashStore)
+        assert self._stream is not None
+        reads = self._stream.reads
         try:
             bad = self._attention.stream(
                 self._stream, layer, buffers.q, buffers.k, buffers.v, positions, refs, buffers.attention,
@@ -94,6 +97,7 @@ class Streaming:
         if bad >= 0:
             good = [row != bad for row in range(count)]
             store.count([r for one in wanted for r in one.records], [t for one in wanted for t in one.tags], good)
+        store.counters.reads += self._stream.reads - reads
         store.counters.records_read += count
         store.counters.bytes_read += count * store.spec.record_bytes
         self._cache.manager.counters.pages_fetched += count

@@ -212,7 +212,8 @@ def _shares(scores: Float, live: Mask) -> Float:
 def make_selector(model: ModelSpec, cache: KVCache, kernels: Kernels, options: AttendOptions) -> Selector:
     """Return a selector for a cache, which summarises its pages from now on."""
     manager, spec = cache.manager, cache.spec
-    manager.summaries = Summaries(cache.table, kernels)
+    if manager.summaries is None:
+        manager.summaries = Summaries(cache.table, kernels)
     # The open page of every layer takes a frame, one frame is to work with, and the rest hold two pages each.
     capacity = 2 * (manager.arena.n_frames - spec.n_layers - 1) // spec.n_layers + 1
     recent = manager.options.recent_pages

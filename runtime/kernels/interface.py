@@ -111,8 +111,8 @@ class RowReads(Protocol):
     def submit(self, file: int, places: Int64, rows: Bytes, heads: Bytes, payload_bytes: int, good: Bytes) -> int:
         """Start to read ``rows`` [n, row_bytes] from ``places`` [n], counted in rows, neighbours in one call.
 
-        ``good`` [n] uint8 becomes 1 where a row is a whole record that begins as ``heads`` [n, 36] says, apart from its
-        checksum, and has the right checksum (:mod:`edgekv.runtime.storage.record`). All arrays must stay until ``wait``.
+        ``good`` [n] uint8 becomes 1 where a row is a whole record that begins as ``heads`` [n, RECORD_HEAD_BYTES] says, but for
+        its checksum, and has the right checksum (:mod:`edgekv.runtime.storage.record`). All arrays must stay until ``wait``.
         Returns a ticket.
         """
         ...
@@ -128,6 +128,10 @@ class RowReads(Protocol):
 class RowStreams(Protocol):
     """Walks the layers of a step over pages in one file, and reads ahead by itself, across layers and steps."""
 
+    @property
+    def reads(self) -> int:
+        """Reads of the file that brought what was attended to so far."""
+
     def plan(
         self,
         layer: int,
@@ -142,7 +146,7 @@ class RowStreams(Protocol):
         """Say what a layer consists of: pieces of whole runs.
 
         ``stops`` [n_pieces]: the page behind each piece; ``counts`` [n_pieces]: how many of its pages are in the file. Of these,
-        in order: ``pages`` [n], which they are, ``places`` [n], counted in rows, and ``heads`` [n, 36].
+        in order: ``pages`` [n], which they are, ``places`` [n], counted in rows, and ``heads`` [n, RECORD_HEAD_BYTES].
         What was read ahead is forgotten.
         """
         ...
@@ -266,8 +270,12 @@ class Kernels(Protocol):
             ValueError: ``how`` names what this system does not have.
         """
 
-    def RowStream(self, reader: Any, rows: Bytes, capacity: int, n_layers: int) -> Any:
-        """Return a :class:`RowStreams` over slots of ``capacity`` rows each; only the native kernels have one."""
+    def RowStream(self, reader: Any, rows: Bytes, capacity: int, n_layers: int, most: int) -> Any:
+        """Return a :class:`RowStreams` over slots of ``capacity`` rows each; only the native kernels have one.
+
+        Args:
+            most: slots that are on their way at a time.
+        """
 
     def read_bandwidth(self, pool: Any, array: Bytes) -> float:
         """Seconds to merely read ``array`` with all threads."""

@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from edgekv import codec
-from edgekv.spec import PageSpec
+from edgekv.spec import RECORD_CHECKED_FROM, RECORD_HEAD_BYTES, RECORD_HEADER_BYTES, PageSpec
 
 from .interface import KIND_HOT, KIND_WARM, PAGE_REF, Addresses, Bytes, Float, Half, Int8, Int64, Refs
 
@@ -184,9 +184,10 @@ def _read_rows(file: int, places: Int64, rows: Bytes, heads: Bytes, payload_byte
     sums = np.empty(1, np.uint64)
     for index, row in enumerate(rows):
         if os.preadv(file, [row.data], int(places[index]) * row.size) == row.size:
-            checksums(row[None], 16, 64 + payload_bytes, sums)
-            same = np.array_equal(row[:8], heads[index, :8]) and np.array_equal(row[16:36], heads[index, 16:])
-            good[index] = same and row[8:16].view(np.uint64)[0] == sums[0]
+            checksums(row[None], RECORD_CHECKED_FROM, RECORD_HEADER_BYTES + payload_bytes, sums)
+            expected = heads[index].copy()
+            expected[8:RECORD_CHECKED_FROM] = sums.view(np.uint8)
+            good[index] = np.array_equal(row[:RECORD_HEAD_BYTES], expected)
 
 
 def decode_page(ref: np.void, spec: PageSpec) -> tuple[Float, Float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,15 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def restore_pages(cache: KVCache, rows: list[Row], store: SessionStore) -> int:
+class Restorable(Protocol):
+    """What pages can be restored from."""
+
+    def try_read(self, records: list[int], tags: list[int], out: Bytes) -> list[bool]:
+        """Read records into ``out`` and return for each row whether it may be used."""
+        ...
+
+
+def restore_pages(cache: KVCache, rows: list[Row], store: Restorable) -> int:
     """Fill an empty cache with the pages of a session: in RAM as far as the budget allows, the rest COLD.
 
     Every record is read once and checked; the first damaged one ends what is restored.

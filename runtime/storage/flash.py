@@ -195,6 +195,7 @@ class FlashStore:
                 f"record {records[index]} in {self.folder} (layer {tags[index] >> 32}, page {tags[index] & 0xFFFFFFFF}) differs"
                 " from its checksum; it was not used. Run the prompt again; if this comes back, the medium is failing"
             )
+        self.counters.reads += sum(1 for _ in neighbours(records))
         self.counters.records_read += len(records)
         self.counters.bytes_read += len(records) * self.spec.record_bytes
 

@@ -17,10 +17,14 @@ Bytes = NDArray[np.uint8]
 
 @dataclass
 class StoreCounters:
-    """What a store has done so far; ``bytes_*`` count flash, ``remote_bytes_*`` an object store."""
+    """What a store has done so far; ``bytes_*`` count flash, ``remote_bytes_*`` an object store.
+
+    ``reads``: requests to flash that ``records_read`` took.
+    """
 
     records_written: int = 0
     records_read: int = 0
+    reads: int = 0
     bytes_written: int = 0
     bytes_read: int = 0
     objects_written: int = 0

@@ -16,6 +16,14 @@ from .record import Wanted, check_records, is_short
 #: Reads that are in flight at a time, where threads read: more of them take cores from the computing. io_uring has as many in
 #: flight as were asked for. Source: benchmarks/bench_flash.py.
 QUEUE_DEPTH = 4
+#: One slot in so many of a staging ring is not asked for while the others are on their way. Virtual drives report what they
+#: read when nothing is left to read: then all slots are full at once, and the drive would wait until one was attended to.
+SLOTS_PER_SPARE = 5
+
+
+def most_on_the_way(n_slots: int) -> int:
+    """Return how many slots of a staging ring the kernels' walk fills at a time."""
+    return n_slots - n_slots // SLOTS_PER_SPARE
 
 
 class Reads:
@@ -52,7 +60,12 @@ class Reads:
     def stream(self, rows: NDArray[np.uint8], capacity: int, n_layers: int) -> RowStreams | None:
         """Return what walks the layers of a step by itself, through slots of ``capacity`` rows; None without native kernels."""
         kernels = load_kernels()
-        return kernels.RowStream(self._rows, rows, capacity, n_layers) if kernels.isa() != "numpy" else None
+        if kernels.isa() == "numpy":
+            return None
+        stream: RowStreams = kernels.RowStream(
+            self._rows, rows, capacity, n_layers, most_on_the_way(len(rows) // capacity)
+        )
+        return stream
 
     def call(self, read: Callable[[], None]) -> Callable[[], None]:
         """Start ``read`` on a thread and return what waits for its end and raises what it raised."""

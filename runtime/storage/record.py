@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from edgekv.spec import RECORD_HEADER_BYTES
+from edgekv.spec import RECORD_CHECKED_FROM, RECORD_HEAD_BYTES, RECORD_HEADER_BYTES
 
 from ..kernels.choose import load_kernels
 from .cipher import NONCE_BYTES, TAG_BYTES, Cipher
@@ -33,9 +33,7 @@ _HEADER = struct.Struct("<8sQQQI")
 _HEADER_DTYPE = np.dtype(
     [("magic", "S8"), ("checksum", "<u8"), ("record", "<u8"), ("tag", "<u8"), ("payload_bytes", "<u4")]
 )
-_CHECKED = 16  # the checksum covers what comes from here on
-_SEAL = _HEADER.size
-assert _SEAL + NONCE_BYTES + TAG_BYTES == RECORD_HEADER_BYTES
+assert _HEADER.size == RECORD_HEAD_BYTES == RECORD_HEADER_BYTES - NONCE_BYTES - TAG_BYTES
 
 Bytes = NDArray[np.uint8]
 
@@ -50,11 +48,13 @@ def pack_record(row: Bytes, record: int, tag: int, page: Bytes, payload_bytes: i
     row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + page.size] = page
     _HEADER.pack_into(row, 0, MAGIC, 0, record, tag, payload_bytes)
     if cipher is not None:
-        sealed = cipher.seal(row[RECORD_HEADER_BYTES:stop].tobytes(), row[_CHECKED:_SEAL].tobytes())
+        sealed = cipher.seal(
+            row[RECORD_HEADER_BYTES:stop].tobytes(), row[RECORD_CHECKED_FROM:RECORD_HEAD_BYTES].tobytes()
+        )
         parts = np.frombuffer(sealed, np.uint8)
-        row[_SEAL:RECORD_HEADER_BYTES] = np.concatenate([parts[:NONCE_BYTES], parts[-TAG_BYTES:]])
+        row[RECORD_HEAD_BYTES:RECORD_HEADER_BYTES] = np.concatenate([parts[:NONCE_BYTES], parts[-TAG_BYTES:]])
         row[RECORD_HEADER_BYTES:stop] = parts[NONCE_BYTES:-TAG_BYTES]
-    struct.pack_into("<Q", row, 8, xxhash.xxh3_64_intdigest(row[_CHECKED:stop].data))
+    struct.pack_into("<Q", row, 8, xxhash.xxh3_64_intdigest(row[RECORD_CHECKED_FROM:stop].data))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Wanted:
 
     @functools.cached_property
     def heads(self) -> Bytes:
-        """What the records begin with [n, 36] uint8, the checksum left out."""
+        """What the records begin with [n, RECORD_HEAD_BYTES] uint8, the checksum left out."""
         return _heads(self.records, self.tags, self.payload_bytes)
 
 
@@ -84,7 +84,7 @@ def open_record(row: Bytes, record: int, tag: int, payload_bytes: int, cipher: C
 
 def is_short(payload_bytes: int) -> bool:
     """Return whether a record is too short for the kernels' checksum, which starts above 240 bytes."""
-    return RECORD_HEADER_BYTES + payload_bytes - _CHECKED <= 240
+    return RECORD_HEADER_BYTES + payload_bytes - RECORD_CHECKED_FROM <= 240
 
 
 def check_records(rows: Bytes, records: list[int], tags: list[int], payload_bytes: int) -> NDArray[np.bool_]:
@@ -93,11 +93,11 @@ def check_records(rows: Bytes, records: list[int], tags: list[int], payload_byte
     stop = RECORD_HEADER_BYTES + payload_bytes
     sums = np.empty(len(rows), np.uint64)
     if is_short(payload_bytes):
-        sums[:] = [xxhash.xxh3_64_intdigest(row[_CHECKED:stop].data) for row in rows]
+        sums[:] = [xxhash.xxh3_64_intdigest(row[RECORD_CHECKED_FROM:stop].data) for row in rows]
     else:
-        load_kernels().checksums(rows, _CHECKED, stop, sums)
-    heads[:, 8:_CHECKED] = sums[:, None].view(np.uint8)
-    good: NDArray[np.bool_] = np.all(rows[:, :_SEAL] == heads, axis=1)
+        load_kernels().checksums(rows, RECORD_CHECKED_FROM, stop, sums)
+    heads[:, 8:RECORD_CHECKED_FROM] = sums[:, None].view(np.uint8)
+    good: NDArray[np.bool_] = np.all(rows[:, :RECORD_HEAD_BYTES] == heads, axis=1)
     return good
 
 
@@ -105,15 +105,18 @@ def _heads(records: list[int], tags: list[int], payload_bytes: int) -> Bytes:
     heads = np.empty(len(records), _HEADER_DTYPE)
     for name, value in zip(_HEADER_DTYPE.names or (), (MAGIC, 0, records, tags, payload_bytes), strict=True):
         heads[name] = value
-    return heads.view(np.uint8).reshape(len(records), _SEAL)
+    return heads.view(np.uint8).reshape(len(records), RECORD_HEAD_BYTES)
 
 
 def decrypt(row: Bytes, payload_bytes: int, cipher: Cipher) -> bool:
     """Decrypt one checked record in place; returns whether the key and the place are those it was sealed with."""
     stop = RECORD_HEADER_BYTES + payload_bytes
-    nonce, tag_bytes = row[_SEAL : _SEAL + NONCE_BYTES], row[_SEAL + NONCE_BYTES : RECORD_HEADER_BYTES]
+    nonce, tag_bytes = (
+        row[RECORD_HEAD_BYTES : RECORD_HEAD_BYTES + NONCE_BYTES],
+        row[RECORD_HEAD_BYTES + NONCE_BYTES : RECORD_HEADER_BYTES],
+    )
     sealed = nonce.tobytes() + row[RECORD_HEADER_BYTES:stop].tobytes() + tag_bytes.tobytes()
-    plain = cipher.open(sealed, row[_CHECKED:_SEAL].tobytes())
+    plain = cipher.open(sealed, row[RECORD_CHECKED_FROM:RECORD_HEAD_BYTES].tobytes())
     if plain is None:
         return False
     row[RECORD_HEADER_BYTES:stop] = np.frombuffer(plain, np.uint8)

@@ -75,20 +75,22 @@ class PageReader:
         """Whether another request can be made without forgetting one."""
         return bool(self._free)
 
-    def request(self, wanted: Wanted) -> None:
+    def request(self, wanted: Wanted) -> int | None:
         """Start to read records; without room, the oldest request that was not taken is forgotten.
 
-        When what was taken last fills the ring, nothing is read ahead.
+        Returns:
+            the slot that they go to; None, with nothing read, when what was taken last fills the ring.
         """
         if not self._free:
             if not self._pending:
-                return
+                return None
             self._forget(self._pending.popleft())
         if self._stream is not None:
             self._stream.forget()
         slot = self._free.pop()
         rows = self._buffers[slot][: len(wanted.records)]
         self._pending.append(Request(wanted, slot, self._store.start(self._reads, wanted, rows)))
+        return slot
 
     def take(self, wanted: Wanted) -> tuple[NDArray[np.uint64], Bytes]:
         """Return where the records are, waiting for them if need be; valid until the next take.

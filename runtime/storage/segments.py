@@ -213,6 +213,7 @@ class SessionStore:
 
     def _usable(self, records: list[int], good: list[bool], out: Bytes) -> list[bool]:
         """Decrypt the good rows, count them, and return which may be used."""
+        self.counters.reads += sum(1 for _ in neighbours(records))
         self.counters.records_read += len(records)
         self.counters.bytes_read += len(records) * self.spec.record_bytes
         # The index has the checksum too: an older record at the same place is whole, and still the wrong one.

@@ -93,6 +93,8 @@ def test_a_fault_in_the_middle_of_an_answer_is_met_by_a_step(
 class _Nothing:
     """Moves no bytes."""
 
+    reads = 0
+
     def plan(self, *layout: object) -> None:
         """Take it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -152,3 +153,15 @@ def test_a_cluster_that_cannot_work_is_named(
 def listens_at(scheduler: Path) -> str:
     address: str = json.loads(scheduler.read_text(encoding="utf-8"))["address"]
     return address
+
+
+def test_a_case_that_fails_is_a_row_of_its_own_and_the_sweep_goes_on(shape: Shape, tmp_path: Path) -> None:
+    broken = dataclasses.replace(shape, page_size=0)  # what no reader lets through
+    cases = all_cases(["android-low-4gb"], [512], ["lru"], ["device"], ["exact"], max_tokens=8, seed=0)
+    row = run_case(broken, cases[0])
+    assert row["error"]
+    assert row["ttft_s"] is None
+    attends = ["selective:25%", "exact"]
+    cases = all_cases(["android-low-4gb"], [1024], ["lru"], ["4MiB"], attends, max_tokens=8, seed=0)
+    rows = sweep(shape, cases, tmp_path / "sweep.csv", workers=1)
+    assert [row["error"] for row in rows] == [None, None]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edgekv.runtime.kernels.interface import Bytes, Int64, RowStreams
+from edgekv.runtime.storage.reads import most_on_the_way
 from edgekv.runtime.storage.record import neighbours
 
 from ..clock import Clock
@@ -42,6 +43,18 @@ class _Ahead(NamedTuple):
     at: int
     done_s: float
     faults: list[str]
+
+
+class StillRows:
+    """A :class:`~edgekv.runtime.kernels.interface.RowStreams` that moves nothing: where pages have no contents."""
+
+    reads = 0
+
+    def plan(self, *layer: object) -> None:
+        """There is nothing to plan."""
+
+    def forget(self) -> None:
+        """Nothing was read ahead."""
 
 
 class EmulatedStream:
@@ -74,7 +87,10 @@ class EmulatedStream:
         self._begins: list[int] = []  # where a layer begins in it
         self._ahead: deque[_Ahead] = deque()
         self._free = ring
+        self._most = most_on_the_way(ring)
         self._next = 0
+        #: Reads of the file that brought what was attended to so far.
+        self.reads = 0
 
     def plan(
         self,
@@ -153,10 +169,13 @@ class EmulatedStream:
             if taken.done_s > clock.now:
                 clock.wait_until(taken.done_s)
             self._fetched(piece.n_rows)
-            self._free += 1
             if heed and "error" in taken.faults:
+                self._free += 1
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
+            self.reads += len(piece.reads)
+            self._fill()
             clock.work(seconds)
+            self._free += 1
             if heed and "damage" in taken.faults:
                 return piece.first + piece.n_rows - 1
             self._fill()
@@ -172,8 +191,12 @@ class EmulatedStream:
 
     def _fill(self) -> None:
         """Request what comes next, into the next step where this one ends, while there is room; nothing twice."""
-        while self._free and not (self._ahead and self._ahead[0].at == self._next):
+        while self._free and self._on_the_way() < self._most and not (self._ahead and self._ahead[0].at == self._next):
             self._request(self._next)
+
+    def _on_the_way(self) -> int:
+        now = self._clock.now
+        return sum(ahead.done_s > now for ahead in self._ahead)
 
     def _request(self, at: int) -> None:
         self._free -= 1

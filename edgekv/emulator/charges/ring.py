@@ -16,7 +16,7 @@ from ..clock import Clock
 from ..drive import EmulatedMedium
 from ..link import LinkTraffic
 from .cost import StepCost
-from .native_walk import EmulatedStream
+from .native_walk import EmulatedStream, StillRows
 
 
 class _AtOnce(Reads):
@@ -61,18 +61,19 @@ class EmulatedReader(PageReader):
 
     def stream(self, n_layers: int) -> RowStreams | None:
         """Return the kernels' way, at the speed of the drive."""
-        native = super().stream(n_layers)
+        native = StillRows() if self._medium.still else super().stream(n_layers)
         if native is not None:
             ring = len(self._done_s)
             self._stream = EmulatedStream(native, ring, self._medium, self._clock, self._cost, self._fetched)
         return self._stream
 
-    def request(self, wanted: Wanted) -> None:
+    def request(self, wanted: Wanted) -> int | None:
         """Ask the drive, and start to read."""
         now = self._medium.asked_until = self._clock.now
-        super().request(wanted)
-        remote = self._link.done(now, self._store.counters)
-        self._done_s[self._pending[-1].slot] = max(self._medium.asked_until, remote)
+        slot = super().request(wanted)
+        if slot is not None:
+            self._done_s[slot] = max(self._medium.asked_until, self._link.done(now, self._store.counters))
+        return slot
 
     def _finish(self, request: Request) -> None:
         super()._finish(request)

@@ -60,7 +60,9 @@ def emulate_shape(
     """
     needed = sum((turn.prompt_tokens or 0) + turn.max_tokens for turn in scenario.turns)
     context = scenario.app.context or needed
-    return play(WeightlessApp(shape, device, scenario.app, seed=seed, context=context), device, scenario, progress)
+    with tempfile.TemporaryDirectory(prefix="edgekv-emulator-") as scratch:
+        app = WeightlessApp(shape, device, scenario.app, seed=seed, context=context, scratch=Path(scratch))
+        return play(app, device, scenario, progress, scratch=scratch)
 
 
 def play(

@@ -1,8 +1,7 @@
-"""A model that is only its shape: the page table, policies and flash traffic of a run without weights, kernels and text.
+"""A model that is only its shape: memory, pages, flash traffic and time of a run without weights, kernels and text.
 
-The page manager and the policies are the runtime's own. What attention would prefer is not known without weights: page masses are
-drawn from a log-normal distribution per page, with attention sinks and a recent window, which is what decoders show (H2O, arXiv
-2306.14048; StreamingLLM, arXiv 2309.17453).
+The steps are the runtime's own, on parts without contents (:mod:`edgekv.emulator.play.blank`): whatever it decides, moves, reads
+ahead or counts is what it would with weights, down to the single request.
 """
 
 from __future__ import annotations
@@ -13,30 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgekv.bundle import read_manifest
 from edgekv.device_profiles import kv_budget
-from edgekv.device_profiles.flash import streamed_seconds
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.work import BITS_PER_WEIGHT, weights_bytes
-from edgekv.errors import PromptTooLong, StoreError, UsageError
+from edgekv.errors import PromptTooLong, UsageError
 from edgekv.model_config import read_json_object, read_model_config
-from edgekv.runtime.attention.select import AttendOptions, parse_attend
+from edgekv.runtime.attention.attend import Attender
+from edgekv.runtime.attention.select import parse_attend
+from edgekv.runtime.decoder.base import Rows
+from edgekv.runtime.decoder.split import SplitForward
 from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan, plan_budget
 from edgekv.runtime.pages.cache import KVCache
 from edgekv.runtime.pages.policy import CacheOptions, make_policy
-from edgekv.spec import RECORD_HEADER_BYTES
-from edgekv.tiers import KVMode, Tier
+from edgekv.runtime.sessions.index import Row
+from edgekv.runtime.sessions.restore import records_of, restore_pages
+from edgekv.spec import ModelSpec, PageSpec, RopeSpec
+from edgekv.tiers import KVMode
 
 from ..charges.cost import StepCost
 from ..device import Device
-from .blank import BLANK_KERNELS, BlankArena, BlankStore, blank_tokens
+from .blank import BLANK_EMBEDDING, BLANK_ROPE, BlankArena, BlankEngine, BlankStore, BlankSummaries, blank_kernels
+from .preference import Preference
 from .result import PageMap, page_map
 from .scenario import AppSettings, Turn
-
-#: Spread of page masses (sigma of the logarithm), and what the first page and the newest ones have more than others.
-MASS_SPREAD, SINK, RECENT, RECENT_PAGES = 1.5, 20.0, 10.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,30 @@ class Shape:
     def weights_bytes(self) -> int:
         """Bytes of the weights in RAM."""
         return weights_bytes(self.model, BITS_PER_WEIGHT[self.engine][self.weights])
+
+    @property
+    def pages(self) -> PageSpec:
+        """The geometry of its pages."""
+        return PageSpec(self.model.n_kv_layers, self.model.n_kv_heads, self.model.head_dim, self.page_size)
+
+    @property
+    def decoder(self) -> ModelSpec:
+        """What the runtime must know of the layers that attend."""
+        shape = self.model
+        return ModelSpec(
+            architecture=self.architecture,
+            n_layers=shape.n_kv_layers,
+            hidden_size=shape.hidden_size,
+            n_q_heads=shape.n_q_heads,
+            n_kv_heads=shape.n_kv_heads,
+            head_dim=shape.head_dim,
+            intermediate_size=shape.hidden_size,
+            vocab_size=shape.vocab_size,
+            max_context=shape.max_context,
+            rope=RopeSpec(()),
+            softmax_scale=1.0,
+            windows=shape.windows,
+        )
 
 
 def read_shape(path: Path, *, engine: str = "onnx", weights: str = "int4", page_size: int = 32) -> Shape:
@@ -82,11 +106,16 @@ def shape_of(bundle: Path) -> Shape:
 class WeightlessApp:
     """An :class:`~edgekv.emulator.play.bundle_app.App` without a model.
 
+    Args:
+        scratch: a folder for the page file, which stays empty.
+
     Raises (from the constructor):
         UsageError, ProfileError, BudgetError: the run is impossible; the message says why.
     """
 
-    def __init__(self, shape: Shape, device: Device, settings: AppSettings, *, seed: int, context: int) -> None:
+    def __init__(
+        self, shape: Shape, device: Device, settings: AppSettings, *, seed: int, context: int, scratch: Path
+    ) -> None:
         self._shape = shape
         self._device = device
         self._settings = settings
@@ -97,24 +126,29 @@ class WeightlessApp:
             raise UsageError(
                 "without weights nothing is known of the attention missed: give --attend selective:N or :SHARE"
             )
+        self._policy = make_policy(settings.policy)
         spec = self._cost.pages
+        self._n_pages = -(-context // spec.page_size)
         budget = settings.kv_budget
         if budget is None:
             budget = kv_budget(device.profile, shape.weights_bytes, RUNTIME_OVERHEAD_BYTES).kv_bytes
+        self._preference = Preference(spec.n_layers, self._n_pages, seed)
+        self._kernels = blank_kernels(self._preference)
         self._plan = plan_budget(
             spec,
             kv_budget=budget,
             context=context,
             mode=KVMode.INT8 if settings.session else KVMode(settings.kv),
-            run_pages=BLANK_KERNELS.RUN_PAGES,
+            run_pages=self._kernels.RUN_PAGES,
             selective=self._attend.selective,
         )
-        self._random = np.random.default_rng(seed)
-        pages = -(-context // spec.page_size)
-        self._popularity = np.exp(self._random.normal(0, MASS_SPREAD, (spec.n_layers, pages))).astype(np.float32)
-        self._popularity[:, 0] *= SINK
+        self._scratch = scratch
+        self._store: BlankStore | None = None
         self._cache: KVCache | None = None
-        self._request = self._said = self._max_tokens = self._saved = 0
+        self._attender: Attender | None = None
+        self._forward: SplitForward | None = None
+        self._saved: list[Row] = []
+        self._request = self._said = self._max_tokens = 0
         self.computed_tokens = 0
 
     # -- the app -----------------------------------------------------------------------------------------------
@@ -122,24 +156,37 @@ class WeightlessApp:
     def start(self) -> None:
         """Load the weights; a session's pages are read again."""
         device, spec, plan, settings = self._device, self._cost.pages, self._plan, self._settings
-        device.load_weights(self._shape.weights_bytes)
+        engine = device.dense(BlankEngine(self._preference), self._cost, self._shape.weights_bytes)
+        device.medium.still = True
         options = CacheOptions(
             budget_bytes=plan.arena_bytes,
             compress_at_seal=plan.compress_at_seal,
             allow_drop=settings.allow_drop,
-            policy=make_policy(settings.policy),
+            policy=self._policy,
         )
-        keeps = settings.session or not (plan.fits or settings.allow_drop)
-        store = BlankStore(spec, device.medium, device.clock) if keeps else None
-        pages = -(-self._context // spec.page_size)
-        self._cache = KVCache(spec, options, BLANK_KERNELS, store, max_pages=pages, arena=BlankArena)
-        device.watch(self._cache, plan, lambda: None)
-        held, self._saved = self._saved, 0
-        if held:
-            self._wait(held // spec.page_size * spec.n_layers)
-            for start in range(0, held, settings.prefill_chunk):
-                self._append(start, min(settings.prefill_chunk, held - start))
-            self._saved = held
+        if settings.session or not (plan.fits or settings.allow_drop):
+            kept = [record for row in self._saved for record in row.records]
+            self._store = BlankStore(self._scratch / "offload", spec, device.medium, kept)
+        cache = KVCache(spec, options, self._kernels, self._store, max_pages=self._n_pages, arena=BlankArena)
+        if self._attend.selective:
+            cache.manager.summaries = BlankSummaries(self._preference, spec.n_layers, self._n_pages)
+        self._attender = Attender(
+            self._shape.decoder,
+            cache,
+            self._kernels,
+            threads=1,
+            executor=0,
+            max_tokens=settings.prefill_chunk,
+            piece_pages=plan.piece_pages,
+            ring_pieces=plan.ring_pieces,
+            attend=self._attend,
+            machine=device,
+        )
+        self._forward = SplitForward(engine, BLANK_EMBEDDING, BLANK_ROPE, cache, self._attender)
+        self._cache = cache
+        device.watch(cache, plan, lambda: None)
+        if self._store is not None and self._saved:
+            device.count_fetched(restore_pages(cache, self._saved, self._store) * spec.n_layers)
 
     def ask(self, turn: Turn) -> int:
         """Add a prompt by its length.
@@ -162,14 +209,14 @@ class WeightlessApp:
             raise PromptTooLong(f"{self._request + self._max_tokens} tokens do not fit the context of {self._context}")
         while held < total:
             count = min(self._settings.prefill_chunk, total - held)
-            self._step(held, count, logits=held + count == total)
+            self._step(held, count, "last" if held + count == total else "none")
             held += count
             self.computed_tokens += count
         while self._said < self._max_tokens:
             self._said += 1
             yield self._said
             if self._said < self._max_tokens:
-                self._step(self._held, 1, logits=True)
+                self._step(self._held, 1, "last")
         self._save()
 
     def said(self) -> str | None:
@@ -177,8 +224,13 @@ class WeightlessApp:
         return None
 
     def stop(self) -> None:
-        """Forget the cache."""
-        self._cache = None
+        """Forget the cache; what a session holds stays, for the next start."""
+        if self._attender is not None:
+            self._attender.close()
+        self._cache = self._attender = self._forward = None
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
     def facts(self) -> dict[str, Any]:
         """Return shape, engine and weights."""
@@ -202,6 +254,11 @@ class WeightlessApp:
         """Return the pages of the cache."""
         return page_map(self._cache) if self._cache is not None else None
 
+    @property
+    def cache(self) -> KVCache | None:
+        """The cache, while the app runs."""
+        return self._cache
+
     # -- one step ----------------------------------------------------------------------------------------------
 
     @property
@@ -209,116 +266,20 @@ class WeightlessApp:
         assert self._cache is not None
         return int(self._cache.table.n_slots[0])
 
-    def _step(self, start: int, count: int, *, logits: bool) -> None:
-        """Add ``count`` tokens: the order of things is that of :class:`~edgekv.runtime.decoder.split.SplitForward`."""
-        cache, device, cost = self._cache, self._device, self._cost
-        assert cache is not None
-        device.begin_step(count)
-        cache.manager.step += 1
-        n_pages = cache.table.n_pages(0)
-        mass = self._mass(n_pages)
-        taken = self._take(mass) if count == 1 else None
-        tier = cache.table.tier[:, :n_pages]
-        wanted = tier < Tier.DROPPED if taken is None else taken & (tier < Tier.DROPPED)
-        cold = np.count_nonzero(wanted & (tier == Tier.COLD), axis=1)
-        hot = np.count_nonzero(wanted & (tier == Tier.HOT), axis=1)
-        pages = np.count_nonzero(wanted, axis=1)
-        device.count_used(int(pages.sum()))
-        for layer in range(cost.pages.n_layers):
-            began_s = device.clock.now
-            share = self._in_window(layer, start)
-            slots = share * cost.pages.page_size
-            pairs = count * slots * pages[layer] + count * (count + 1) / 2
-            attention = cost.attention(slots * hot[layer], slots * (pages[layer] - hot[layer]), pairs)
-            device.clock.compute(cost.segment(count) + attention)
-            if cold[layer]:
-                self._wait(int(cold[layer]), began_s)
-        device.clock.compute(cost.head(int(logits)))
-        if count == 1 and n_pages:
-            cache.touch_all(mass if taken is None else np.where(taken, mass, np.float32(0)))
-        self._append(start, count)
+    def _step(self, start: int, count: int, rows: Rows) -> None:
+        """Run ``count`` tokens from position ``start`` on."""
+        assert self._forward is not None
+        positions = np.arange(start, start + count, dtype=np.int64)
+        self._forward.step(positions, positions, rows)
         every = self._settings.checkpoint_tokens
-        if every and start + count - self._saved >= every:
+        if every and start + count - len(self._saved) * self._cost.pages.page_size >= every:
             self._save()
-
-    def _append(self, start: int, count: int) -> None:
-        assert self._cache is not None
-        nothing, positions = blank_tokens(count), np.arange(start, start + count)
-        for layer in range(self._cost.pages.n_layers):
-            self._cache.append(layer, nothing, nothing, positions)
-
-    def _wait(self, records: int, began_s: float | None = None) -> None:
-        """Wait for records that were asked for in pieces when a layer began, or now.
-
-        Raises:
-            StoreError: one of the reads failed.
-        """
-        clock, medium = self._device.clock, self._device.medium
-        size_bytes = records * self._cost.pages.record_bytes
-        piece_bytes = max(self._plan.piece_pages, BLANK_KERNELS.RUN_PAGES) * self._cost.pages.record_bytes
-        requests = -(-size_bytes // piece_bytes)
-        medium.reads += requests
-        medium.drive.bytes_read += size_bytes
-        self._device.count_fetched(records)
-        seconds = streamed_seconds(self._device.profile.flash, size_bytes, min(piece_bytes, size_bytes))
-        clock.compute(self._cost.fetch(records, requests))
-        clock.wait_until((clock.now if began_s is None else began_s) + seconds)
-        if medium.error_rate or medium.damage_rate:
-            for _ in range(requests):
-                if medium.draw():
-                    raise StoreError("a page on flash cannot be read")
 
     def _save(self) -> None:
         """Write the pages that are sealed since the last checkpoint."""
-        if self._settings.session and self._cache is not None:
-            size, held = self._cost.pages.page_size, self._held
-            new = range(self._saved // size, held // size)
-            self._cache.manager.persist([(layer, page) for page in new for layer in range(self._cost.pages.n_layers)])
-            self._saved = held
-
-    def _in_window(self, layer: int, context: int) -> float:
-        window = self._shape.model.windows[layer]
-        return min(1.0, window / context) if window and context else 1.0
-
-    # -- what attention prefers --------------------------------------------------------------------------------
-
-    def _mass(self, n_pages: int) -> NDArray[np.float32]:
-        """Return a softmax mass per page [n_layers, n_pages] that sums to 1 in each layer."""
-        mass = self._popularity[:, :n_pages] + RECENT * np.exp(
-            np.arange(1 - n_pages, 1, dtype=np.float32) / RECENT_PAGES
-        )
-        shares: NDArray[np.float32] = mass / np.maximum(mass.sum(axis=1, keepdims=True), np.float32(1e-30))
-        return shares
-
-    def _take(self, mass: NDArray[np.float32]) -> NDArray[np.bool_] | None:
-        """Choose pages for a step of selective attention and make them resident as far as there is room; None takes all."""
-        cache, n_pages = self._cache, mass.shape[1]
-        assert cache is not None
-        limit = _limit(self._attend, n_pages, cache)
-        if not self._attend.selective or limit >= n_pages:
-            return None
-        wanted = mass * np.exp(self._random.normal(0, 0.5, mass.shape)).astype(np.float32)
-        wanted[:, 0] = wanted[:, max(n_pages - 1 - cache.manager.options.recent_pages, 0) :] = np.inf
-        taken = np.zeros(mass.shape, bool)
-        np.put_along_axis(taken, np.argpartition(-wanted, limit - 1, axis=1)[:, :limit], True, axis=1)
-        table, manager = cache.table, cache.manager
-        payload = np.empty(RECORD_HEADER_BYTES, np.uint8)
-        for layer in range(cache.spec.n_layers):
-            table.last_used[layer, :n_pages][taken[layer]] = manager.step
-            cold = np.flatnonzero(taken[layer] & (table.tier[layer, :n_pages] == Tier.COLD)).tolist()
-            if cold:
-                brought = cold[: manager.room_for(len(cold), layer)]
-                if brought:
-                    self._wait(len(brought))
-                for page in brought:
-                    manager.admit(layer, page, payload)
-        return taken
-
-
-def _limit(attend: AttendOptions, n_pages: int, cache: KVCache) -> int:
-    """Return the pages of a layer that a step may attend to, as :meth:`Selector.limit` does."""
-    if attend.share is not None:
-        return max(1, round(attend.share * n_pages))
-    if attend.pages is not None:
-        return attend.pages
-    return max(1, 2 * cache.manager.arena.n_frames // cache.spec.n_layers - 2)
+        cache = self._cache
+        if not self._settings.session or cache is None:
+            return
+        new = range(len(self._saved), self._held // cache.spec.page_size)
+        cache.manager.persist([(layer, page) for page in new for layer in range(cache.spec.n_layers)])
+        self._saved += [Row((), records_of(cache, page), (), b"") for page in new]

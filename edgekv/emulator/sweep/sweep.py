@@ -77,7 +77,7 @@ def all_cases(
 
 
 def run_case(shape: Shape, case: Case) -> Row:
-    """Run one case and return its row; a case that is impossible has an ``error`` and no numbers."""
+    """Run one case and return its row; a case that is impossible, or fails, has an ``error`` and no numbers."""
     row: Row = {"key": case.key(shape), **dataclasses.asdict(case), **dict.fromkeys(OUTCOME)}
     app = AppSettings(
         kv_budget=None if case.kv_budget == "device" else case.kv_budget,
@@ -90,6 +90,8 @@ def run_case(shape: Shape, case: Case) -> Row:
         result = emulate_shape(shape, Device(case.profile, seed=case.seed), Scenario((turn,), app=app), seed=case.seed)
     except EdgeKVError as error:
         return {**row, "error": str(error)}
+    except Exception as error:  # a fault of ours in one case is in its row: the others go on
+        return {**row, "error": f"{type(error).__name__}: {error}"}
     numbers = {name: result.totals[name] for name in OUTCOME if name in result.totals}
     return {**row, **numbers, "error": result.turns[0].error, "ttft_s": result.turns[0].ttft_s}
 

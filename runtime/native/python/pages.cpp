@@ -239,13 +239,14 @@ class PyRowReader {
     std::unique_ptr<RowReader> reader_;
 };
 
-void make_stream(RowStream* self, PyRowReader& reader, nb::handle rows, int64_t capacity, int n_layers) {
+void make_stream(RowStream* self, PyRowReader& reader, nb::handle rows, int64_t capacity, int n_layers, int64_t most) {
     View<uint8_t> view(rows, "rows", {-1, -1}, true);
     if (capacity < 1 || n_layers < 1 || view.shape(0) < capacity || view.shape(0) % capacity) {
         throw nb::value_error("rows must be one or more slots of capacity rows");
     }
+    if (most < 1) throw nb::value_error("at least one piece must be on its way");
     const int n_slots = static_cast<int>(view.shape(0) / capacity);
-    new (self) RowStream(reader.reader(), view.data(), view.shape(1), capacity, n_slots, n_layers);
+    new (self) RowStream(reader.reader(), view.data(), view.shape(1), capacity, n_slots, n_layers, most);
 }
 
 void plan_stream(RowStream& self, int layer, int file, nb::handle stops, nb::handle counts, nb::handle pages,
@@ -286,6 +287,7 @@ void plan_stream(RowStream& self, int layer, int file, nb::handle stops, nb::han
 }  // namespace
 
 void bind_pages(nb::module_& m) {
+    m.attr("RECORD_LAYOUT") = nb::make_tuple(kHeadBytes, kSummedFrom, kPayloadAt);
     m.def("pack_warm", &pack_warm, nb::arg("hot_page"), nb::arg("out"), nb::arg("n_kv_heads"), nb::arg("head_dim"),
           nb::arg("page_size"), nb::arg("n_slots") = -1);
     m.def("pack_warm_many", &pack_warm_many, nb::arg("pool"), nb::arg("sources"), nb::arg("targets"),
@@ -305,7 +307,8 @@ void bind_pages(nb::module_& m) {
         .def("wait", &PyRowReader::wait, nb::arg("ticket"));
     nb::class_<RowStream>(m, "RowStream")
         .def("__init__", &make_stream, nb::arg("reader"), nb::arg("rows"), nb::arg("capacity"), nb::arg("n_layers"),
-             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+             nb::arg("most"), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+        .def_prop_ro("reads", &RowStream::reads)
         .def("plan", &plan_stream, nb::arg("layer"), nb::arg("file"), nb::arg("stops"), nb::arg("counts"),
              nb::arg("pages"), nb::arg("places"), nb::arg("heads"), nb::arg("payload_bytes"))
         .def("forget", [](RowStream& self) {

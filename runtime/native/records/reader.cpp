@@ -25,7 +25,7 @@ int64_t RowReader::submit(RowRequest request) {
         runs.push_back({&open, first, stop, 0});
         first = stop;
     }
-    open.left = static_cast<int64_t>(runs.size());
+    open.left = open.request.n_runs = static_cast<int64_t>(runs.size());
     start(runs);
     return ticket;
 }

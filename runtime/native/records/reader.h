@@ -24,6 +24,7 @@ struct RowRequest {
     const uint8_t* heads;  // [n, kHeadBytes]; the checksum in it does not count
     int64_t payload_bytes;
     uint8_t* good;  // [n]: 1 where the row is the record that was expected
+    int64_t n_runs = 0;  // reads of the file that it takes; the reader counts them
 };
 
 // Who reads: rows that lie side by side in a file come in one read.

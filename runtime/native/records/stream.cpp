@@ -3,21 +3,15 @@
 #include <utility>
 
 namespace edgekv {
-namespace {
 
-// One slot in so many is not asked for while the others are on their way. Virtual drives report what they read when nothing is
-// left to read: then all slots are full at once, and the drive would wait until the first of them was attended to.
-constexpr int kSlotsPerSpare = 5;
-
-}  // namespace
-
-RowStream::RowStream(RowReader& reader, uint8_t* rows, int64_t row_bytes, int64_t capacity, int n_slots, int n_layers)
+RowStream::RowStream(RowReader& reader, uint8_t* rows, int64_t row_bytes, int64_t capacity, int n_slots, int n_layers,
+                     int64_t most)
     : reader_(reader),
       rows_(rows),
       row_bytes_(row_bytes),
       capacity_(capacity),
       plans_(static_cast<size_t>(n_layers)),
-      most_(n_slots - n_slots / kSlotsPerSpare),
+      most_(most),
       good_(static_cast<size_t>(capacity * n_slots)) {
     for (int slot = n_slots; slot-- > 0;) free_.push_back(slot);
 }
@@ -90,6 +84,7 @@ int64_t RowStream::feed(Attention& attention, int layer, std::vector<PageRef>& r
         RowRequest request;
         *error = reader_.arrive(taken.ticket, &request);
         if (!*error) {
+            reads_ += request.n_runs;
             fill();
             std::vector<int64_t> row_of(static_cast<size_t>(stop - start), -1);
             for (int64_t row = 0; row < count; ++row) {

@@ -27,8 +27,10 @@ struct StreamPlan {
 // One thread at a time.
 class RowStream {
   public:
-    // rows: [n_slots * capacity, row_bytes]; a piece has at most `capacity` rows. The reader and the memory outlive this.
-    RowStream(RowReader& reader, uint8_t* rows, int64_t row_bytes, int64_t capacity, int n_slots, int n_layers);
+    // rows: [n_slots * capacity, row_bytes]; a piece has at most `capacity` rows, and at most `most` pieces are on their way at a
+    // time. The reader and the memory outlive this.
+    RowStream(RowReader& reader, uint8_t* rows, int64_t row_bytes, int64_t capacity, int n_slots, int n_layers,
+              int64_t most);
     ~RowStream() { forget(); }
     RowStream(const RowStream&) = delete;
     RowStream& operator=(const RowStream&) = delete;
@@ -36,6 +38,8 @@ class RowStream {
     int64_t capacity() const { return capacity_; }
     int64_t row_bytes() const { return row_bytes_; }
     int n_layers() const { return static_cast<int>(plans_.size()); }
+    // Reads of the file that brought what was attended to so far.
+    int64_t reads() const { return reads_; }
     const StreamPlan& plan(int layer) const { return plans_[layer]; }
     // Replaces the plan of a layer, and forgets what was read ahead.
     void set_plan(int layer, StreamPlan plan);
@@ -68,6 +72,7 @@ class RowStream {
     std::deque<Ahead> ahead_;
     int next_layer_ = 0;  // what is requested next
     int64_t next_piece_ = 0;
+    int64_t reads_ = 0;
 };
 
 }  // namespace edgekv

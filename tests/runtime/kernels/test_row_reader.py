@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.storage.record import Wanted, pack_record
 from edgekv.runtime.system.buffers import aligned_rows
+from edgekv.spec import RECORD_CHECKED_FROM, RECORD_HEAD_BYTES, RECORD_HEADER_BYTES
 
 PAYLOAD, ROW, COUNT = 1000, 4096, 300
 
@@ -141,7 +142,7 @@ def test_a_plan_that_would_read_beside_its_memory_is_refused(
     stops: list[int], counts: list[int], pages: list[int], message: str | None
 ) -> None:
     kernels = load_kernels()
-    stream = kernels.RowStream(kernels.RowReader(2), aligned_rows(8, ROW), 4, 2)
+    stream = kernels.RowStream(kernels.RowReader(2), aligned_rows(8, ROW), 4, 2, 2)
     wanted = Wanted(pages, pages, PAYLOAD)
     arrays = (np.array(stops), np.array(counts), np.array(pages), wanted.places, wanted.heads)
     if message is None:
@@ -151,3 +152,9 @@ def test_a_plan_that_would_read_beside_its_memory_is_refused(
     else:
         with pytest.raises(ValueError, match=message):
             stream.plan(1, 0, *arrays, PAYLOAD)
+
+
+@pytest.mark.skipif(load_kernels().isa() == "numpy", reason="there are no native kernels")
+def test_the_kernels_know_the_layout_of_a_record_as_python_does() -> None:
+    native: Any = load_kernels()
+    assert native.RECORD_LAYOUT == (RECORD_HEAD_BYTES, RECORD_CHECKED_FROM, RECORD_HEADER_BYTES)
