@@ -34,12 +34,12 @@ format: setup ## format the code
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
 bench: setup ## speed against peers: JSON lines, then a table of every bar with its ratio; exit 1 when one is missed
-	@$(PY) benchmarks/bench.py
+	@$(PY) -m benchmarks.speed.bench
 
 BENCH_BUNDLE ?= $(if $(EDGEKV_PEERS),$(EDGEKV_PEERS)/edgekv-int4.edgekv,bench-output/demo.edgekv)
 bench-flash: setup ## the flash tier: exact streaming against compute and the medium; exit 1 when the bar is missed
 	@[ -e $(BENCH_BUNDLE) ] || $(VENV)/bin/edgekv export demo --out $(BENCH_BUNDLE)
-	@$(PY) benchmarks/bench_flash.py $(BENCH_BUNDLE)
+	@$(PY) -m benchmarks.flash.streaming $(BENCH_BUNDLE)
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build demo-output bench-output

@@ -1,6 +1,6 @@
 """Train the bundled demo model further on samples of its full length, so that long context helps its text.
 
-    python tools/lengthen_demo_model.py --books BOOKS --model export/demo_model --out OUT --steps 1000 --lr 1.5e-3
+    python -m tools.lengthen_demo_model --books BOOKS --model export/demo_model --out OUT --steps 1000 --lr 1.5e-3
 
 ``train_demo_model.py`` reaches 4096 tokens mostly by jumps in the position numbers of short samples. That teaches retrieval, but
 the text of such a model is worse with 4096 tokens in view than with 1024. See docs/demo_model.md.
@@ -13,12 +13,22 @@ import time
 from pathlib import Path
 
 import torch
-from demo_tasks import TaskSampler, encode_books, name_words, read_books, split_book
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch import nn
 from torch.nn import functional as F
-from train_demo_model import DemoModel, Shape, Stage, exact_share, export, make_batch, optimizers_of, weighted_loss
+
+from .demo_tasks import TaskSampler, encode_books, name_words, read_books, split_book
+from .train_demo_model import (
+    DemoModel,
+    Shape,
+    Stage,
+    exact_share,
+    export,
+    make_batch,
+    optimizers_of,
+    train_step,
+    weighted_loss,
+)
 
 STAGE = Stage(1.0, {4096: 0.8, 2048: 0.1, 1024: 0.1}, {"text": 0.86, "copying": 0.02, "retrieval": 0.12}, jumps=0.0)
 WARMUP_STEPS = 30
@@ -64,17 +74,9 @@ def main() -> None:
     started, losses = time.monotonic(), []
     for step in range(args.steps):
         lr = args.lr * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / args.steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
         length = sampler.rng.choices(list(STAGE.lengths), weights=list(STAGE.lengths.values()))[0]
-        loss = weighted_loss(model, *make_batch(sampler, length, STAGE))
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        losses.append(loss.item())
+        batch = make_batch(sampler, length, STAGE)
+        losses.append(train_step(model, optimizers, lr, weighted_loss, *batch))
         if step % 20 == 19:
             print(
                 f"{time.monotonic() - started:6.0f} s  step {step + 1}  loss {sum(losses[-20:]) / 20:.3f}", flush=True

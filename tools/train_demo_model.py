@@ -1,7 +1,7 @@
 """Train the bundled demo model (a small Llama) from scratch on a CPU, or evaluate an exported one.
 
-    python tools/train_demo_model.py --books BOOKS --out export/demo_model --work WORK --minutes 75
-    python tools/train_demo_model.py --books BOOKS --evaluate export/demo_model
+    python -m tools.train_demo_model --books BOOKS --out export/demo_model --work WORK --minutes 75
+    python -m tools.train_demo_model --books BOOKS --evaluate export/demo_model
 
 Training takes a wall-clock budget: sequence lengths and learning rate follow the share of it that has passed.  WORK
 receives a checkpoint every few minutes; ``--resume`` goes on from it.  See docs/demo_model.md.
@@ -15,12 +15,18 @@ import math
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from demo_tasks import (
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .demo_tasks import (
     BOS_ID,
     BOS_TOKEN,
     EOS_ID,
@@ -33,10 +39,6 @@ from demo_tasks import (
     split_book,
     train_tokenizer,
 )
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 TOKENS_PER_STEP = 4096  # at short lengths; at long ones SAMPLES_PER_STEP counts
 SAMPLES_PER_STEP = {2048: 4, 4096: 2}
@@ -220,6 +222,26 @@ def optimizers_of(model: DemoModel, lr: float) -> list[torch.optim.Optimizer]:
     ]
 
 
+def train_step(
+    model: DemoModel,
+    optimizers: list[torch.optim.Optimizer],
+    lr: float,
+    loss_of: Callable[..., Tensor],
+    *batch: Tensor,
+) -> float:
+    """Take one step at a learning rate, with the gradient cut to a norm of one; returns the loss before it."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+    loss = loss_of(model, *batch)
+    torch.autograd.backward(loss)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    return float(loss.item())
+
+
 def exact_share(model: nn.Module, sampler: TaskSampler, prompt_tokens: int, fact_count: int, samples: int) -> float:
     """Share of questions whose whole answer is the arg max at every step, which is what greedy decoding gives."""
     hits = 0
@@ -321,18 +343,9 @@ def train(args: argparse.Namespace) -> None:
         stage = next(s for s in STAGES if share < s.until)
         length = sampler.rng.choices(list(stage.lengths), weights=list(stage.lengths.values()))[0]
         lr = args.lr * min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, (1.0 - share) / (1.0 - DECAY_FROM))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
         ids, weights, positions = make_batch(sampler, length, stage)
-        loss = loss_of(model, ids, weights, positions)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        losses.append(train_step(model, optimizers, lr, loss_of, ids, weights, positions))
         step, tokens = step + 1, tokens + ids.shape[0] * length
-        losses.append(loss.item())
         now = time.monotonic()
         if now - last_report > args.report_s:
             rate = (tokens - tokens_before) / (now - last_report)

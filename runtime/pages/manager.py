@@ -29,7 +29,7 @@ Bytes = NDArray[np.uint8]
 
 #: A batch of writes to flash is this large when so many pages are ready: pages of a layer that lie side by side are
 #: read back in one request. Source: a microSD card writes 22 MB/s at 1 MiB, 2.65 MB/s at 4 KiB (docs/profiles.md); pages
-#: that were written in batches of 4 MiB come back a tenth faster than in batches of 1 MiB (benchmarks/bench_flash.py).
+#: that were written in batches of 4 MiB come back a tenth faster than in batches of 1 MiB (benchmarks/flash/streaming.py).
 WRITE_BATCH_BYTES = 4 * 1024 * 1024
 
 

@@ -14,7 +14,7 @@ from ..kernels.interface import RowReads, RowStreams
 from .record import Wanted, check_records, is_short
 
 #: Reads that are in flight at a time, where threads read: more of them take cores from the computing. io_uring has as many in
-#: flight as were asked for. Source: benchmarks/bench_flash.py.
+#: flight as were asked for. Source: benchmarks/flash/streaming.py.
 QUEUE_DEPTH = 4
 #: One slot in so many of a staging ring is not asked for while the others are on their way. Virtual drives report what they
 #: read when nothing is left to read: then all slots are full at once, and the drive would wait until one was attended to.

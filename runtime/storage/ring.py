@@ -27,7 +27,7 @@ from .record import Wanted
 Bytes = NDArray[np.uint8]
 
 #: Requests that the staging ring holds where the budget allows: one is attended to, the others are on their way. Source:
-#: benchmarks/bench_flash.py.
+#: benchmarks/flash/streaming.py.
 RING_PIECES = 11
 #: At the least: one is attended to, one on its way; a third lets guesses be right in part.
 LEAST_PIECES, LEAST_PIECES_SELECTIVE = 2, 3

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-ROWS = BENCHMARKS / "published" / "rows.csv"
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = ROOT / "benchmarks" / "predictions" / "published_data" / "rows.csv"
 
 
 def predict(*arguments: str) -> dict[str, Any]:
-    program = [sys.executable, str(BENCHMARKS / "predict_published.py"), "--json", *arguments]
-    result = subprocess.run(program, capture_output=True, text=True, check=True)
+    program = [sys.executable, "-m", "benchmarks.predictions.published", "--json", *arguments]
+    result = subprocess.run(program, capture_output=True, text=True, check=True, cwd=ROOT)
     data: dict[str, Any] = json.loads(result.stdout)
     return data
 

@@ -1,0 +1,1 @@
+"""The flash tier: `make bench-flash`."""

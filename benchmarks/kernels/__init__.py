@@ -1,0 +1,1 @@
+"""Kernels and segments alone."""

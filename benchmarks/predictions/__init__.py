@@ -1,0 +1,1 @@
+"""The device model against what was measured."""

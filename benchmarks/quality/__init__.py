@@ -1,0 +1,1 @@
+"""What configurations cost in quality."""
