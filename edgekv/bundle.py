@@ -77,6 +77,7 @@ class Manifest:
     """The contents of ``manifest.json``. ``files`` maps each file's name to its bytes and sha256.
 
     ``operators`` is one of :data:`edgekv.contract.OPERATORS` for ExecuTorch, None for other engines.
+    ``special_tokens``: what chat templates call ``bos_token`` and the like; None in bundles of before.
     """
 
     engine: str
@@ -89,6 +90,7 @@ class Manifest:
     tokenizer_sha256: str
     embedding: EmbeddingSpec | None = None
     chat_template: str | None = None
+    special_tokens: dict[str, str] | None = None
     operators: str | None = None
     files: dict[str, FileFacts] = dataclasses.field(default_factory=dict)
     format_version: Positive = FORMAT_VERSION

@@ -129,9 +129,10 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
     steps.total = count + 2
     with _appearing(out) as folder:
         graphs, embedding = write(folder, form=choice.form, weights=weights, page_size=choice.page_size, step=steps)
-        shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
-        if checkpoint.chat_template is not None:
-            (folder / CHAT_TEMPLATE).write_text(checkpoint.chat_template, encoding="utf-8")
+        tokenizer = checkpoint.tokenizer
+        (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+        if tokenizer.chat_template is not None:
+            (folder / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
         steps("hashing the checkpoint")
         source_sha256 = checkpoint.sha256()
         steps("hashing the bundle")
@@ -145,7 +146,8 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
             source_sha256=source_sha256,
             tokenizer_sha256=file_sha256(folder / "tokenizer.json"),
             embedding=embedding,
-            chat_template=CHAT_TEMPLATE if checkpoint.chat_template is not None else None,
+            chat_template=CHAT_TEMPLATE if tokenizer.chat_template is not None else None,
+            special_tokens=dict(tokenizer.special_tokens),
             operators=operators,
         )
         manifest = write_manifest(folder, manifest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from edgekv.errors import CheckpointError
 from edgekv.model_config import read_json_object
 
 from .config import DecoderConfig, read_config
+from .tokenizer import TokenizerFiles, read_tokenizer
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -33,7 +34,7 @@ class Checkpoint:
     folder: Path
     config: DecoderConfig
     location: Mapping[str, Path]
-    chat_template: str | None
+    tokenizer: TokenizerFiles
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor as float32.
@@ -84,13 +85,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; SOURCE must be a Hugging Face checkpoint folder (or `demo`)")
     config = read_config(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(
-            f"{folder} has no tokenizer.json; save the fast tokenizer there: AutoTokenizer.save_pretrained({folder.name!r})"
-        )
+    tokenizer = read_tokenizer(folder, config.model.vocab_size)
     location = _locate(folder)
     _check_shapes(folder, location, expected_shapes(config))
-    return Checkpoint(folder, config, location, _chat_template(folder))
+    return Checkpoint(folder, _with_ends(config, tokenizer), location, tokenizer)
+
+
+def _with_ends(config: DecoderConfig, tokenizer: TokenizerFiles) -> DecoderConfig:
+    """Add the tokenizer's own end token to those that end a text, and its first token where the config names none."""
+    model, eos = config.model, tokenizer.eos_token_id
+    ends = model.eos_token_ids if eos is None or eos in model.eos_token_ids else (*model.eos_token_ids, eos)
+    bos = model.bos_token_id if model.bos_token_id is not None else tokenizer.bos_token_id
+    return replace(config, model=replace(model, eos_token_ids=ends, bos_token_id=bos))
 
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -181,14 +187,3 @@ def _check_shapes(folder: Path, location: Mapping[str, Path], expected: Mapping[
                     raise CheckpointError(
                         f"{file}: tensor {name} is {dtype}; edgekv exports from float32, float16 and bfloat16 checkpoints"
                     )
-
-
-def _chat_template(folder: Path) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    template = read_json_object(settings).get("chat_template") if settings.is_file() else None
-    if isinstance(template, list):  # several named templates: the one called "default"
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template if isinstance(template, str) else None

@@ -97,8 +97,7 @@ class Generator:
         Raises:
             BundleError: it cannot be read.
         """
-        template = self.manifest.chat_template
-        return Text(self.folder / "tokenizer.json", self.folder / template if template else None)
+        return Text.open(self.folder, self.manifest)
 
     # -- the session -------------------------------------------------------------------------------------------
 
@@ -125,13 +124,14 @@ class Generator:
         *,
         max_tokens: int = 256,
         sampling: SamplingOptions | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Iterator[str]:
         """Generate text, piece by piece.
 
         Args:
             prompt: text, or tokens.
+            stop: the text ends before any of these; one may name a special token, such as ``<|im_end|>``.
             progress: called during prefill with (tokens done, tokens to do).
 
         Raises:
@@ -155,7 +155,9 @@ class Generator:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Iterator[int]:
         """Generate tokens; ends at ``max_tokens`` or before an end-of-sequence token. See :meth:`stream`."""
-        sampler = Sampler(sampling or SamplingOptions())
+        sampling = sampling or SamplingOptions()
+        sampler = Sampler(sampling)
+        self.stats.seed = sampler.seed if sampling.temperature else None
         stop_tokens = self.manifest.model.eos_token_ids
         logits = self.prefill(prompt, max_tokens=max_tokens, progress=progress)
         sequence = list(prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ class SamplingOptions:
     """How to choose. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all tokens.
 
     ``repetition_penalty`` divides positive and multiplies negative logits of tokens already seen (Source: CTRL, arXiv
-    1909.05858).
+    1909.05858). ``seed``: equal seeds give equal text; None is another one each time.
 
     Raises:
         UsageError: a value makes no sense.
@@ -26,7 +27,7 @@ class SamplingOptions:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -37,21 +38,30 @@ class SamplingOptions:
             raise UsageError(f"top-p must be above 0 and at most 1, not {self.top_p}")
         if self.repetition_penalty <= 0:
             raise UsageError(f"repetition-penalty must be above 0, not {self.repetition_penalty}")
+        if self.seed is not None and not 0 <= self.seed < 1 << 64:
+            raise UsageError(f"seed must be at least 0 and below 2^64, not {self.seed}")
 
 
 class Sampler:
-    """Chooses tokens; equal seeds and logits give equal tokens."""
+    """Chooses tokens; equal seeds, positions and logits give equal tokens.
+
+    The number that is drawn belongs to the seed and the position in the sequence, so a sequence that is resumed goes on as
+    the one that never stopped, and does not use numbers twice.
+
+    Attributes:
+        seed: the one in use, also where the options have none.
+    """
 
     def __init__(self, options: SamplingOptions) -> None:
         self._options = options
-        self._random = np.random.Generator(np.random.PCG64(options.seed))
+        self.seed = options.seed if options.seed is not None else secrets.randbits(48)
 
     def choose(self, logits: NDArray[np.float32], seen: Sequence[int]) -> int:
         """Return the next token.
 
         Args:
             logits: [vocab_size] float32; not changed.
-            seen: tokens that the repetition penalty applies to.
+            seen: all tokens before it, which the repetition penalty applies to.
         """
         options = self._options
         if options.repetition_penalty != 1.0 and len(seen):
@@ -71,5 +81,6 @@ class Sampler:
             # The token that crosses the limit stays in.
             keep = int(np.searchsorted(np.cumsum(weights), options.top_p)) + 1
             order, weights = order[:keep], weights[:keep] / weights[:keep].sum()
-        drawn = int(np.searchsorted(np.cumsum(weights), self._random.random()))
+        random = np.random.Generator(np.random.Philox(key=self.seed, counter=len(seen))).random()
+        drawn = int(np.searchsorted(np.cumsum(weights), random))
         return int(order[min(drawn, len(order) - 1)])

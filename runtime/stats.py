@@ -20,6 +20,7 @@ class RunStats:
     reused_tokens: int = 0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    seed: int | None = None  #: of the last answer; None where it was greedy
     peak_rss_bytes: int = 0
     bytes_written: int = 0
     bytes_read: int = 0

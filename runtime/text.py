@@ -2,126 +2,281 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from edgekv.bundle import Manifest
 from edgekv.errors import BundleError, UsageError
+
+if TYPE_CHECKING:
+    from .chat_template import ChatTemplate
 
 #: What a decoder prints for bytes that are not (yet) a character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+#: A token that stands for one byte, in tokenizers that spell rare characters so.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+#: What the characters are that a stop string is looked for in: text, or of the name of a special token.
+_TEXT, _NAME, _INSIDE = range(3)
+#: Texts that the beginning of a tokenized text can be hidden behind.
+_ANCHORS = ("\n", "a", ".")
 
 
 class Text:
     """The tokenizer and chat template of a bundle.
 
+    Args:
+        special_tokens: what the chat template calls ``bos_token`` and the like.
+
     Raises:
-        BundleError: the tokenizer cannot be read.
+        BundleError: the tokenizer or the template cannot be read.
     """
 
-    def __init__(self, tokenizer: Path, chat_template: Path | None = None) -> None:
+    def __init__(
+        self, tokenizer: Path, chat_template: Path | None = None, special_tokens: Mapping[str, str] | None = None
+    ) -> None:
         from tokenizers import Tokenizer  # who brings tokens does without it in memory
 
         try:
             self._tokenizer = Tokenizer.from_file(str(tokenizer))
+            template = chat_template.read_text(encoding="utf-8") if chat_template else None
         except Exception as error:  # tokenizers raises bare Exception
             raise BundleError(f"cannot read {tokenizer}: {error}; export the bundle again") from error
-        self._template = chat_template.read_text(encoding="utf-8") if chat_template else None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._template_source = template
+        self._special_tokens = dict(special_tokens or {})
+        added = self._tokenizer.get_added_tokens_decoder()
+        #: Tokens that are not part of the text, and what they are called.
+        self.special: dict[int, str] = {number: token.content for number, token in added.items() if token.special}
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest) -> Text:
+        """Read the tokenizer and chat template of a bundle.
+
+        Raises:
+            BundleError: one of them cannot be read.
+        """
+        template = folder / manifest.chat_template if manifest.chat_template else None
+        text = cls(folder / "tokenizer.json", template, manifest.special_tokens)
+        if manifest.special_tokens is None:  # a bundle of before: the config's ids say which tokens they are
+            model = manifest.model
+            ids = {"bos_token": model.bos_token_id, "eos_token": next(iter(model.eos_token_ids), None)}
+            names = {name: text._tokenizer.id_to_token(number) for name, number in ids.items() if number is not None}
+            text._special_tokens = {name: content for name, content in names.items() if content is not None}
+        return text
 
     @property
     def chats(self) -> bool:
         """Is there a chat template with turns of its own? One that only writes Question and Answer is no such."""
-        return self._template is not None and "Question: " not in self._template
+        return self._template_source is not None and "Question: " not in self._template_source
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a prompt, with the special tokens that the tokenizer adds."""
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
+    def encode_behind(self, tokens: Sequence[int], text: str) -> list[int]:
+        """Return the tokens of a text that goes on where ``tokens`` end: no special tokens are added, and no space."""
+        plain = self._encode_part(text)
+        ways = [plain]
+        for anchor in _ANCHORS:
+            known, both = self._encode_part(anchor), self._encode_part(anchor + text)
+            if both[: len(known)] == known:
+                ways.append(both[len(known) :])
+        before = list(tokens[-16:])
+        spelled = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
+        return next((way for way in ways if spelled(before + way) == spelled(before) + text), plain)
+
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, without special ones."""
+        """Return the text of tokens, without special ones. Bytes that are no character become replacement characters."""
+        text = self.decode_plain(tokens)
+        if REPLACEMENT not in text:
+            return text
+        # Some tokenizers give up a whole run of byte tokens for a single bad one.
+        decoding = _Decoding(self)
+        return "".join([*map(decoding.push, tokens), decoding.flush()])
+
+    def decode_plain(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens as the tokenizer's own decoder gives it, without special ones."""
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Return the tokens of a conversation, ready for the assistant's answer.
 
         Args:
             messages: ``{"role": "user" | "assistant" | "system", "content": ...}`` in order.
+            tools: JSON schemas of functions that the assistant may call, for templates that know tools.
 
         Raises:
             UsageError: the bundle has no chat template, or the template refuses the conversation.
         """
-        if self._template is None:
+        if self._template_source is None:
             raise UsageError("this bundle has no chat template; use --prompt instead of --chat")
-        import jinja2.sandbox  # 7 MB that plain prompts need not have in memory
+        return self._encode_part(self._template.render(messages, tools))
 
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        from .chat_template import ChatTemplate  # brings 7 MB that plain prompts need not have in memory
 
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
-        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        names: dict[str, Any] = {
-            "bos_token": next((t for t in ("<|begin_of_text|>", "<s>", "<|im_start|>") if t in special), ""),
-            "eos_token": next((t for t in ("<|eot_id|>", "</s>", "<|im_end|>") if t in special), ""),
-        }
-        try:
-            text = environment.from_string(self._template).render(
-                messages=list(messages), add_generation_prompt=True, **names
-            )
-        except jinja2.TemplateError as error:
-            raise UsageError(f"the chat template of this bundle refuses the conversation: {error}") from error
+        assert self._template_source is not None
+        return ChatTemplate(self._template_source, self._special_tokens)
+
+    @functools.cached_property
+    def anchor(self) -> int:
+        """An ordinary token: what a decoder does to the first token of a text, it does to this one instead."""
+        ids = [token for token in self._encode_part("a") if token not in self.special]
+        return ids[-1] if ids else next(n for n in range(self._tokenizer.get_vocab_size()) if n not in self.special)
+
+    def is_byte(self, token: int) -> bool:
+        """Return whether a token stands for one byte of a character."""
+        content = self._tokenizer.id_to_token(token)
+        return content is not None and _BYTE.fullmatch(content) is not None
+
+    def _encode_part(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
 
-class TextStream:
-    """Turns tokens into text piece by piece; holds back incomplete characters and possible stop strings."""
+class _Decoding:
+    """Turns tokens into text one by one; what it gave is the text of the whole, at every moment."""
 
-    def __init__(self, text: Text, stop: Sequence[str] = ()) -> None:
+    def __init__(self, text: Text) -> None:
         self._text = text
-        self._stop = [s for s in stop if s]
-        self._tokens: list[int] = []
-        self._start = 0  # first token of the window that is decoded again
-        self._read = 0  # tokens whose text is in ``_pending`` or was handed out
-        self._pending = ""
+        self._window: list[int] = []  # the last tokens whose text was given, and those after them
+        self._settled = 0  # how many of the window these are
+        self._given = ""  # what was given of the window's text
+
+    @property
+    def settled(self) -> bool:
+        """The text of every token was given."""
+        return self._settled == len(self._window)
+
+    def push(self, token: int) -> str:
+        """Return the text that is certain now and was not given yet."""
+        if token in self._text.special:
+            return ""
+        self._window.append(token)
+        now = self._text.decode_plain(self._window)
+        certain = now.rstrip(REPLACEMENT)  # the rest may be part of a character
+        if len(certain) < len(now):
+            return self._give(certain) if certain.startswith(self._given) else ""
+        out = self._give(now)
+        # Some tokens are needed again to decode the next ones behind them: a first token may lose its space. Bytes may not
+        # be, since the next could make them invalid.
+        self._window = [self._text.anchor] if self._text.is_byte(token) else self._window[self._settled :]
+        self._settled = len(self._window)
+        self._given = self._text.decode_plain(self._window)
+        return out
+
+    def flush(self) -> str:
+        """Return the rest, at the end."""
+        out = self._give(self._text.decode_plain(self._window))
+        self._settled = len(self._window)
+        return out
+
+    def _give(self, text: str) -> str:
+        out, self._given = text[len(self._given) :], text
+        return out
+
+
+class TextStream:
+    """Turns tokens into text piece by piece; holds back incomplete characters and possible stop strings.
+
+    A stop string may name special tokens, which are no part of the text that is given; what is given never contains a
+    stop string. A part of a special token's name stops nothing.
+
+    Attributes:
+        stopped: a stop string was found; the text before it was given.
+        n_before: of the tokens that were pushed, how many lie before the stop string.
+        rest: the text between those tokens and the stop string, where it begins inside a token.
+    """
+
+    def __init__(self, text: Text, stop: str | Sequence[str] = ()) -> None:
+        self._special = text.special
+        self._stop = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
+        self._decoding = _Decoding(text)
+        self._read = ""  # text and names of special tokens, from the end of a token on
+        self._kinds: list[int] = []  # of each of its characters: text, the first of a name, or a later one
+        self._given = 0  # how many of its characters were given
+        self._ends = [(0, 0)]  # after so many tokens, so many of its characters are complete
+        self._n_tokens = 0
         self.stopped = False
+        self.n_before = 0
+        self.rest = ""
 
     def push(self, token: int) -> str:
         """Add a token and return the text that is certain now (often empty)."""
-        self._tokens.append(token)
-        # Decode with some context before the new tokens: leading spaces and merges depend on it.
-        before = self._text.decode(self._tokens[self._start : self._read])
-        now = self._text.decode(self._tokens[self._start :])
-        if now.endswith(REPLACEMENT) and len(self._tokens) - self._read < 8:
-            return ""  # part of a character; no character needs more than four byte tokens
-        self._pending += now[len(before) :]
-        self._start, self._read = self._read, len(self._tokens)
+        self._n_tokens += 1
+        name = self._special.get(token)
+        self._add(self._decoding.push(token) if name is None else name, shown=name is None)
+        if self._decoding.settled:
+            self._ends.append((self._n_tokens, len(self._read)))
         return self._release(final=False)
 
     def flush(self) -> str:
         """Return what was held back, at the end."""
         if self.stopped:
             return ""
-        before = self._text.decode(self._tokens[self._start : self._read])
-        self._pending += self._text.decode(self._tokens[self._start :])[len(before) :]
-        self._start, self._read = self._read, len(self._tokens)
+        self._add(self._decoding.flush(), shown=True)
         return self._release(final=True)
 
+    def _add(self, piece: str, *, shown: bool) -> None:
+        self._read += piece
+        self._kinds += [_TEXT] * len(piece) if shown else [_NAME, *[_INSIDE] * (len(piece) - 1)]
+
     def _release(self, *, final: bool) -> str:
-        found = [index for s in self._stop if (index := self._pending.find(s)) >= 0]
+        found, held = [], [len(self._read)]
+        for text, places in self._readings() if self._stop else ():
+            for s in self._stop:
+                found += self._find(text, places, s)[:1]
+                if not final:
+                    held += self._find_begun(text, places, s)[:1]
         if found:
             self.stopped = True
-            out, self._pending = self._pending[: min(found)], ""
-            return out
-        hold = 0
-        if not final:
-            for s in self._stop:
-                for length in range(min(len(s) - 1, len(self._pending)), hold, -1):
-                    if self._pending.endswith(s[:length]):
-                        hold = length
-                        break
-        cut = len(self._pending) - hold
-        out, self._pending = self._pending[:cut], self._pending[cut:]
+            self.n_before, end = max((tokens, at) for tokens, at in self._ends if at <= min(found))
+            self.rest = self._visible(end, min(found))
+            return self._give(min(found))
+        return self._give(min(held))
+
+    def _readings(self) -> list[tuple[str, Sequence[int]]]:
+        """Return in what a stop string is looked for, with the place of each character and that of the end: what is not
+        given yet, with the names of special tokens, and without.
+        """
+        stop = len(self._read)
+        everything = range(self._given, stop + 1)
+        text = [at for at in everything if at == stop or self._kinds[at] == _TEXT]
+        readings: list[tuple[str, Sequence[int]]] = [(self._read[self._given :], everything)]
+        if len(text) < len(everything):
+            readings.append(("".join(self._read[at] for at in text[:-1]), text))
+        return readings
+
+    def _find(self, text: str, places: Sequence[int], stop: str) -> list[int]:
+        """Return where a stop string stands."""
+        starts = (match.start() for match in re.finditer(f"(?={re.escape(stop)})", text))
+        return [places[at] for at in starts if self._splits(places[at]) and self._splits(places[at + len(stop)])]
+
+    def _find_begun(self, text: str, places: Sequence[int], stop: str) -> list[int]:
+        """Return where the text ends with the beginning of a stop string, the longest first."""
+        begun = (len(text) - n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
+        return [places[at] for at in begun if self._splits(places[at])]
+
+    def _splits(self, place: int) -> bool:
+        """Return whether the text can be cut at a place: not inside the name of a special token."""
+        return place == len(self._read) or self._kinds[place] != _INSIDE
+
+    def _visible(self, start: int, stop: int) -> str:
+        return "".join(self._read[at] for at in range(start, stop) if self._kinds[at] == _TEXT)
+
+    def _give(self, stop: int) -> str:
+        out, self._given = self._visible(self._given, stop), stop
+        # Forget what lies before the last token that was given whole.
+        index, (_, start) = max((i, end) for i, end in enumerate(self._ends) if end[1] <= stop)
+        self._ends = [(tokens, at - start) for tokens, at in self._ends[index:]]
+        self._read, self._kinds, self._given = self._read[start:], self._kinds[start:], stop - start
         return out

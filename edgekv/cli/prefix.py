@@ -60,8 +60,7 @@ def add(
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {file}: {error}") from error
-    template = manifest.chat_template
-    tokenizer = Text(bundle / "tokenizer.json", bundle / template if template else None)
+    tokenizer = Text.open(bundle, manifest)
     if chat:
         # What every conversation with this system message shares: two different first questions tell.
         first, second = (

@@ -89,7 +89,7 @@ def run_command(
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the most likely tokens up to this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Keep this many tokens; 0 keeps all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Above 1 makes repeated tokens less likely.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Equal seeds give equal text.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Equal seeds give equal text. Default: another one each time; --json says which.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be given several times.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: the cores of this process, 4 at the most.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object (text and statistics) instead of text.")] = False,

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from edgekv.errors import CheckpointError
 from edgekv.export import export_model
 from edgekv.export.checkpoint import open_checkpoint
-from tests.checkpoints import CHAT_TEMPLATE
 
 Make = Callable[[], Path]
 
@@ -128,18 +127,6 @@ def test_the_rope_of_older_configs_is_the_same(copy: Path) -> None:
     new = open_checkpoint(copy).config.model.rope
     change_config(copy, rope_parameters=..., rope_theta=5e5, rope_scaling={"type": "llama3", **scaling})
     assert open_checkpoint(copy).config.model.rope == new
-
-
-def test_the_chat_template_is_found_in_each_of_its_places(copy: Path) -> None:
-    assert open_checkpoint(copy).chat_template == CHAT_TEMPLATE
-    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
-    (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert open_checkpoint(copy).chat_template == "b"
-    (copy / "chat_template.jinja").write_text("c")
-    assert open_checkpoint(copy).chat_template == "c"
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        (copy / name).unlink()
-    assert open_checkpoint(copy).chat_template is None
 
 
 def test_end_tokens_come_from_both_configs(copy: Path) -> None:

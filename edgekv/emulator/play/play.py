@@ -182,8 +182,9 @@ def _context(bundle: Path, scenario: Scenario) -> int:
     """
     if scenario.app.context is not None:
         return scenario.app.context
-    model = read_manifest(bundle).model
-    text = Text(bundle / "tokenizer.json") if any(turn.prompt is not None for turn in scenario.turns) else None
+    manifest = read_manifest(bundle)
+    model = manifest.model
+    text = Text.open(bundle, manifest) if any(turn.prompt is not None for turn in scenario.turns) else None
     total = 0
     for turn in scenario.turns:
         prompt = len(text.encode(turn.prompt)) if text is not None and turn.prompt is not None else turn.prompt_tokens

@@ -1,0 +1,236 @@
+"""Tokenizer files as people have them: together they give transformers' tokens, in one file; what disagrees is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from edgekv.bundle import read_manifest
+from edgekv.errors import CheckpointError
+from edgekv.export import export_model
+from edgekv.export.checkpoint import open_checkpoint
+from edgekv.export.tokenizer import TokenizerFiles, read_tokenizer
+from edgekv.runtime.text import Text
+from tests.checkpoints import CHAT_TEMPLATE
+from tests.tokenizer_kinds import KINDS, SPECIAL, make_tokenizer, token_id
+
+ROOM = 4096  #: rows of an embedding that no token is beyond
+SAYING = "<s><|im_start|>user\nHi there, it isn't over. 東京 <|im_end|>\n<think> hm </think><|tool|>x</s>[PAD]"
+Settings = dict[str, Any]
+
+
+def flags(content: str, *, special: bool = True, **more: bool) -> Settings:
+    names = ("lstrip", "normalized", "rstrip", "single_word")
+    return {"content": content, "special": special, **dict.fromkeys(names, False), **more}
+
+
+def write(folder: Path, name: str, data: Settings) -> None:
+    (folder / name).write_text(json.dumps(data), encoding="utf-8")
+
+
+def change(folder: Path, name: str, **changes: Any) -> None:
+    path = folder / name
+    write(folder, name, {**(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}), **changes})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Tokenizer files without a checkpoint: byte-level, no special tokens."""
+    KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    return tmp_path
+
+
+def opened(folder: Path, vocab_size: int = ROOM) -> tuple[TokenizerFiles, Text]:
+    files = read_tokenizer(folder, vocab_size)
+    made = folder / "made"
+    made.mkdir(exist_ok=True)
+    (made / "tokenizer.json").write_text(files.json, encoding="utf-8")
+    return files, Text(made / "tokenizer.json", None, files.special_tokens)
+
+
+def compare(folder: Path) -> TokenizerFiles:
+    """Check that text and back is as in transformers; returns what was read."""
+    files, text = opened(folder)
+    reference = AutoTokenizer.from_pretrained(folder)
+    ids = reference(SAYING).input_ids
+    assert text.encode(SAYING) == ids
+    assert text.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+    assert dict(files.special_tokens) == reference.special_tokens_map
+    assert (files.bos_token_id, files.eos_token_id) == (reference.bos_token_id, reference.eos_token_id)
+    return files
+
+
+def with_decoder(folder: Path) -> int:
+    """Let tokenizer_config.json alone know the special tokens; returns the first of their ids."""
+    first = token_id(make_tokenizer("byte_level"), SPECIAL[0])
+    tokens = {str(first + at): flags(content) for at, content in enumerate(SPECIAL)}
+    tokens[str(first + 4)] = flags("<think>", special=False, normalized=False)
+    tokens[str(first + 5)] = flags("</think>", special=False, lstrip=True, rstrip=True)
+    change(folder, "tokenizer_config.json", added_tokens_decoder=tokens, bos_token="<s>", eos_token="<|im_end|>")
+    return first
+
+
+def test_special_tokens_that_only_the_config_knows_are_tokens(folder: Path) -> None:
+    first = with_decoder(folder)
+    files = compare(folder)
+    assert files.eos_token_id == first + 3
+    _, text = opened(folder)
+    assert text.encode("<|im_start|>") == [first + 2]
+    assert text.special == {first + at: content for at, content in enumerate(SPECIAL)}
+
+
+def test_flags_of_the_config_go_before_those_of_the_tokenizer(folder: Path) -> None:
+    make_tokenizer("byte_level").save(str(folder / "tokenizer.json"))
+    with_decoder(folder)
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    first = min(map(int, tokens))
+    tokens[str(first + 2)] = flags("<|im_start|>", special=False, rstrip=True)
+    change(folder, "tokenizer_config.json", added_tokens_decoder=tokens)
+    compare(folder)
+
+
+def test_files_of_older_versions_are_read(folder: Path) -> None:
+    first = token_id(make_tokenizer("byte_level"), SPECIAL[0])
+    write(folder, "added_tokens.json", {content: first + at for at, content in enumerate([*SPECIAL, "<think>"])})
+    special = {"bos_token": flags("<s>"), "eos_token": "</s>", "extra_special_tokens": ["<|im_start|>"]}
+    write(folder, "special_tokens_map.json", special)
+    files = compare(folder)
+    assert files.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def test_named_tokens_that_no_file_numbers_are_added(folder: Path) -> None:
+    change(folder, "tokenizer_config.json", bos_token="<s>", pad_token={"__type": "AddedToken", **flags("[PAD]")})
+    compare(folder)
+
+
+def test_names_of_a_models_own_tokens_reach_templates(folder: Path) -> None:
+    with_decoder(folder)
+    change(folder, "tokenizer_config.json", image_token="<|im_start|>", extra_special_tokens={"tool_token": "<|tool|>"})
+    files = compare(folder)
+    assert files.special_tokens["image_token"] == "<|im_start|>"
+    assert files.special_tokens["tool_token"] == "<|tool|>"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_tokenizer_gives_the_tokens_of_transformers(kind: str, tmp_path: Path) -> None:
+    make_tokenizer(kind, ends=True).save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    write(tmp_path, "tokenizer_config.json", {**config, "clean_up_tokenization_spaces": False})
+    compare(tmp_path)
+
+
+def test_a_pad_token_beyond_the_embedding_has_a_name_and_no_number(folder: Path) -> None:
+    size = KINDS["byte_level"]().get_vocab_size()
+    change(folder, "tokenizer_config.json", pad_token="[PAD]")
+    files, text = opened(folder, vocab_size=size)
+    assert files.special_tokens == {"pad_token": "[PAD]"}
+    assert max(text.encode("a [PAD]")) < size
+    _, text = opened(folder, vocab_size=size + 1)
+    assert text.encode("[PAD]") == [size]
+
+
+def test_the_default_names_of_a_class_are_used_where_the_tokenizer_has_them(folder: Path) -> None:
+    change(folder, "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    assert opened(folder)[0].special_tokens == {}
+    make_tokenizer("byte_level").save(str(folder / "tokenizer.json"))
+    assert opened(folder)[0].special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def test_truncation_and_padding_are_turned_off(folder: Path) -> None:
+    plain = read_tokenizer(folder, ROOM).json
+    assert plain == (folder / "tokenizer.json").read_text(encoding="utf-8"), "a good file is copied as it is"
+    tokenizer = KINDS["byte_level"]()
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=128)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    files, text = opened(folder)
+    assert json.loads(files.json)["truncation"] is json.loads(files.json)["padding"] is None
+    saying = "An operating system runs programs larger than memory. " * 3
+    assert text.encode(saying) == KINDS["byte_level"]().encode(saying).ids
+
+
+def two_numbers(folder: Path) -> None:
+    make_tokenizer("byte_level").save(str(folder / "tokenizer.json"))
+    change(folder, "tokenizer_config.json", added_tokens_decoder={"7": flags("<|im_end|>")})
+
+
+DISAGREE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "two numbers": (two_numbers, "disagree: token '<|im_end|>' is number"),
+    "a number that another token has": (
+        lambda f: change(f, "tokenizer_config.json", added_tokens_decoder={"7": flags("<|new|>")}),
+        "disagree: token '<|new|>' is number 7 in one",
+    ),
+    "a gap": (
+        lambda f: change(f, "tokenizer_config.json", added_tokens_decoder={"3000": flags("<|new|>")}),
+        "disagree: token '<|new|>' is number 3000 in one",
+    ),
+    "an older file": (lambda f: write(f, "added_tokens.json", {"<|new|>": 7}), "disagree: token '<|new|>'"),
+    "no number": (
+        lambda f: change(f, "tokenizer_config.json", added_tokens_decoder={"x": flags("<|new|>")}),
+        "added_tokens_decoder does not give tokens by id",
+    ),
+    "no token": (
+        lambda f: change(f, "tokenizer_config.json", added_tokens_decoder={"400": 5}),
+        "5 does not describe an added token",
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
+    "not a tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "is not a tokenizer"),
+    "not an object": (lambda f: (f / "tokenizer.json").write_text("[]"), "does not hold a JSON object"),
+    "bad text": (lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", DISAGREE)
+def test_files_that_disagree_or_are_damaged_are_refused_in_one_line(case: str, folder: Path) -> None:
+    break_it, message = DISAGREE[case]
+    break_it(folder)
+    with pytest.raises(CheckpointError) as caught:
+        read_tokenizer(folder, ROOM)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_chat_template_is_found_in_each_of_its_places(folder: Path) -> None:
+    def template() -> str | None:
+        return read_tokenizer(folder, ROOM).chat_template
+
+    assert template() is None
+    change(folder, "tokenizer_config.json", chat_template=CHAT_TEMPLATE)
+    assert template() == CHAT_TEMPLATE
+    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    change(folder, "tokenizer_config.json", chat_template=named)
+    assert template() == "b"
+    (folder / "chat_template.jinja").write_text("c")
+    assert template() == "c"
+
+
+def test_a_text_ends_at_every_end_token_that_a_file_names(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(checkpoint("llama"), tmp_path / "checkpoint"))
+    write(source, "generation_config.json", {"eos_token_id": [300, 257]})
+    tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    end = {entry["content"]: entry["id"] for entry in tokenizer["added_tokens"]}["<|end|>"]
+    change(source, "tokenizer_config.json", eos_token="<|end|>", bos_token="<|begin|>")
+    assert open_checkpoint(source).config.model.eos_token_ids == (257, 300, end)
+    manifest = export_model(source, tmp_path / "out.edgekv", engine="onnx")
+    assert manifest.special_tokens == {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    assert read_manifest(tmp_path / "out.edgekv") == manifest
+
+
+def test_a_bundle_of_before_names_its_tokens_by_the_models_numbers(
+    checkpoint: Callable[[str], Path], bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(bundle("demo"), tmp_path / "old.edgekv"))
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["special_tokens"]
+    path.write_text(json.dumps(manifest))
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}] * 2
+    old, new = (Text.open(folder, read_manifest(folder)) for folder in (copy, bundle("demo")))
+    assert old.encode_chat(messages) == new.encode_chat(messages)
