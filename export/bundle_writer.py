@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -14,6 +13,7 @@ from pathlib import Path
 from edgekv.bundle import MANIFEST, EmbeddingSpec, Manifest, file_sha256, write_manifest
 from edgekv.contract import ENGINES, FORMS, OPERATORS, WEIGHTS, default_weights
 from edgekv.errors import EdgeKVError, EngineMissing, UsageError
+from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
 
 from .choose_engine import default_engine
 
@@ -62,6 +62,7 @@ def export_model(
         raise UsageError("--operators is for --engine executorch")
     if page_size not in (16, 32, 64, 128):
         raise UsageError(f"page_size {page_size} is not supported; use 16, 32, 64 or 128")
+    remove_abandoned(out.parent, HIDDEN)  # before anything is asked of ``out``: it may come back
     if out.exists() and not force:
         raise UsageError(f"{out} exists; choose another --out, or replace it with --force")
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -157,19 +158,10 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
 
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """Give a folder beside ``out`` that takes its place at the end, and is removed on any error."""
+    """Give a folder beside ``out`` that takes its place at the end, and is removed however the export ends."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with ScratchFolder(out.parent, HIDDEN) as scratch:
+        folder = scratch.path / out.name
+        folder.mkdir()
         yield folder
-        folder.chmod(0o755)
-        if out.exists():
-            old = folder.with_name(folder.name + ".old")
-            out.rename(old)
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        scratch.put(folder, out)

@@ -7,12 +7,12 @@ pages, dropping) is done only where the alternative is to be killed: at the limi
 from __future__ import annotations
 
 import enum
-import tempfile
 from dataclasses import dataclass
 
 import numpy as np
 
 from edgekv.errors import EdgeKVError, UsageError
+from edgekv.scratch import ScratchFolder
 from edgekv.sizes import format_bytes
 from edgekv.spec import RECORD_HEADER_BYTES
 from edgekv.tiers import PressureMode, Tier
@@ -80,7 +80,7 @@ class Governor:
         self._attender = attender
         self._pressure: Pressure = machine.pressure() if options.pressure == PressureMode.AUTO else Calm()
         self._store: PageStore | None = None
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: ScratchFolder | None = None
         self._staging = plan.budget_bytes - plan.arena_bytes if not plan.fits else 0
         #: Reclaim leaves the text as it is: pages are INT8 already, and there is flash to send them to.
         self._safe = plan.compress_at_seal and (manager.store is not None or not options.allow_drop)
@@ -151,7 +151,7 @@ class Governor:
         if self._store is not None:
             self._store.close()
         if self._scratch is not None:
-            self._scratch.cleanup()
+            self._scratch.remove()
 
     def _refill(self) -> None:
         """Bring pages back from flash while there is room, those that would leave last first."""

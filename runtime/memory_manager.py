@@ -11,7 +11,6 @@ importing torch.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import StoreError, UsageError
+from edgekv.scratch import ScratchFolder
 from edgekv.spec import PageSpec
 
 from .kernels.choose import load_kernels
@@ -91,7 +91,7 @@ class MemoryManager:
         self._max_write_per_day = max_write_per_day
         self._cache: KVCache | None = None
         self._store: FlashStore | None = None
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: ScratchFolder | None = None
 
     def initialize_kv_cache(self, model_config: Mapping[str, Any] | object) -> None:
         """Allocate the cache for a model.
@@ -121,8 +121,8 @@ class MemoryManager:
 
     def _open_store(self, spec: PageSpec) -> FlashStore:
         if self._offload_dir is None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="edgekv-")
-            return FlashStore(Path(self._scratch.name), spec)
+            self._scratch = ScratchFolder(None, "edgekv-")
+            return FlashStore(self._scratch.path, spec)
         folder = Path(self._offload_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ class MemoryManager:
             self._store.close()
             self._store = None
         if self._scratch is not None:
-            self._scratch.cleanup()
+            self._scratch.remove()
             self._scratch = None
 
     def __enter__(self) -> MemoryManager:

@@ -120,7 +120,7 @@ def prepare_cache(
         if store is None and not plan.fits and (options.offload is not None or not options.allow_drop):
             store, scratch = open_offload(options.storage, spec, machine.medium)
             if scratch is not None:
-                release.callback(scratch.cleanup)
+                release.callback(scratch.remove)
             release.callback(store.close)
         cache_options = CacheOptions(
             budget_bytes=plan.arena_bytes,

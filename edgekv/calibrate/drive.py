@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import numpy as np
 from edgekv.errors import StoreError
 from edgekv.runtime.storage.reads import QUEUE_DEPTH
 from edgekv.runtime.system.buffers import aligned_rows
+from edgekv.scratch import ScratchFolder
 
 FILE_BYTES = 256 * 1024 * 1024
 SIZES = (4096, 64 * 1024, 1024 * 1024)
@@ -42,8 +42,8 @@ def measure_drive(folder: Path, advance: Callable[[], None] = lambda: None) -> D
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="calibrate-") as scratch:
-            handle, direct = _open(Path(scratch) / "drive")
+        with ScratchFolder(folder, "calibrate-") as scratch:
+            handle, direct = _open(scratch.path / "drive")
             try:
                 return _measure(handle, direct, advance)
             finally:

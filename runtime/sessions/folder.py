@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 from edgekv.bundle import Manifest
 from edgekv.codec import CODEC_VERSION
 from edgekv.errors import SessionError, SessionMismatch, StoreLocked, UsageError
+from edgekv.scratch import ScratchFolder
 from edgekv.spec import PageSpec
 
 from ..storage.cipher import SALT_BYTES, Cipher
@@ -89,14 +89,15 @@ def index_copy(path: Path, name: str = INDEX) -> Iterator[SessionIndex]:
     Raises:
         SessionError: it cannot be read.
     """
-    with tempfile.TemporaryDirectory(prefix="edgekv-index-") as folder:
+    with ScratchFolder(None, "edgekv-") as scratch:
+        folder = scratch.path
         try:
-            shutil.copyfile(path / name, Path(folder) / INDEX)
+            shutil.copyfile(path / name, folder / INDEX)
             if (path / f"{name}-wal").exists():
-                shutil.copyfile(path / f"{name}-wal", Path(folder) / f"{INDEX}-wal")
+                shutil.copyfile(path / f"{name}-wal", folder / f"{INDEX}-wal")
         except OSError as error:
             raise SessionError(f"cannot read {path / name}: {error.strerror}") from error
-        index = SessionIndex(Path(folder) / INDEX)
+        index = SessionIndex(folder / INDEX)
         try:
             yield index
         finally:

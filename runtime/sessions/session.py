@@ -8,8 +8,6 @@ prompt and the session. Whatever is damaged is found by a checksum and never att
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +18,7 @@ import numpy as np
 
 from edgekv.bundle import Manifest
 from edgekv.errors import SessionError, StoreError, UsageError
+from edgekv.scratch import HIDDEN, ScratchFolder
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 from edgekv.tiers import Tier
 
@@ -83,7 +82,7 @@ class Session:
         self._index = index
         self._lock = lock
         self._spec = store.spec
-        self._spill: tempfile.TemporaryDirectory[str] | None = None
+        self._spill: ScratchFolder | None = None
         self._limit: int | None = None
         #: The committed rows that the cache holds; those of ``_state`` are what the index holds.
         self._rows: list[Row] = []
@@ -124,12 +123,12 @@ class Session:
             if manifest is not None:
                 check_key(path, state.meta["key"], session_key(manifest))
             cipher = index.cipher if index is not None else make_cipher(state.meta, path, options.secret)
-            spill = tempfile.TemporaryDirectory(prefix="edgekv-") if lock is None else None
+            spill = ScratchFolder(None, "edgekv-") if lock is None else None
             store = SessionStore(
                 path,
                 PageSpec(**state.meta["pages"]),
                 cipher,
-                Path(spill.name) if spill else None,
+                spill.path if spill else None,
                 medium,
                 WearLedger(path, options.max_bytes_per_day) if lock is not None else None,
             )
@@ -273,20 +272,21 @@ class Session:
         """
         if path.exists():
             raise UsageError(f"{path} exists already; choose another name for the fork")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.mkdir(mode=0o700, parents=True)
-            share_segments(self.path, temporary)
-            index = SessionIndex(temporary / INDEX, create=True)
-            index.begin({**self._state.meta, "created": time.time()})
-            index.cipher = self._cipher
-            index.commit(self._state, 0, 0)
-            index.close()
-            sync_folder(temporary)
-            os.rename(temporary, path)
-            sync_folder(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with ScratchFolder(path.parent, HIDDEN) as scratch:
+                made = scratch.path / path.name
+                made.mkdir(mode=0o700)
+                share_segments(self.path, made)
+                index = SessionIndex(made / INDEX, create=True)
+                index.begin({**self._state.meta, "created": time.time()})
+                index.cipher = self._cipher
+                index.commit(self._state, 0, 0)
+                index.close()
+                sync_folder(made)
+                os.rename(made, path)
+                sync_folder(path.parent)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise SessionError(f"cannot make the session {path}: {error.strerror}") from error
 
     def rewrite(self) -> None:
@@ -366,7 +366,7 @@ class Session:
             os.close(self._lock)
             self._lock = None
         if self._spill is not None:
-            self._spill.cleanup()
+            self._spill.remove()
             self._spill = None
 
     @property

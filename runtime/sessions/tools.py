@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 from edgekv.errors import SessionError, SessionMismatch, UsageError
+from edgekv.scratch import HIDDEN, ScratchFolder
 
 from ..options import SessionOptions
 from ..pages.manager import tag
@@ -182,9 +182,9 @@ def remove(path: Path) -> int:
         freed = sum(
             file.stat().st_blocks * 512 for file in path.iterdir() if file.is_file() and file.stat().st_nlink == 1
         )
-        gone = path.with_name(f".{path.name}.removed-{int(time.time())}")
-        os.rename(path, gone)  # at once: no half of a session is left under its name
-        shutil.rmtree(gone)
+        with ScratchFolder(path.parent, HIDDEN) as scratch:
+            os.rename(path, scratch.path / path.name)  # at once: no half of a session is left under its name
+            shutil.rmtree(scratch.path / path.name)
         sync_folder(path.parent)
         return freed
     except OSError as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.errors import StoreError, UsageError
+from edgekv.scratch import ScratchFolder
 from edgekv.sizes import parse_bytes
 from edgekv.spec import PageSpec
 
@@ -35,7 +35,7 @@ class OffloadOptions:
 
 def open_offload(
     options: OffloadOptions, spec: PageSpec, medium: Medium = SYSTEM
-) -> tuple[PageStore, tempfile.TemporaryDirectory[str] | None]:
+) -> tuple[PageStore, ScratchFolder | None]:
     """Open the flash tier of one run, or the object store below it, and return it with the folder to clean up, if any.
 
     Raises:
@@ -63,14 +63,14 @@ def open_offload(
 
 def _open_flash(
     options: OffloadOptions, spec: PageSpec, chosen: Path | None, medium: Medium
-) -> tuple[PageStore, tempfile.TemporaryDirectory[str] | None]:
+) -> tuple[PageStore, ScratchFolder | None]:
     folder, scratch = chosen or cache_home() / "offload", None
     beside = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if chosen is None or options.encrypt_offload:
-            scratch = tempfile.TemporaryDirectory(dir=folder, prefix="run-")
-            folder = Path(scratch.name)
+            scratch = ScratchFolder(folder, "run-")
+            folder = scratch.path
     except OSError as error:
         raise StoreError(
             f"cannot write the offload folder {folder}: {error.strerror}; choose another with --offload DIR"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from edgekv.bundle import read_manifest
 from edgekv.errors import EngineError, OutOfPages, StoreError, UsageError
 from edgekv.runtime.text import Text
+from edgekv.scratch import ScratchFolder
 
 from ..device import Device
 from ..memory import AppKilled
@@ -41,13 +41,11 @@ def emulate(
         UsageError: the scenario cannot be played at all: no budget is left, the bundle is none, the turns exceed the context.
     """
     context = _context(bundle, scenario)
-    with tempfile.TemporaryDirectory(prefix="edgekv-emulator-") as scratch:
+    with ScratchFolder(None, "edgekv-") as scratch:
         if session is None and scenario.app.session:
-            session = Path(scratch) / "session"
-        app = BundleApp(
-            bundle, device, scenario.app, seed=seed, context=context, session=session, scratch=Path(scratch)
-        )
-        return play(app, device, scenario, progress, scratch=scratch)
+            session = scratch.path / "session"
+        app = BundleApp(bundle, device, scenario.app, seed=seed, context=context, session=session, scratch=scratch.path)
+        return play(app, device, scenario, progress, scratch=str(scratch.path))
 
 
 def emulate_shape(

@@ -14,11 +14,11 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from importlib import metadata, resources
 from pathlib import Path
 
 from edgekv.errors import EngineMissing
+from edgekv.scratch import ScratchFolder
 
 SOURCES = ("shim.cpp", "operators.cpp")
 
@@ -71,11 +71,11 @@ def build_shim(package: Path, cache: Path) -> Path:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        with ScratchFolder(path.parent, "build-") as scratch:
             for name, text in sources.items():
-                (Path(scratch) / name).write_bytes(text)
-            _compile(compiler, package, Path(scratch))
-            os.replace(Path(scratch) / "shim.so", path)
+                (scratch.path / name).write_bytes(text)
+            _compile(compiler, package, scratch.path)
+            os.replace(scratch.path / "shim.so", path)
     except OSError as error:
         raise NoShim(f"the ExecuTorch engine cannot be written to {path.parent}: {error.strerror}") from error
     return path

@@ -206,5 +206,5 @@ def test_offloaded_pages_of_a_run_are_unreadable_without_the_key_of_its_process(
     assert not any(page.tobytes()[:64] in on_flash for page in pages)
     store.close()
     assert scratch is not None
-    scratch.cleanup()
+    scratch.remove()
     assert [left.name for left in tmp_path.iterdir()] == ["wear.jsonl"]

@@ -222,7 +222,7 @@ def test_when_flash_takes_no_more_today_pages_go_on_to_the_object_store(
     np.testing.assert_array_equal(read(store, records, list(range(30))), np.stack(written))
     store.close()
     assert scratch is not None
-    scratch.cleanup()
+    scratch.remove()
 
 
 @pytest.mark.parametrize(
