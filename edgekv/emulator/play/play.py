@@ -58,9 +58,9 @@ def emulate_shape(
     """
     needed = sum((turn.prompt_tokens or 0) + turn.max_tokens for turn in scenario.turns)
     context = scenario.app.context or needed
-    with tempfile.TemporaryDirectory(prefix="edgekv-emulator-") as scratch:
-        app = WeightlessApp(shape, device, scenario.app, seed=seed, context=context, scratch=Path(scratch))
-        return play(app, device, scenario, progress, scratch=scratch)
+    with ScratchFolder(None, "edgekv-") as scratch:
+        app = WeightlessApp(shape, device, scenario.app, seed=seed, context=context, scratch=scratch.path)
+        return play(app, device, scenario, progress, scratch=str(scratch.path))
 
 
 def play(
