@@ -11,21 +11,26 @@ _UNITS = {
     "k": 1000, "kb": 1000, "kib": 1024,
     "m": 1000**2, "mb": 1000**2, "mib": 1024**2,
     "g": 1000**3, "gb": 1000**3, "gib": 1024**3,
+    "t": 1000**4, "tb": 1000**4, "tib": 1024**4,
 }  # fmt: skip
 
 
+#: No size is larger: a billion times a gigabyte.
+_LARGEST_BYTES = 2**60
+
+
 def parse_bytes(text: str) -> int:
-    """Read a size such as ``64MiB``, ``1.5 GB`` or ``4096`` as bytes.
+    """Read a size such as ``64MiB``, ``1.5 GB``, ``1TB`` or ``4096`` as bytes.
 
     Raises:
-        UsageError: the text is not a positive size.
+        UsageError: the text is not a size above zero.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(f"not a size: {text!r}; write it like 64MiB, 1.5GB or a number of bytes")
     size_bytes = int(float(match[1]) * _UNITS[match[2].lower()])
-    if size_bytes <= 0:
-        raise UsageError(f"a size must be above zero: {text!r}")
+    if not 0 < size_bytes <= _LARGEST_BYTES:
+        raise UsageError(f"a size must be above zero and at most 1048576TiB: {text!r}")
     return size_bytes
 
 

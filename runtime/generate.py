@@ -18,10 +18,11 @@ import numpy as np
 
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.errors import UsageError
+from edgekv.settings import KV_BUDGET, MAX_TOKENS, PROMPT, whole_numbers
 
 from .decoder.base import Rows
 from .engines.base import Float
-from .governor import Level, Reclaim
+from .governor import LEVEL, Level, Reclaim
 from .keeper import SessionKeeper, with_prefix
 from .kernels.choose import load_kernels
 from .kernels.interface import Kernels
@@ -135,10 +136,11 @@ class Generator:
             progress: called during prefill with (tokens done, tokens to do).
 
         Raises:
+            UsageError: an argument has another type or is out of range, such as a token beyond the vocabulary.
             PromptTooLong: the prompt and max_tokens exceed the context. BudgetError: the budget is too small.
             OutOfPages, StoreError: no room, or flash failed; the text so far is right.
         """
-        tokens = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = self.text.encode(PROMPT.check(prompt)) if isinstance(prompt, str) else self._ids(prompt)
         stream = TextStream(self.text, stop)
         for token in self.tokens(tokens, max_tokens=max_tokens, sampling=sampling, progress=progress):
             yield stream.push(token)
@@ -159,7 +161,7 @@ class Generator:
         sampler = Sampler(sampling)
         self.stats.seed = sampler.seed if sampling.temperature else None
         stop_tokens = self.manifest.model.eos_token_ids
-        logits = self.prefill(prompt, max_tokens=max_tokens, progress=progress)
+        logits = self.prefill(prompt, max_tokens=MAX_TOKENS.check(max_tokens), progress=progress)
         sequence = list(prompt)
         try:
             for count in range(max_tokens):
@@ -183,7 +185,7 @@ class Generator:
         self, prompt: Sequence[int], *, max_tokens: int, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> Float:
         """Bring the cache to hold the prompt and return the logits after its last token [vocab_size] float32."""
-        prompt = prompt or [self.manifest.model.bos_token_id or 0]
+        prompt = self._ids(prompt) or [self.manifest.model.bos_token_id or 0]
         fresh, machine = self.prepared is None, self._machine
         self._keeper = with_prefix(self._keeper, self.options, self.manifest, prompt, fresh=fresh, machine=machine)
         self.prepare(len(prompt), max_tokens)
@@ -210,18 +212,24 @@ class Generator:
 
     def step(self, tokens: Sequence[int]) -> Float:
         """Add tokens and return the logits after the last one."""
-        logits: Float = self._run(tokens, "last")[-1]
+        logits: Float = self._run(self._ids(tokens), "last")[-1]
         return logits
 
     def score(self, tokens: Sequence[int]) -> Float:
         """Add tokens and return the logits after each of them [T, vocab_size] (teacher forcing); not with a session."""
         if self._keeper is not None:
             raise UsageError("score() computes every token; use it without a session")
+        tokens = self._ids(tokens)
         self.prepare(len(self._tokens) + len(tokens), 0)
         parts = []
         for start in range(0, len(tokens), self.options.prefill_chunk):
             parts.append(self._run(tokens[start : start + self.options.prefill_chunk], "all").copy())
         return np.concatenate(parts)
+
+    def _ids(self, tokens: Sequence[int]) -> list[int]:
+        """Check that tokens are numbers of the vocabulary, and return them as plain integers."""
+        ids: list[int] = whole_numbers(tokens, "a token", most=self.manifest.model.vocab_size - 1).tolist()
+        return ids
 
     def _run(self, tokens: Sequence[int], rows: Rows) -> Float:
         prepared = self.prepared
@@ -304,6 +312,7 @@ class Generator:
 
     def set_budget(self, kv_budget: int | str) -> Reclaim | None:
         """Change the KV budget, between two tokens; see :meth:`Governor.set_budget`. Before the first prompt: None."""
+        KV_BUDGET.check(kv_budget)
         if self.prepared is None:
             self.options = replace(self.options, kv_budget=kv_budget)
             return None
@@ -311,7 +320,8 @@ class Generator:
 
     def on_pressure(self, level: Level | str) -> Reclaim | None:
         """Tell, between two tokens, how short memory is; see :meth:`Governor.on_pressure`."""
-        return self.prepared.governor.on_pressure(Level(level)) if self.prepared is not None else None
+        level = LEVEL.check(level)
+        return self.prepared.governor.on_pressure(level) if self.prepared is not None else None
 
     def report(self) -> RunStats:
         """Return the counters of the run, with what the cache holds now and the peak RSS of the process."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from edgekv.errors import EdgeKVError, UsageError
 from edgekv.scratch import ScratchFolder
+from edgekv.settings import KV_BUDGET, Mode
 from edgekv.sizes import format_bytes
 from edgekv.spec import RECORD_HEADER_BYTES
 from edgekv.tiers import PressureMode, Tier
@@ -41,6 +42,10 @@ class Level(str, enum.Enum):
     NONE = "none"  #: the budget of the start is there again
     MODERATE = "moderate"  #: give back a quarter of what is in use
     CRITICAL = "critical"  #: keep only what the run needs at the least
+
+
+#: What :meth:`Governor.on_pressure` takes.
+LEVEL = Mode("level", Level)
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Governor:
             BudgetError: it is too small; the message says how much is needed. UsageError: it is above that of the start.
                 OutOfPages, StoreError: not enough could be reclaimed, and the old budget stays.
         """
-        budget_bytes = resolve_budget(kv_budget, self._manager.spec, self._context) or 0
+        budget_bytes = resolve_budget(KV_BUDGET.check(kv_budget), self._manager.spec, self._context) or 0
         if budget_bytes > self._most:
             raise UsageError(
                 f"the budget cannot grow to {format_bytes(budget_bytes)}: this run began with"

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv import settings
 from edgekv.bundle import Manifest
 from edgekv.errors import StoreError, UsageError
 from edgekv.tiers import KVMode
@@ -26,7 +27,6 @@ from .sessions.prefixes import find_prefix
 from .sessions.restore import common_prefix
 from .sessions.session import Session
 from .storage.objects import is_url
-from .storage.wear import daily_limit
 
 
 class SessionKeeper:
@@ -50,7 +50,7 @@ class SessionKeeper:
         self._now = machine.now
         if prefix is None:
             assert options.session is not None
-            limit = daily_limit(options.max_write_per_day)
+            limit = settings.MAX_WRITE_PER_DAY.optional(options.max_write_per_day)
             limited = replace(options.session, max_bytes_per_day=limit)
             prefix = Session.open(limited, manifest, medium=machine.medium)
         self.session = prefix

@@ -22,6 +22,19 @@ from numpy.typing import NDArray
 
 from edgekv.errors import StoreError, UsageError
 from edgekv.scratch import ScratchFolder
+from edgekv.settings import (
+    ALLOW_DROP,
+    MAX_MEMORY_MB,
+    MAX_WRITE_PER_DAY,
+    MEMORY_THRESHOLD_PERCENT,
+    N_PAGES,
+    OFFLOAD_DIR,
+    PAGE_SIZE,
+    QUANTIZATION_ENABLED,
+    Whole,
+    shown,
+    whole_numbers,
+)
 from edgekv.spec import PageSpec
 
 from .kernels.choose import load_kernels
@@ -51,10 +64,10 @@ class MemoryManager:
         offload_dir: folder for pages that do not fit; None uses a private temporary file.
         allow_drop: let pages be forgotten when nothing else helps. Reading their tokens is a clear error.
         policy: who goes first: ``lru``, ``heavy``, ``window`` or ``random``.
-        max_write_per_day: bytes that all who use ``offload_dir`` may write there in a day.
+        max_write_per_day: bytes, or ``"2GB"``, that all who use ``offload_dir`` may write there in a day.
 
     Raises:
-        UsageError: an argument makes no sense.
+        UsageError: an argument has another type or is out of the range in :mod:`edgekv.settings`.
     """
 
     def __init__(
@@ -67,28 +80,22 @@ class MemoryManager:
         offload_dir: str | Path | None = None,
         allow_drop: bool = False,
         policy: str = "lru",
-        max_write_per_day: int | None = None,
+        max_write_per_day: int | str | None = None,
     ) -> None:
-        if max_memory_mb <= 0:
-            raise UsageError(f"max_memory_mb must be above zero, not {max_memory_mb}")
-        if not 0 < memory_threshold_percent <= 100:
-            raise UsageError(
-                f"memory_threshold_percent must be above 0 and at most 100, not {memory_threshold_percent}"
-            )
-        self.page_size = page_size
+        self.page_size = PAGE_SIZE.check(page_size)
         self._options = CacheOptions(
-            budget_bytes=int(max_memory_mb * 1024 * 1024),
+            budget_bytes=int(MAX_MEMORY_MB.check(max_memory_mb) * 1024 * 1024),
             compress_at_seal=False,
-            compress=quantization_enabled,
-            allow_drop=allow_drop,
-            threshold=memory_threshold_percent / 100,
+            compress=QUANTIZATION_ENABLED.check(quantization_enabled),
+            allow_drop=ALLOW_DROP.check(allow_drop),
+            threshold=MEMORY_THRESHOLD_PERCENT.check(memory_threshold_percent) / 100,
             policy=make_policy(policy),
             merge_layers=None,
         )
         if max_write_per_day is not None and offload_dir is None:
             raise UsageError("max_write_per_day counts what goes to a folder over time; give offload_dir with it")
-        self._offload_dir = offload_dir
-        self._max_write_per_day = max_write_per_day
+        self._offload_dir = OFFLOAD_DIR.optional(offload_dir)
+        self._max_write_per_day = MAX_WRITE_PER_DAY.optional(max_write_per_day)
         self._cache: KVCache | None = None
         self._store: FlashStore | None = None
         self._scratch: ScratchFolder | None = None
@@ -123,7 +130,7 @@ class MemoryManager:
         if self._offload_dir is None:
             self._scratch = ScratchFolder(None, "edgekv-")
             return FlashStore(self._scratch.path, spec)
-        folder = Path(self._offload_dir)
+        folder = self._offload_dir
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -199,11 +206,11 @@ class MemoryManager:
 
     def compress_pages(self, n_pages: int = 1) -> int:
         """Compress up to ``n_pages`` full fp16 pages to INT8 now; returns how many."""
-        return self.cache.manager.compress(n_pages)
+        return self.cache.manager.compress(N_PAGES.check(n_pages))
 
     def offload_pages(self, n_pages: int = 1) -> int:
         """Move up to ``n_pages`` INT8 pages to the offload folder now; returns how many."""
-        return self.cache.manager.offload(n_pages)
+        return self.cache.manager.offload(N_PAGES.check(n_pages))
 
     def locate(self, *, layer_idx: int, token_index: int) -> dict[str, Any]:
         """Say where a token is: page, slot, tier, and which tokens share its page.
@@ -250,17 +257,11 @@ class MemoryManager:
         self.close()
 
     def _check_layer(self, layer: int) -> None:
-        if not 0 <= layer < self.cache.spec.n_layers:
-            raise UsageError(
-                f"layer_idx {layer} is out of range; the model has layers 0 to {self.cache.spec.n_layers - 1}"
-            )
+        Whole("layer_idx", 0, self.cache.spec.n_layers - 1).check(layer)
 
     @staticmethod
     def _tokens(token_indices: Sequence[int]) -> NDArray[np.int64]:
-        tokens = np.asarray(token_indices, np.int64).reshape(-1)
-        if (tokens < 0).any():
-            raise UsageError(f"token indices are numbers from 0 up, not {int(tokens.min())}")
-        return tokens
+        return whole_numbers(token_indices, "token_indices", most=2**31 - 1)
 
 
 _TIER_NAMES = ("HOT", "WARM", "COLD", "REMOTE", "DROPPED", "FREE")
@@ -279,7 +280,10 @@ def _look_up(config: Mapping[str, Any] | object, names: Sequence[str], *, requir
 def _as_float32(array: Any, name: str, shape: tuple[int, int, int]) -> Float:
     if hasattr(array, "detach"):  # a torch tensor; bfloat16 has no NumPy twin, so it becomes float first
         array = array.detach().cpu().float().numpy()
-    result = np.ascontiguousarray(array, dtype=np.float32)
+    try:
+        result = np.ascontiguousarray(array, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name} must be an array of numbers, not {shown(array)}") from error
     if result.shape != shape:
         raise UsageError(f"{name} has shape {result.shape}; expected {shape}: tokens, KV heads, head size")
     if not np.isfinite(result).all():

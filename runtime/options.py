@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from edgekv.errors import PromptTooLong
+from edgekv import settings
+from edgekv.errors import PromptTooLong, UsageError
 from edgekv.tiers import KVMode, PressureMode
 
 from .storage.objects import PATIENCE_S
@@ -20,6 +22,9 @@ class SessionOptions:
     ``checkpoint_tokens``, ``checkpoint_seconds``: save after so many new tokens or seconds, 0 is never; it is saved at the
     end of each answer and when it is closed in any case. ``secret``: encrypt with this; see :mod:`edgekv.runtime.storage.cipher`.
     ``max_bytes_per_day``: of pages written; beyond it the session is not saved, and says so.
+
+    Raises:
+        UsageError: a value has another type or is out of the range in :mod:`edgekv.settings`.
     """
 
     path: Path
@@ -27,6 +32,17 @@ class SessionOptions:
     checkpoint_seconds: float = 0.0
     secret: bytes | None = None
     max_bytes_per_day: int | None = None
+
+    def __post_init__(self) -> None:
+        settings.check_all(self, _SESSION, optional=("max_bytes_per_day",))
+
+
+_SESSION: dict[str, settings.Setting[Any]] = {
+    "path": settings.SESSION,
+    "checkpoint_tokens": settings.CHECKPOINT_TOKENS,
+    "checkpoint_seconds": settings.CHECKPOINT_SECONDS,
+    "max_bytes_per_day": settings.MAX_WRITE_PER_DAY,
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,12 @@ class RunOptions:
     ``own_process``: nothing else in this process runs on ONNX Runtime, so that all its sessions may share one pool of
     threads; decoding is then up to a quarter faster, and sessions of others must set ``use_per_session_threads=False``.
     ``pressure``: ``auto`` gives memory back when the system runs short of it; see :mod:`edgekv.runtime.governor`.
-    ``attend``: ``exact``, or ``selective`` and its forms: see :func:`edgekv.runtime.attention.select.parse_attend`.
+    ``attend``: ``exact``, or ``selective`` and its forms: see :func:`edgekv.settings.parse_attend`.
+
+    Types and ranges are those of :mod:`edgekv.settings`, the same as on the command line.
+
+    Raises:
+        UsageError: a value has another type or is out of range; the message names it.
     """
 
     kv_budget: int | str | None = None
@@ -64,12 +85,28 @@ class RunOptions:
     own_process: bool = False
     pressure: PressureMode = PressureMode.AUTO
 
+    def __post_init__(self) -> None:
+        settings.check_all(self, _RUN, optional=("kv_budget", "context", "offload", "flash_limit", "max_write_per_day"))
+        if self.session is not None and not isinstance(self.session, SessionOptions):
+            raise UsageError(f"session must be SessionOptions or None, not {settings.shown(self.session)}")
+
     @property
     def storage(self) -> OffloadOptions:
         """Where pages go that leave RAM."""
         return OffloadOptions(
             self.offload, self.flash_limit, self.offload_patience_s, self.max_write_per_day, self.encrypt_offload
         )
+
+
+_RUN: dict[str, settings.Setting[Any]] = {
+    setting.name: setting
+    for setting in (
+        settings.KV_BUDGET, settings.KV, settings.CONTEXT, settings.POLICY, settings.ATTEND, settings.OFFLOAD,
+        settings.FLASH_LIMIT, settings.OFFLOAD_PATIENCE_S, settings.ALLOW_DROP, settings.MAX_WRITE_PER_DAY,
+        settings.THREADS, settings.PREFILL_CHUNK, settings.PREFIXES, settings.ENCRYPT_OFFLOAD, settings.OWN_PROCESS,
+        settings.PRESSURE,
+    )
+}  # fmt: skip
 
 
 def verified_stamp(bundle: Path) -> Path:

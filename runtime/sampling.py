@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import UsageError
+from edgekv.settings import REPETITION_PENALTY, SEED, TEMPERATURE, TOP_K, TOP_P, check_all, shown
+
+_SETTINGS = (TEMPERATURE, TOP_K, TOP_P, REPETITION_PENALTY, SEED)
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class SamplingOptions:
     1909.05858). ``seed``: equal seeds give equal text; None is another one each time.
 
     Raises:
-        UsageError: a value makes no sense.
+        UsageError: a value has another type or is out of the range in :mod:`edgekv.settings`.
     """
 
     temperature: float = 0.0
@@ -30,16 +33,7 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UsageError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise UsageError(f"top-k must be 0 (all) or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p must be above 0 and at most 1, not {self.top_p}")
-        if self.repetition_penalty <= 0:
-            raise UsageError(f"repetition-penalty must be above 0, not {self.repetition_penalty}")
-        if self.seed is not None and not 0 <= self.seed < 1 << 64:
-            raise UsageError(f"seed must be at least 0 and below 2^64, not {self.seed}")
+        check_all(self, {setting.name: setting for setting in _SETTINGS}, optional=("seed",))
 
 
 class Sampler:
@@ -53,6 +47,8 @@ class Sampler:
     """
 
     def __init__(self, options: SamplingOptions) -> None:
+        if not isinstance(options, SamplingOptions):
+            raise UsageError(f"sampling must be SamplingOptions, not {shown(options)}")
         self._options = options
         self.seed = options.seed if options.seed is not None else secrets.randbits(48)
 
@@ -71,11 +67,13 @@ class Sampler:
             logits[known] = np.where(old > 0, old / penalty, old * penalty)
         if options.temperature == 0:
             return int(np.argmax(logits))
-        scores = logits.astype(np.float64) / options.temperature
+        scores = logits.astype(np.float64)
+        with np.errstate(over="ignore"):  # a tiny temperature is greedy
+            scores = (scores - scores.max()) / options.temperature
         order = np.argsort(-scores, kind="stable")
         if options.top_k:
             order = order[: options.top_k]
-        weights = np.exp(scores[order] - scores[order[0]])
+        weights = np.exp(scores[order])
         weights /= weights.sum()
         if options.top_p < 1.0:
             # The token that crosses the limit stays in.

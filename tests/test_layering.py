@@ -13,7 +13,7 @@ from tests.import_graph import ROOT, circles, graph, imports, modules
 FLOORS = (
     ("edgekv.errors", "edgekv.tiers", "edgekv.sizes", "edgekv.spec", "edgekv.codec", "edgekv.seam", "edgekv.contract",
      "edgekv.bundle", "edgekv.jail", "edgekv.model_config", "edgekv.schema",
-     "edgekv.scratch"),
+     "edgekv.scratch", "edgekv.settings"),
     ("edgekv.device_profiles",),
     ("edgekv.runtime", "edgekv.export"),
     ("edgekv.verify", "edgekv.plan", "edgekv.emulator"),

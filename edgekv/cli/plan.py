@@ -19,7 +19,7 @@ from edgekv.errors import ProfileError, UsageError
 from edgekv.plan import Plan, PlannedModel, Workload, advise, make_plan, read_model
 from edgekv.plan.advice import Advice
 from edgekv.plan.planner import SUSTAINED_S
-from edgekv.runtime.attention.select import parse_attend
+from edgekv.settings import parse_attend
 from edgekv.sizes import format_bytes
 
 #: Tokens of an answer, when --prompt does not say how much of the context is prompt.

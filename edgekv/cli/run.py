@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from edgekv import settings
 from edgekv.bundle import read_manifest
 from edgekv.errors import EdgeKVError, UsageError
 from edgekv.sizes import format_bytes
 from edgekv.tiers import KVMode, PressureMode
 
 from .interrupt import Interrupted, Signals
+from .options import argument, option
 from .sessions import continued, remembered, session_facts, session_line, session_options
 
 if TYPE_CHECKING:
@@ -62,44 +64,43 @@ Examples:
 
 def run_command(
     command: typer.Context,
-    bundle: Annotated[Path, typer.Argument(help="A folder made by `edgekv export`.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="Read the prompt from a file; - is stdin.")] = None,
+    bundle: Annotated[Path, argument(settings.BUNDLE, "BUNDLE", help="A folder made by `edgekv export`.")],
+    prompt: Annotated[str | None, option(settings.PROMPT, "--prompt", "-p", help="The prompt.")] = None,
+    prompt_file: Annotated[Path | None, option(settings.FILE, "--prompt-file", "-f", help="Read the prompt from a file; - is stdin.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Hold a conversation: one line per turn from stdin.")] = False,
-    system: Annotated[str | None, typer.Option("--system", help="System message of the conversation.")] = None,
-    profile: Annotated[str | None, typer.Option("--profile", help="Device whose memory sets the KV budget; see `edgekv profiles`.")] = None,
-    kv_budget: Annotated[str | None, typer.Option("--kv-budget", metavar="SIZE|SHARE", help="RAM for keys and values: 64MiB, or 25% of the fp16 cache of the context.")] = None,
-    context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens in the sequence at the most. Default: what the prompt and --max-tokens need; 8192 with --chat.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to generate at the most.")] = 256,
-    kv: Annotated[KVMode, typer.Option("--kv", help="auto: fp16 while the context fits the budget, INT8 otherwise. int8: from the first full page. fp16: until memory runs out.")] = KVMode.AUTO,
-    policy: Annotated[str, typer.Option("--policy", help="Which pages leave RAM first: lru, heavy, window, random.")] = "lru",
-    attend: Annotated[str, typer.Option("--attend", metavar="exact|selective[:N|:SHARE|:EPSILON]", help="selective: each new token attends to the pages that matter most, N per layer, a share (25%), as many as prove that less than EPSILON of the attention is missed, or as many as stay in RAM. Changes results, and bounds by how much.")] = "exact",
-    offload: Annotated[str | None, typer.Option("--offload", metavar="DIR|URL", help="Where pages go that do not fit: a folder, or an object store like s3://bucket/prefix, gs://, az:// or file:// (pip install 'edgekv[cloud]'; credentials from the environment). Default: a private file in the user's cache folder.")] = None,
-    flash_limit: Annotated[str | None, typer.Option("--flash-limit", metavar="SIZE", help="With --offload URL: keep so much on flash, and only the rest in the object store. Default: nothing.")] = None,
-    offload_patience: Annotated[float, typer.Option("--offload-patience", metavar="SECONDS", min=1, help="With --offload URL: give up after so long without an answer, retries included.")] = 60.0,
+    system: Annotated[str | None, option(settings.SYSTEM, "--system", help="System message of the conversation.")] = None,
+    profile: Annotated[str | None, option(settings.PROFILE, "--profile", help="Device whose memory sets the KV budget; see `edgekv profiles`.")] = None,
+    kv_budget: Annotated[str | None, option(settings.KV_BUDGET, "--kv-budget", help="RAM for keys and values: 64MiB, or 25% of the fp16 cache of the context.")] = None,
+    context: Annotated[int | None, option(settings.CONTEXT, "--context", help="Tokens in the sequence at the most. Default: what the prompt and --max-tokens need; 8192 with --chat.")] = None,
+    max_tokens: Annotated[int, option(settings.MAX_TOKENS, "--max-tokens", "-n", help="Tokens to generate at the most.")] = 256,
+    kv: Annotated[KVMode, option(settings.KV, "--kv", help="auto: fp16 while the context fits the budget, INT8 otherwise. int8: from the first full page. fp16: until memory runs out.")] = KVMode.AUTO,
+    policy: Annotated[str, option(settings.POLICY, "--policy", help="Which pages leave RAM first: lru, heavy, window, random.")] = "lru",
+    attend: Annotated[str, option(settings.ATTEND, "--attend", help="selective: each new token attends to the pages that matter most, N per layer, a share (25%), as many as prove that less than EPSILON of the attention is missed, or as many as stay in RAM. Changes results, and bounds by how much.")] = "exact",
+    offload: Annotated[str | None, option(settings.OFFLOAD, "--offload", help="Where pages go that do not fit: a folder, or an object store like s3://bucket/prefix, gs://, az:// or file:// (pip install 'edgekv[cloud]'; credentials from the environment). Default: a private file in the user's cache folder.")] = None,
+    flash_limit: Annotated[int | None, option(settings.FLASH_LIMIT, "--flash-limit", help="With --offload URL: keep so much on flash, and only the rest in the object store. Default: nothing.")] = None,
+    offload_patience: Annotated[float, option(settings.OFFLOAD_PATIENCE_S, "--offload-patience", metavar="SECONDS", help="With --offload URL: give up after so long without an answer, retries included.")] = 60.0,
     allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Forget pages that do not fit, instead of writing them to flash (unless --offload is given). Changes results.")] = False,
-    max_write_per_day: Annotated[str | None, typer.Option("--max-write-per-day", metavar="SIZE", help="What all runs with this offload folder (or session) may write to flash in a day, UTC. Beyond it pages stay in RAM as far as they fit. See `edgekv stats`.")] = None,
-    pressure: Annotated[PressureMode, typer.Option("--pressure", help="auto: give memory back when a control group nears its limit or the system stalls for memory (Linux).")] = PressureMode.AUTO,
-    session: Annotated[Path | None, typer.Option("--session", metavar="FILE", help="Keep the sequence in FILE (a folder) across runs; what a later prompt shares with it is not computed again. Pages are INT8.")] = None,
+    max_write_per_day: Annotated[int | None, option(settings.MAX_WRITE_PER_DAY, "--max-write-per-day", help="What all runs with this offload folder (or session) may write to flash in a day, UTC. Beyond it pages stay in RAM as far as they fit. See `edgekv stats`.")] = None,
+    pressure: Annotated[PressureMode, option(settings.PRESSURE, "--pressure", help="auto: give memory back when a control group nears its limit or the system stalls for memory (Linux).")] = PressureMode.AUTO,
+    session: Annotated[Path | None, option(settings.FILE, "--session", metavar="FILE", help="Keep the sequence in FILE (a folder) across runs; what a later prompt shares with it is not computed again. Pages are INT8.")] = None,
     resume: Annotated[bool, typer.Option("--continue", help="Go on with the session where it stopped; a prompt is added to its end.")] = False,
     checkpoint_every: Annotated[str | None, typer.Option("--checkpoint-every", metavar="N|SECONDS", help="Save the session after so many new tokens (64) or seconds (30s), and at the end. Default: 64.")] = None,
     encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt the session with a key from --key-file, $EDGEKV_SESSION_KEY or the keyring. Without --session: encrypt offloaded pages with a key that ends with the process.")] = False,
-    key_file: Annotated[Path | None, typer.Option("--key-file", metavar="FILE", help="Secret of 16 bytes or more; implies --encrypt.")] = None,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Keep the most likely tokens up to this mass.")] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Keep this many tokens; 0 keeps all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Above 1 makes repeated tokens less likely.")] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Equal seeds give equal text. Default: another one each time; --json says which.")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be given several times.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: the cores of this process, 4 at the most.")] = None,
+    key_file: Annotated[Path | None, option(settings.FILE, "--key-file", metavar="FILE", help="Secret of 16 bytes or more; implies --encrypt.")] = None,
+    temperature: Annotated[float, option(settings.TEMPERATURE, "--temperature", "-t", help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, option(settings.TOP_P, "--top-p", help="Keep the most likely tokens up to this mass.")] = 1.0,
+    top_k: Annotated[int, option(settings.TOP_K, "--top-k", help="Keep this many tokens; 0 keeps all.")] = 0,
+    repetition_penalty: Annotated[float, option(settings.REPETITION_PENALTY, "--repetition-penalty", help="Above 1 makes repeated tokens less likely.")] = 1.0,
+    seed: Annotated[int | None, option(settings.SEED, "--seed", help="Equal seeds give equal text. Default: another one each time; --json says which.")] = None,
+    stop: Annotated[list[str] | None, option(settings.STOP, "--stop", help="End before this string; may be given several times.")] = None,
+    threads: Annotated[int | None, option(settings.THREADS, "--threads", help="Default: the cores of this process, 4 at the most.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object (text and statistics) instead of text.")] = False,
-    stats: Annotated[Path | None, typer.Option("--stats", metavar="FILE", help="Write the statistics to a file, as JSON.")] = None,
+    stats: Annotated[Path | None, option(settings.FILE, "--stats", metavar="FILE", help="Write the statistics to a file, as JSON.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No statistics on stderr.")] = False,
 ) -> None:  # fmt: skip
     """Generate text from a bundle, inside a memory budget. The text goes to stdout, everything else to stderr."""
     from edgekv.runtime.generate import Generator, RunOptions, default_threads
     from edgekv.runtime.sampling import SamplingOptions
-    from edgekv.runtime.storage.objects import is_url
 
     given = [
         name
@@ -122,7 +123,7 @@ def run_command(
         budget = _profile_budget(profile, bundle, console, quiet=quiet)
     options = RunOptions(
         kv_budget=budget, kv=kv, context=context, policy=policy, allow_drop=allow_drop, attend=attend,
-        offload=offload if is_url(offload) or offload is None else Path(offload), flash_limit=flash_limit,
+        offload=offload, flash_limit=flash_limit,
         offload_patience_s=offload_patience, encrypt_offload=encrypt and session is None,
         threads=threads or default_threads(), own_process=True, session=kept, max_write_per_day=max_write_per_day,
         pressure=pressure,

@@ -30,7 +30,8 @@ from edgekv.runtime.pages.cache import KVCache
 from edgekv.runtime.storage.interface import PageStore
 from edgekv.runtime.storage.ring import PageReader
 from edgekv.runtime.system.pressure import Calm, Pressure
-from edgekv.sizes import format_bytes, parse_bytes
+from edgekv.settings import APP_LIMIT, SEED
+from edgekv.sizes import format_bytes
 from edgekv.spec import ModelSpec, PageSpec
 from edgekv.tiers import Tier
 
@@ -73,12 +74,12 @@ class Device:
     ) -> None:
         found = profile if isinstance(profile, DeviceProfile) else load(str(profile))
         if app_limit is not None:
-            found = _with_limit(found, parse_bytes(app_limit) if isinstance(app_limit, str) else app_limit)
+            found = _with_limit(found, APP_LIMIT.check(app_limit))
         self.profile = found
         self._agenda = Agenda()
         self.memory = AppMemory(found.memory, found.memory.app_limit_bytes.value)
         self.clock = Clock(found.thermal, self._agenda, self.memory.check)
-        self.medium = EmulatedMedium(found.flash, self.clock, seed)
+        self.medium = EmulatedMedium(found.flash, self.clock, SEED.check(seed))
         self.timeline = Timeline()
         self._link = LinkTraffic(link or Link())
         self.pages_used = self.pages_fetched = 0

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekv.runtime.attention.select import parse_attend
 from edgekv.runtime.engines.base import Float
 from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.settings import parse_attend
 
 from .baselines import Baseline, all_baselines
 from .controls import Control

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgekv.errors import BudgetError, UsageError
-from edgekv.runtime.attention.select import parse_attend
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.text import Text
+from edgekv.settings import parse_attend
 
 from .baselines import LEAST_WINDOW, Baseline, least_arena_bytes
 from .controls import Control

@@ -16,6 +16,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.settings import AttendOptions
 from edgekv.spec import RECORD_HEADER_BYTES, ModelSpec
 from edgekv.tiers import Tier
 
@@ -28,7 +29,7 @@ from ..storage.interface import PageStore
 from ..storage.record import Wanted
 from ..storage.ring import PageReader
 from .native_walk import Streaming
-from .select import AttendOptions, Choice, SelectionLog, Selector, make_selector
+from .select import Choice, SelectionLog, Selector, make_selector
 from .walk import Lookahead, Piece, wanted_records
 
 Float = NDArray[np.float32]

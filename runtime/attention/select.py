@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import UsageError
+from edgekv.settings import AttendOptions, parse_attend
 from edgekv.spec import ModelSpec
 from edgekv.tiers import Tier
 
@@ -29,45 +30,6 @@ Mask = NDArray[np.bool_]
 
 #: A share of the pages leaves at least so many to choose, beside those that are always taken.
 LEAST_CHOSEN = 4
-
-
-@dataclass(frozen=True)
-class AttendOptions:
-    """Which pages a step of one token attends to; several tokens at once (prefill) attend to all.
-
-    ``pages``: at most so many per layer. ``share``: at most this share of the pages of a layer. ``epsilon``: as many as it takes
-    to prove that less than this part of every head's mass is missing. None of them, when ``selective``: as many as stay in RAM.
-    """
-
-    selective: bool = False
-    pages: int | None = None
-    share: float | None = None
-    epsilon: float | None = None
-
-
-def parse_attend(text: str) -> AttendOptions:
-    """Read ``exact``, ``selective``, ``selective:64`` (pages), ``selective:25%`` or ``selective:0.01`` (epsilon).
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    mode, _, argument = text.partition(":")
-    if mode in ("exact", "selective") and text == mode:
-        return AttendOptions(selective=mode == "selective")
-    if mode == "selective":
-        try:
-            if argument.endswith("%") and float(argument[:-1]) > 0:
-                return AttendOptions(True, share=float(argument[:-1]) / 100)
-            if argument.isdecimal() and int(argument) > 0:
-                return AttendOptions(True, pages=int(argument))
-            if 0 <= float(argument) < 1:
-                return AttendOptions(float(argument) > 0, epsilon=float(argument))
-        except ValueError:
-            pass
-    raise UsageError(
-        f"--attend {text!r} is not understood; write exact, selective, selective:64 (pages per layer), selective:25% (of the"
-        " pages) or selective:0.01 (part of the mass that may be missing)"
-    )
 
 
 @dataclass

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from edgekv.errors import BudgetError, UsageError
-from edgekv.sizes import format_bytes, parse_bytes
+from edgekv.errors import BudgetError
+from edgekv.settings import KV_BUDGET
+from edgekv.sizes import format_bytes
 from edgekv.spec import PageSpec
 from edgekv.tiers import KVMode
 
@@ -53,17 +54,7 @@ def resolve_budget(kv_budget: int | str | None, spec: PageSpec, context: int) ->
     Raises:
         UsageError: it is not a size or a share.
     """
-    if kv_budget is None or isinstance(kv_budget, int):
-        return kv_budget
-    if kv_budget.strip().endswith("%"):
-        try:
-            share = float(kv_budget.strip()[:-1])
-        except ValueError:
-            share = 0.0
-        if share <= 0:
-            raise UsageError(f"not a share: {kv_budget!r}; write it like 25%")
-        return int(spec.fp16_cache_bytes(context) * share / 100)
-    return parse_bytes(kv_budget)
+    return KV_BUDGET.size_bytes(kv_budget, spec.fp16_cache_bytes(context)) if kv_budget is not None else None
 
 
 def plan_budget(

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.errors import UsageError
+from edgekv.settings import POLICY
 
 from .table import PageTable
 
@@ -97,9 +97,7 @@ def make_policy(name: str) -> Policy:
         UsageError: there is none.
     """
     policies: dict[str, Policy] = {policy.name: policy for policy in (LRU(), Heavy(), Window(), Random())}
-    if name not in policies:
-        raise UsageError(f"unknown policy {name!r}; choose one of {', '.join(policies)}")
-    return policies[name]
+    return policies[POLICY.check(name)]
 
 
 @dataclass(frozen=True)

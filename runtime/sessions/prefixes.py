@@ -18,6 +18,7 @@ from pathlib import Path
 
 from edgekv.bundle import Manifest
 from edgekv.errors import SessionError, SessionMismatch, StoreError, UsageError
+from edgekv.settings import PREFIX_BYTES
 
 from ..options import SessionOptions
 from ..storage.segments import segment_paths
@@ -48,8 +49,12 @@ def prefix_root() -> Path:
 
 
 def limit_bytes() -> int:
-    """Return the size limit of the cache in bytes."""
-    return int(os.environ.get("EDGEKV_PREFIX_BYTES") or DEFAULT_LIMIT_BYTES)
+    """Return the size limit of the cache in bytes.
+
+    Raises:
+        UsageError: ``EDGEKV_PREFIX_BYTES`` is not a size.
+    """
+    return PREFIX_BYTES.environment(PREFIX_BYTES.name) or DEFAULT_LIMIT_BYTES
 
 
 def list_prefixes() -> list[Prefix]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgekv.errors import StoreError, UsageError
 from edgekv.scratch import ScratchFolder
-from edgekv.sizes import parse_bytes
+from edgekv.settings import FLASH_LIMIT, MAX_WRITE_PER_DAY
 from edgekv.spec import PageSpec
 
 from ..system.process import cache_home
@@ -19,7 +19,7 @@ from .medium import SYSTEM, Medium
 from .objects import PATIENCE_S, is_url
 from .remote import ObjectStore
 from .segments import SessionStore
-from .wear import WearLedger, daily_limit
+from .wear import WearLedger
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def open_offload(
     remote = ObjectStore(str(options.offload), spec, cipher=cipher, patience_s=options.offload_patience_s)
     if options.flash_limit is None:
         return remote, None
-    limit = options.flash_limit if isinstance(options.flash_limit, int) else parse_bytes(options.flash_limit)
+    limit = FLASH_LIMIT.check(options.flash_limit)
     try:
         flash, scratch = _open_flash(options, spec, None, medium)
     except StoreError:
@@ -75,7 +75,7 @@ def _open_flash(
         raise StoreError(
             f"cannot write the offload folder {folder}: {error.strerror}; choose another with --offload DIR"
         ) from error
-    wear = WearLedger(beside, daily_limit(options.max_write_per_day))
+    wear = WearLedger(beside, MAX_WRITE_PER_DAY.optional(options.max_write_per_day))
     try:
         if options.encrypt_offload:
             # The records of a session that is never kept: same files, and the key is in no file.

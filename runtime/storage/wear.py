@@ -18,7 +18,7 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 
 from edgekv.errors import StoreError, UsageError, WriteLimit
-from edgekv.sizes import format_bytes, parse_bytes
+from edgekv.sizes import format_bytes
 from edgekv.spec import round_up
 
 if sys.platform != "win32":
@@ -173,12 +173,3 @@ def _parse(data: bytes) -> tuple[list[Entry], int]:
         except (ValueError, KeyError, TypeError):
             damaged += 1
     return entries, damaged
-
-
-def daily_limit(size: int | str | None) -> int | None:
-    """Return a number of bytes per day; None is no limit.
-
-    Raises:
-        UsageError: it is not a size.
-    """
-    return parse_bytes(size) if isinstance(size, str) else size

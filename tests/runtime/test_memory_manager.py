@@ -155,9 +155,12 @@ def test_a_hugging_face_configuration_gives_the_shape(small: MemoryManager) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layer_idx": 9}, "layer_idx 9 is out of range"),
+        ({"layer_idx": 9}, "layer_idx must be a whole number from 0 to [0-9]+, not 9"),
         ({"token_indices": [0, 0, 1, 2]}, "names a token twice"),
         ({"token_indices": [-1, 0, 1, 2]}, "not -1"),
+        ({"token_indices": [0, 0.7, 1, 2]}, "token_indices must be a whole number .*, not 0.7"),
+        ({"layer_idx": True}, "layer_idx must be"),
+        ({"key": "keys"}, "key must be an array of numbers, not 'keys'"),
         ({"key": np.zeros((4, 1, 32))}, r"key has shape \(4, 1, 32\)"),
         ({"value": np.full((4, 2, 32), np.nan)}, "not finite"),
     ],

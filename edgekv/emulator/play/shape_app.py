@@ -20,7 +20,6 @@ from edgekv.device_profiles.work import BITS_PER_WEIGHT, weights_bytes
 from edgekv.errors import PromptTooLong, UsageError
 from edgekv.model_config import read_json_object, read_model_config
 from edgekv.runtime.attention.attend import Attender
-from edgekv.runtime.attention.select import parse_attend
 from edgekv.runtime.decoder.base import Rows
 from edgekv.runtime.decoder.split import SplitForward
 from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan, plan_budget
@@ -28,6 +27,7 @@ from edgekv.runtime.pages.cache import KVCache
 from edgekv.runtime.pages.policy import CacheOptions, make_policy
 from edgekv.runtime.sessions.index import Row
 from edgekv.runtime.sessions.restore import records_of, restore_pages
+from edgekv.settings import parse_attend
 from edgekv.spec import ModelSpec, PageSpec, RopeSpec
 from edgekv.tiers import KVMode
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edgekv import seam
 from edgekv.errors import UsageError
-from edgekv.runtime.attention.select import AttendOptions, Selector, parse_attend
+from edgekv.runtime.attention.select import Selector
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.kernels.interface import Kernels
@@ -21,6 +21,7 @@ from edgekv.runtime.pages.bounds import Summaries
 from edgekv.runtime.pages.cache import KVCache
 from edgekv.runtime.pages.policy import CacheOptions
 from edgekv.runtime.stats import RunStats
+from edgekv.settings import AttendOptions, parse_attend
 from edgekv.spec import PageSpec
 from edgekv.tiers import KVMode, Tier
 
@@ -207,7 +208,7 @@ def test_a_dropped_page_counts_as_missing(bundle: Bundle) -> None:
     "text", ["selectively", "exact:3", "selective:", "selective:-1", "selective:1.5", "selective:x%"]
 )
 def test_what_attend_does_not_understand_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is not understood; write exact"):
+    with pytest.raises(UsageError, match="attend must be exact, selective"):
         parse_attend(text)
 
 

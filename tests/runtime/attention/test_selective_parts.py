@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from edgekv.errors import CorruptPage
-from edgekv.runtime.attention.select import AttendOptions, parse_attend
 from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.pages.bounds import Summaries, summary_bytes
 from edgekv.runtime.pages.cache import KVCache
@@ -16,6 +15,7 @@ from edgekv.runtime.pages.policy import CacheOptions
 from edgekv.runtime.storage.flash import FlashStore
 from edgekv.runtime.storage.record import Wanted
 from edgekv.runtime.storage.ring import PageReader
+from edgekv.settings import AttendOptions, parse_attend
 from edgekv.spec import PageSpec
 
 SPEC = PageSpec(1, 2, 32, 16)

@@ -48,7 +48,7 @@ def test_random_knows_no_pattern_and_repeats() -> None:
 
 
 def test_an_unknown_policy_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UsageError, match="choose one of lru, heavy, window, random"):
+    with pytest.raises(UsageError, match="policy must be one of lru, heavy, window, random, not 'fifo'"):
         make_policy("fifo")
 
 

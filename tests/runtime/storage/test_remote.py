@@ -230,7 +230,7 @@ def test_when_flash_takes_no_more_today_pages_go_on_to_the_object_store(
     [
         ({"offload": "ftp://there"}, "the kinds of object stores are s3://, gs://"),
         ({"flash_limit": "1MiB"}, "give --offload URL with it"),
-        ({"offload": "memory://", "flash_limit": "much"}, "not a size"),
+        ({"offload": "memory://", "flash_limit": "much"}, "flash_limit must be a size"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, str], message: str) -> None:
