@@ -127,14 +127,14 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
         write = functools.partial(onnx.write_graphs, checkpoint)
 
     steps.total = count + 2
+    steps("checking the checkpoint")
+    source_sha256 = checkpoint.sha256()
     with _appearing(out) as folder:
         graphs, embedding = write(folder, form=choice.form, weights=weights, page_size=choice.page_size, step=steps)
         tokenizer = checkpoint.tokenizer
         (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
         if tokenizer.chat_template is not None:
             (folder / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
-        steps("hashing the checkpoint")
-        source_sha256 = checkpoint.sha256()
         steps("hashing the bundle")
         manifest = Manifest(
             engine=engine,

@@ -1,7 +1,8 @@
 """A Hugging Face checkpoint folder: its decoder's shape, and its tensors one at a time.
 
-Invariant: once :func:`open_checkpoint` returns, every tensor that the decoder needs is present with the right shape.
-Tensors are read when asked for and not kept, so an export needs the memory of a layer, not of a model.
+Invariant: once :func:`open_checkpoint` returns, every tensor that the decoder needs is present with the right shape, and every
+tensor that is present is needed, or known to follow from the others. Tensors are read when asked for and not kept, so an export
+needs the memory of a layer, not of a model.
 """
 
 from __future__ import annotations
@@ -10,30 +11,31 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from edgekv.errors import CheckpointError
-from edgekv.model_config import read_json_object
 
 from .config import DecoderConfig, read_config
 from .tokenizer import TokenizerFiles, read_tokenizer
+from .weight_files import Stored, locate_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 _DTYPES = {"F32", "F16", "BF16"}
+#: Tensors of old checkpoints that follow from config.json: caches of the rotary embedding.
+_DERIVED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. ``location`` maps each tensor's name to the file that holds it."""
+    """An opened checkpoint. ``location`` says where each tensor of the decoder is stored."""
 
     folder: Path
     config: DecoderConfig
-    location: Mapping[str, Path]
+    location: Mapping[str, Stored]
     tokenizer: TokenizerFiles
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -42,12 +44,10 @@ class Checkpoint:
         Raises:
             CheckpointError: the tensor is not in the checkpoint.
         """
-        path = self.location.get(name)
-        if path is None:
+        stored = self.location.get(name)
+        if stored is None:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing; download the checkpoint again")
-        with safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor.to(torch.float32)
+        return stored.read().to(torch.float32)
 
     @property
     def head(self) -> str:
@@ -64,11 +64,20 @@ class Checkpoint:
 
         Args:
             progress: called with the number of bytes hashed since the last call.
+
+        Raises:
+            CheckpointError: a weight is not finite.
         """
         digest = hashlib.sha256()
         for name in sorted(expected_shapes(self.config)):
-            with safe_open(self.location[name], framework="pt") as file:
-                tensor = file.get_tensor(name).contiguous()
+            stored = self.location[name]
+            tensor = stored.read().contiguous()
+            wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
+            if wrong:
+                raise CheckpointError(
+                    f"{stored.file}: tensor {stored.name} holds {wrong} values that are not finite (NaN or infinite);"
+                    " the checkpoint is damaged, download it again"
+                )
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             data = tensor.view(torch.uint8).numpy()
             digest.update(data)
@@ -86,9 +95,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} is not a folder; SOURCE must be a Hugging Face checkpoint folder (or `demo`)")
     config = read_config(folder)
     tokenizer = read_tokenizer(folder, config.model.vocab_size)
-    location = _locate(folder)
-    _check_shapes(folder, location, expected_shapes(config))
-    return Checkpoint(folder, _with_ends(config, tokenizer), location, tokenizer)
+    location = locate_tensors(folder)
+    config = _untie(config, location)
+    expected = expected_shapes(config)
+    _check_shapes(folder, location, expected)
+    _refuse_leftovers(folder, location, expected)
+    return Checkpoint(folder, _with_ends(config, tokenizer), {name: location[name] for name in expected}, tokenizer)
 
 
 def _with_ends(config: DecoderConfig, tokenizer: TokenizerFiles) -> DecoderConfig:
@@ -137,46 +149,31 @@ def _elements(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _locate(folder: Path) -> dict[str, Path]:
-    """Map tensor names to files, from the index when the checkpoint is sharded."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names: dict[str, Any] = read_json_object(index).get("weight_map", {})
-        files = sorted({folder / str(file) for file in names.values()})
+def _untie(config: DecoderConfig, location: dict[str, Stored]) -> DecoderConfig:
+    """Settle what a tied head is: like transformers, go by the tensors where they contradict the configuration."""
+    if not config.model.tied_embeddings or HEAD not in location:
+        return config
+    if EMBEDDING not in location:
+        location[EMBEDDING] = location.pop(HEAD)  # the one matrix may be stored under either name
+    elif torch.equal(location[EMBEDDING].read().float(), location[HEAD].read().float()):
+        del location[HEAD]
     else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{folder} has no *.safetensors file; convert the checkpoint: save_pretrained() writes them"
-        )
-    location: dict[str, Path] = {}
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(
-                f"{folder}: {file.name} is missing (the index names it); download the checkpoint again"
-            )
-        try:
-            with safe_open(file, framework="pt") as opened:
-                location.update(dict.fromkeys(opened.keys(), file))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or not a safetensors file ({error}); download the checkpoint again"
-            ) from error
-    return location
+        return replace(config, model=replace(config.model, tied_embeddings=False))
+    return config
 
 
-def _check_shapes(folder: Path, location: Mapping[str, Path], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(folder: Path, location: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
     by_file: dict[Path, list[str]] = {}
     for name in expected:
         if name not in location:
             raise CheckpointError(
                 f"{folder}: tensor {name} is missing; download the checkpoint again, or check config.json"
             )
-        by_file.setdefault(location[name], []).append(name)
+        by_file.setdefault(location[name].file, []).append(name)
     for file, names in by_file.items():
         with safe_open(file, framework="pt") as opened:
             for name in names:
-                view = opened.get_slice(name)
+                view = opened.get_slice(location[name].name)
                 shape, dtype = tuple(view.get_shape()), view.get_dtype()
                 if shape != expected[name]:
                     raise CheckpointError(
@@ -187,3 +184,13 @@ def _check_shapes(folder: Path, location: Mapping[str, Path], expected: Mapping[
                     raise CheckpointError(
                         f"{file}: tensor {name} is {dtype}; edgekv exports from float32, float16 and bfloat16 checkpoints"
                     )
+
+
+def _refuse_leftovers(folder: Path, location: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
+    left = sorted(name for name in location if name not in expected and not name.endswith(_DERIVED))
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise CheckpointError(
+            f"{folder}: tensor {location[left[0]].name}{more} would be left out: config.json describes a decoder without it;"
+            " export the checkpoint that belongs to this config.json"
+        )

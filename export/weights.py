@@ -16,11 +16,27 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edgekv.errors import CheckpointError
 from edgekv.spec import round_up
 
 MAPPED_ALIGN_BYTES = 4096
 SMALL_ALIGN_BYTES = 64
 SMALL_BYTES = 1 << 16
+MAX_HALF = float(np.finfo(np.float16).max)
+
+
+def to_half(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
+    """Return the values of a tensor in fp16.
+
+    Raises:
+        CheckpointError: one of them is too large.
+    """
+    peak = float(np.abs(values).max(initial=0))
+    if peak > MAX_HALF:
+        raise CheckpointError(
+            f"tensor {name} holds {peak:.6g}, and fp16 ends at {MAX_HALF:.0f}; export with --weights fp32, int8 or int4"
+        )
+    return values.astype(np.float16)
 
 
 @dataclass(frozen=True)

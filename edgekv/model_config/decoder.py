@@ -117,6 +117,8 @@ def _refuse_what_is_not_decoded(everything: Values) -> None:
         )
     if everything.get("is_encoder_decoder"):
         raise everything.refusal("is_encoder_decoder", "edgekv exports decoders alone")
+    if everything.get("transformers_weights") is not None:
+        raise everything.refusal("transformers_weights", "edgekv reads model.safetensors or its index")
     if everything.get("per_layer_config"):
         raise everything.refusal("per_layer_config", "edgekv exports decoders whose layers are alike")
 

@@ -18,7 +18,7 @@ from ..checkpoint import EMBEDDING, Checkpoint
 from ..config import DecoderConfig
 from ..decoder import build_segment, load_parameter, segment_kind
 from ..onnx.matmul_nbits import quantise
-from ..weights import WeightFile
+from ..weights import WeightFile, to_half
 from .lower import lower, materialise, require_executorch
 from .program import ProgramBuilder
 from .weights import Constant, matrix_constants, vector_constants
@@ -89,7 +89,7 @@ def write_embedding(checkpoint: Checkpoint, folder: Path, weights: str) -> Embed
         if weights == "fp32":
             return EmbeddingSpec(EMBEDDING_FILE, "float32", file.put(table).offset)
         if table.shape[1] % 32:
-            return EmbeddingSpec(EMBEDDING_FILE, "float16", file.put(table.astype("float16")).offset)
+            return EmbeddingSpec(EMBEDDING_FILE, "float16", file.put(to_half(table, EMBEDDING)).offset)
         quantised = quantise(table, 8, symmetric=True)
         return EmbeddingSpec(
             EMBEDDING_FILE, "int8", file.put(quantised.codes).offset, file.put(quantised.scales).offset

@@ -21,7 +21,7 @@ from edgekv.contract import GraphSpec
 
 from ..checkpoint import EMBEDDING, Checkpoint
 from ..decoder import parameter_sources
-from ..weights import Extent, WeightFile
+from ..weights import Extent, WeightFile, to_half
 from .matmul_nbits import BITS, BLOCK, quantise
 from .pieces import OPSET, Piece
 from .stack import stack_gate_and_up
@@ -62,7 +62,7 @@ class WeightBinder:
         key = (kind or self.weights, sources)
         if key not in self._matrices:
             symmetric = key[0] == "int8" or sources == (EMBEDDING,)
-            self._matrices[key] = self._store(self._read(sources), key[0], symmetric=symmetric)
+            self._matrices[key] = self._store(sources, key[0], symmetric=symmetric)
         return self._matrices[key]
 
     def embedding(self) -> StoredMatrix:
@@ -77,16 +77,18 @@ class WeightBinder:
     def _read(self, sources: tuple[str, ...]) -> Any:
         return np.concatenate([self.checkpoint.tensor(name).numpy() for name in sources])
 
-    def _store(self, value: Any, kind: str, *, symmetric: bool) -> StoredMatrix:
+    def _store(self, sources: tuple[str, ...], kind: str, *, symmetric: bool) -> StoredMatrix:
+        if kind == "fp16":
+            half = np.concatenate([to_half(self.checkpoint.tensor(name).numpy(), name) for name in sources])
+            return StoredMatrix(kind, half.shape[0], half.shape[1], self.file.put(half))
+        value = self._read(sources)
         rows, columns = value.shape
         if kind in BITS:
             quantised = quantise(value, BITS[kind], symmetric=symmetric)
             codes, scales = self.file.put(quantised.codes), self.file.put(quantised.scales)
             zeros = None if quantised.zeros is None else self.file.put(quantised.zeros)
             return StoredMatrix(kind, rows, columns, codes, scales, zeros)
-        return StoredMatrix(
-            kind, rows, columns, self.file.put(value.astype(np.float16 if kind == "fp16" else np.float32))
-        )
+        return StoredMatrix(kind, rows, columns, self.file.put(value))
 
 
 class GraphBuilder:

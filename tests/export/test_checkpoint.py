@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from edgekv.errors import CheckpointError
 from edgekv.export import export_model
-from edgekv.export.checkpoint import open_checkpoint
+from edgekv.export.checkpoint import expected_shapes, open_checkpoint
+from edgekv.export.executorch.split import write_embedding
+from tests.checkpoints import load_reference, make_checkpoint
+from tests.export.driver import SplitDriver
 
 Make = Callable[[], Path]
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
@@ -31,25 +36,40 @@ def change_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
-def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
 
 
-def shard(folder: Path) -> None:
+def shard(folder: Path) -> Path:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names, index = sorted(tensors), {}
-    for number, part in enumerate((names[::2], names[1::2])):
-        save_file({name: tensors[name] for name in part}, folder / f"model-{number}.safetensors")
-        index.update(dict.fromkeys(part, f"model-{number}.safetensors"))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        index.update(dict.fromkeys(part, file))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
 
 
 def lose_a_shard(folder: Path) -> None:
     shard(folder)
-    (folder / "model-1.safetensors").unlink()
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def change_index(folder: Path, changes: dict[str, str]) -> None:
+    names = json.loads((folder / INDEX).read_text())["weight_map"]
+    (folder / INDEX).write_text(json.dumps({"weight_map": {**names, **changes}}))
+
+
+def add_to(file: Path, name: str) -> None:
+    save_file({**load_file(file), name: torch.ones(128)}, file)
+
+
+def poison(folder: Path, name: str, value: float) -> None:
+    change_weights(folder, lambda tensors: tensors[name].view(-1)[5:6].fill_(value))
 
 
 def truncate(folder: Path) -> None:
@@ -81,7 +101,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors"),
     "truncated weights": (truncate, "is truncated or not a safetensors file"),
     "missing tensor": (
-        lambda f: change_weights(f, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),  # type: ignore[arg-type,return-value]
+        lambda f: change_weights(f, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
         "tensor model.layers.1.mlp.up_proj.weight is missing",
     ),
     "wrong shape": (
@@ -92,7 +112,65 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_weights(f, lambda t: t.update({"model.norm.weight": torch.ones(128, dtype=torch.int32)})),
         "is I32",
     ),
-    "missing shard": (lose_a_shard, "model-1.safetensors is missing"),
+    "missing shard": (lose_a_shard, "model-00002-of-00002.safetensors is missing"),
+    "index is no index": (lambda f: (shard(f) / INDEX).write_text("{}"), "has no weight_map"),
+    "index names a file elsewhere": (
+        lambda f: (shard(f) / INDEX).write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}})),
+        "'../model.safetensors' is no name of a safetensors file in this folder",
+    ),
+    "index of another checkpoint": (
+        lambda f: change_index(shard(f), {"model.layers.9.extra.weight": "model-00001-of-00002.safetensors"}),
+        "model-00001-of-00002.safetensors holds tensor model.layers.9.extra.weight, and it does not",
+    ),
+    "one tensor in two shards": (
+        lambda f: add_to(shard(f) / "model-00001-of-00002.safetensors", "model.norm.weight"),
+        "model-00001-of-00002.safetensors and model-00002-of-00002.safetensors both hold tensor model.norm.weight",
+    ),
+    "a whole file beside shards and their index": (
+        lambda f: shutil.copy(shard(f) / "model-00001-of-00002.safetensors", f / "model.safetensors"),
+        "holds two checkpoints: model-00001-of-00002.safetensors does not belong to model.safetensors",
+    ),
+    "a shard of an older export": (
+        lambda f: save_file({"a": torch.ones(1)}, shard(f) / "model-00003-of-00003.safetensors"),
+        "holds two checkpoints: model-00003-of-00003.safetensors does not belong to model.safetensors.index.json",
+    ),
+    "shards without an index beside a whole file": (
+        lambda f: save_file({"a": torch.ones(1)}, f / "model-00001-of-00003.safetensors"),
+        "holds two checkpoints: model-00001-of-00003.safetensors does not belong to model.safetensors",
+    ),
+    "weights of another name": (
+        lambda f: (f / "model.safetensors").rename(f / "my_model.safetensors"),
+        "neither model.safetensors nor model.safetensors.index.json; is my_model.safetensors to be renamed",
+    ),
+    "an adapter beside the base": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "holds an adapter (adapter_config.json)",
+    ),
+    "an adapter alone": (
+        lambda f: (f / "model.safetensors").rename(f / "adapter_model.safetensors"),
+        "holds an adapter (adapter_model.safetensors)",
+    ),
+    "weights that config.json names": (
+        lambda f: change_config(f, transformers_weights="a.safetensors"),
+        "transformers_w",
+    ),
+    "a tensor that nothing uses": (
+        lambda f: change_weights(f, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(128)})),
+        "tensor model.layers.0.self_attn.q_proj.bias would be left out",
+    ),
+    "tensors of a layer that config.json does not have": (
+        lambda f: change_config(f, num_hidden_layers=2),
+        "tensor model.layers.2.input_layernorm.weight and 8 more would be left out",
+    ),
+    "NaN in a weight": (
+        lambda f: poison(f, "model.layers.1.mlp.up_proj.weight", math.nan),
+        "up_proj.weight holds 1 values",
+    ),
+    "infinity in a norm": (lambda f: poison(f, "model.norm.weight", math.inf), "model.norm.weight holds 1 values"),
+    "infinity in the embedding": (
+        lambda f: poison(f, "model.embed_tokens.weight", -math.inf),
+        "embed_tokens.weight holds",
+    ),
     "mixed layer types": (lambda f: change_config(f, layer_types=["linear_attention"] * 3), "layer_types"),
 }
 
@@ -132,3 +210,104 @@ def test_the_rope_of_older_configs_is_the_same(copy: Path) -> None:
 def test_end_tokens_come_from_both_configs(copy: Path) -> None:
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [300, 257]}))
     assert open_checkpoint(copy).config.model.eos_token_ids == (257, 300)
+
+
+def rename_all(folder: Path, name: Callable[[str], str]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name(old): tensor for old, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def leave_a_stale_index(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    lose_a_shard(folder)
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(whole)
+
+
+ODD: dict[str, tuple[dict[str, Any], Callable[[Path], object]]] = {
+    "tied, and another head is there": (
+        {"tie_word_embeddings": True},
+        lambda f: change_weights(f, lambda t: t.update({"lm_head.weight": torch.randn(384, 128)})),
+    ),
+    "tied, and the same head is there": (
+        {"tie_word_embeddings": True},
+        lambda f: change_weights(f, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})),
+    ),
+    "tied, stored as the head": (
+        {"tie_word_embeddings": True},
+        lambda f: rename_all(f, lambda name: name.replace("model.embed_tokens", "lm_head")),
+    ),
+    "saved without its head": (
+        {"tie_word_embeddings": True},
+        lambda f: rename_all(f, lambda name: name.removeprefix("model.")),
+    ),
+    "rotary caches of old versions": (
+        {},
+        lambda f: change_weights(
+            f, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})
+        ),
+    ),
+    "a stale index beside a whole file": ({}, leave_a_stale_index),
+    "another file beside the whole one": ({}, lambda f: save_file({"a": torch.ones(1)}, f / "zz_old.safetensors")),
+    "the files of Mistral beside the shards": (
+        {},
+        lambda f: save_file({"tok_embeddings.weight": torch.ones(1)}, shard(f) / "consolidated.safetensors"),
+    ),
+    "shards": ({}, shard),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_odd_checkpoint_holds_the_weights_that_transformers_loads(case: str, tmp_path: Path) -> None:
+    changes, make_odd = ODD[case]
+    folder = make_checkpoint(tmp_path / "odd", **changes)
+    make_odd(folder)
+    for file in folder.glob("model*.safetensors"):  # transformers insists on the format
+        save_file(load_file(file), file, {"format": "pt"})
+    theirs = load_reference(folder).state_dict()
+    ours = open_checkpoint(folder)
+    names = expected_shapes(ours.config)
+    if "lm_head.weight" not in names:
+        assert torch.equal(theirs["lm_head.weight"], theirs["model.embed_tokens.weight"])
+        del theirs["lm_head.weight"]
+    assert set(names) == set(theirs)
+    assert all(torch.equal(ours.tensor(name), tensor) for name, tensor in theirs.items())
+
+
+def test_a_tied_flag_beside_another_head_gives_the_logits_of_transformers(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "odd", tie_word_embeddings=True)
+    change_weights(folder, lambda t: t.update({"lm_head.weight": torch.randn(384, 128)}))
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
+    tokens = list(range(40))
+    with torch.no_grad():
+        expected = load_reference(folder)(torch.tensor([tokens])).logits[0].numpy()
+    export_model(folder, tmp_path / "out.edgekv", engine="onnx", weights="fp32")
+    assert abs(SplitDriver(tmp_path / "out.edgekv").step(tokens) - expected).max() <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("form", "weights", "name", "width"),
+    [
+        ("split", "fp16", "model.layers.1.mlp.down_proj.weight", 128),
+        ("inline", "fp16", "model.layers.2.self_attn.k_proj.weight", 128),
+        ("split", "fp16", "lm_head.weight", 128),
+        ("split", "int8", "model.embed_tokens.weight", 48),  # its rows do not fill blocks of 32
+    ],
+)
+def test_a_weight_beyond_fp16_is_refused_by_name_where_it_becomes_fp16(
+    form: str, weights: str, name: str, width: int, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path / "large", hidden_size=width)
+    poison(folder, name, -70000.0)
+    with pytest.raises(CheckpointError, match=f"tensor {name} holds 70000, and fp16 ends at 65504"):
+        export_model(folder, tmp_path / "out.edgekv", engine="onnx", form=form, weights=weights)
+    assert not (tmp_path / "out.edgekv").exists()
+
+
+def test_the_embedding_of_executorch_beyond_fp16_is_refused_by_name(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "large", hidden_size=48)
+    poison(folder, "model.embed_tokens.weight", 65504.0)
+    write_embedding(open_checkpoint(folder), tmp_path, "int8")
+    poison(folder, "model.embed_tokens.weight", 65505.0)
+    with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight holds 65505, and fp16 ends at 65504"):
+        write_embedding(open_checkpoint(folder), tmp_path, "int8")
