@@ -87,6 +87,7 @@ class Attender:
         self._reader: PageReader | None = None
         self._lookahead: Lookahead | None = None
         self._streaming: Streaming | None = None
+        self._streamed: list[bool] = []  # by layer, whether the step under way streams it
         if cache.manager.store is not None:
             self.stream(cache.manager.store)
 
@@ -130,12 +131,18 @@ class Attender:
         """Return whether a step of one token over so many pages leaves any of them out."""
         return self._selector is not None and self._selector.selects(n_pages)
 
-    def streams(self, n_pages: int) -> bool:
-        """Return whether :meth:`attend_all` can bring the pages of a step that are on flash now."""
-        return self._streaming is not None and self._streaming.begin(n_pages)
+    def reaches_all(self, n_pages: int) -> bool:
+        """Return whether :meth:`attend_all` reaches the first pages of every layer: in RAM, or where the kernels can stream."""
+        tiers = self._cache.table.tier[:, :n_pages]
+        if not n_pages or tiers.max() < Tier.COLD:
+            return True
+        return self._streaming is not None and self._streaming.reaches(tiers)
 
     def begin_all(self, refs: NDArray[np.void]) -> None:
         """Begin a step of one token over ``refs`` [n_layers, n_pages]: :meth:`attend_all` follows for each layer."""
+        self._streamed = [False] * len(refs)
+        if self._streaming is not None and not refs["data"].all():
+            self._streamed = self._streaming.plan(refs.shape[1])
         self._machine.begin_token(refs)
 
     def attend_all(
@@ -146,7 +153,8 @@ class Attender:
         Raises:
             CorruptPage, StoreError: a page on flash cannot be read; the result must not be used.
         """
-        if not refs["data"].all() and self._streaming is not None:
+        if self._streamed[layer]:
+            assert self._streaming is not None
             self._streaming.attend(layer, buffers, positions, refs, mass)
             return
         self._attention.run(

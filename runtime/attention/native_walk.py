@@ -44,20 +44,28 @@ class Streaming:
         self._tiers: NDArray[np.uint8] = np.empty((0, 0), np.uint8)
         self._records: NDArray[np.int64] = np.empty((0, 0), np.int64)
         self._pieces: list[list[Piece]] = []
+        self._streamed: list[bool] = []
 
-    def begin(self, n_pages: int) -> bool:
-        """Plan a step over ``n_pages`` in every layer; False if it must take the general way."""
+    def reaches(self, tiers: NDArray[np.uint8]) -> bool:
+        """Say whether pages in these tiers are all in RAM or in one page file."""
+        return (
+            self._stream is not None and isinstance(self._cache.manager.store, FlashStore) and tiers.max() <= Tier.COLD
+        )
+
+    def plan(self, n_pages: int) -> list[bool]:
+        """Plan a step over ``n_pages`` in every layer, which :meth:`reaches`; returns which layers have pages on flash."""
         store, table = self._cache.manager.store, self._cache.table
+        assert self._stream is not None
+        assert isinstance(store, FlashStore)
         tiers, records = table.tier[:, :n_pages], table.record[:, :n_pages]
-        if self._stream is None or not isinstance(store, FlashStore) or tiers.max() > Tier.COLD:
-            return False
         self._reader.forget()
         if np.array_equal(tiers, self._tiers) and np.array_equal(records, self._records):
-            return True
+            return self._streamed
         self._tiers, self._records = tiers.copy(), records.copy()
         self._pieces = [self._lookahead.pieces(layer, cold) for layer, cold in enumerate(self._tiers == Tier.COLD)]
+        self._streamed = [any(piece.pages for piece in pieces) for pieces in self._pieces]
         for layer, pieces in enumerate(self._pieces):
-            used = pieces if self.streams(layer) else []
+            used = pieces if self._streamed[layer] else []
             self._stream.plan(
                 layer,
                 store.direct,
@@ -68,11 +76,7 @@ class Streaming:
                 np.concatenate([np.empty((0, RECORD_HEAD_BYTES), np.uint8), *(piece.wanted.heads for piece in used)]),
                 self._cache.spec.warm_bytes,
             )
-        return True
-
-    def streams(self, layer: int) -> bool:
-        """Say whether any page of a layer is on flash."""
-        return any(piece.pages for piece in self._pieces[layer])
+        return self._streamed
 
     def attend(
         self, layer: int, buffers: StepBuffers, positions: NDArray[np.int64], refs: NDArray[np.void], mass: Float

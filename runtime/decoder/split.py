@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..attention.attend import Attender
-from ..engines.base import Float, SegmentEngine, StepBuffers
+from ..engines.base import Float, SegmentEngine
 from ..pages.cache import KVCache
 from .base import Rows
 from .embedding import Embedding
@@ -25,7 +25,7 @@ class SplitForward:
         self._rope = rope
         self._cache = cache
         self._attender = attender
-        self._short = TokenStep(cache, attender)
+        self._token_step = TokenStep(engine, cache, attender)
 
     def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
         """Run T tokens; see :class:`Forward`."""
@@ -35,8 +35,8 @@ class SplitForward:
         cache.manager.step += 1
         self._embedding.look_up(tokens, buffers.residual[0])
         self._rope.fill(positions, buffers.cos, buffers.sin)
-        if len(tokens) == 1 and rows != "none" and self._short.begin():
-            self._run_short(buffers, positions)
+        if self._goes_at_once(len(tokens), rows):
+            self._token_step.run(buffers, positions)
             return engine.head(buffers.residual[(n_layers - 1) % 2], buffers.attention)
         for layer in range(n_layers):
             engine.run(layer, buffers)
@@ -49,13 +49,16 @@ class SplitForward:
         first = 0 if rows == "all" else len(tokens) - 1
         return engine.head(buffers.residual[(n_layers - 1) % 2][first:], buffers.attention[first:])
 
-    def _run_short(self, buffers: StepBuffers, positions: NDArray[np.int64]) -> None:
-        engine, short = self._engine, self._short
-        try:
-            for layer in range(self._cache.spec.n_layers):
-                engine.run(layer, buffers)
-                short.layer(layer, buffers, positions)
-        except BaseException:
-            short.cancel()
-            raise
-        short.commit(int(positions[0]))
+    def _goes_at_once(self, n_tokens: int, rows: Rows) -> bool:
+        """Choose the way of a step: through all layers at once, or layer by layer. Both leave the same bits."""
+        cache, attender = self._cache, self._attender
+        if n_tokens != 1:
+            return False  # a chunk may fill pages, which need room that only reclaim can make
+        if rows == "none":
+            return False  # the last layer need not attend
+        if not cache.can_begin_token():
+            return False  # layers differ, or a page must leave first
+        n_pages = cache.table.n_pages(0)
+        if attender.selects(n_pages):
+            return False  # chosen pages become resident in mid-step
+        return attender.reaches_all(n_pages)

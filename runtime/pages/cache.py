@@ -5,6 +5,8 @@ The cache translates tokens to slots and pages; the page manager decides and cha
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,7 +25,17 @@ from .merge import merge_pages
 from .policy import CacheOptions
 from .table import NOTHING, Int, PageTable, offloaded
 
+Bytes = NDArray[np.uint8]
 Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TokenPlace:
+    """Where one token goes in every layer: slot ``inside`` of page ``page``, which lies at ``addresses`` [n_layers]."""
+
+    page: int
+    inside: int
+    addresses: list[int]
 
 
 class KVCache:
@@ -86,6 +98,89 @@ class KVCache:
             table.pruned[layer].difference_update(tokens.tolist())
         if self.manager.options.threshold < 1.0:
             self.manager.reclaim_to_threshold()
+
+    def can_begin_token(self) -> bool:
+        """Say whether a token can be added to all layers at once, without a page that changes its tier on the way.
+
+        All layers must hold the same number of slots, and their open pages be fp16 in RAM, or frames be free for new ones.
+        """
+        table, start = self.table, int(self.table.n_slots[0])
+        if (table.n_slots != start).any():
+            return False
+        page, inside = divmod(start, self.spec.page_size)
+        if inside:
+            return not (table.tier[:, page] != Tier.HOT).any()
+        missing = (
+            int(np.count_nonzero(table.tier[:, page] == Tier.FREE)) if page < table.max_pages else self.spec.n_layers
+        )
+        return missing <= self.manager.arena.free_frames
+
+    def begin_token(self) -> TokenPlace:
+        """Open the page that a token goes to in every layer; :meth:`can_begin_token` said that there is room.
+
+        :meth:`commit_token` counts the token in, or :meth:`cancel_token` gives back what was opened for it.
+        """
+        table = self.table
+        page, inside = divmod(int(table.n_slots[0]), self.spec.page_size)
+        table.grow(page + 1)
+        if not inside:
+            for layer in np.flatnonzero(table.tier[:, page] == Tier.FREE).tolist():
+                self.manager.open_page(layer, page)
+        return TokenPlace(page, inside, (table.offset[:, page] + self.manager.arena.address).tolist())
+
+    def commit_token(self, place: TokenPlace, token: int, mass: Float) -> None:
+        """Count a token in whose keys and values lie in their places, and record the mass [n_layers, n_pages] of its step."""
+        table, manager, page_size = self.table, self.manager, self.spec.page_size
+        self.touch_all(mass)
+        table.tokens[:, place.page * page_size + place.inside] = token
+        table.refs["mask"][:, place.page, place.inside // 64] |= np.uint64(1 << (place.inside % 64))
+        table.refs["n_slots"][:, place.page] = place.inside + 1
+        table.n_slots += 1
+        for pruned in table.pruned:
+            pruned.discard(token)
+        if place.inside + 1 == page_size and manager.options.compress_at_seal:
+            for layer in range(self.spec.n_layers):
+                manager.seal(layer, place.page)
+        if manager.options.threshold < 1.0:
+            manager.reclaim_to_threshold()
+
+    def cancel_token(self, place: TokenPlace) -> None:
+        """Give back the pages that were opened for a token that never came."""
+        if not place.inside:
+            for layer in range(self.spec.n_layers):
+                if self.table.live_slots(layer, place.page) == 0:
+                    self.manager.free_page(layer, place.page)
+
+    def adopt(self, first: int, last: int) -> None:
+        """Say that the sealed pages [first, last), which come from a session, hold their tokens, in every layer."""
+        table, size = self.table, self.spec.page_size
+        table.tokens[:, first * size : last * size] = np.arange(first * size, last * size)
+        table.refs["n_slots"][:, first:last] = size
+        full = (1 << size) - 1
+        table.refs["mask"][:, first:last] = np.array([full & 0xFFFFFFFFFFFFFFFF, full >> 64], np.uint64)
+        table.n_slots[:] = last * size
+
+    def adopt_open(self, n_slots: int, contents: list[Bytes]) -> None:
+        """Take over the open page of a session: its first tokens, up to ``n_slots`` of the sequence, in every layer.
+
+        Args:
+            contents: [hot_bytes] uint8 of each layer's page; none when every token of it was pruned, and the caller prunes
+                them again.
+
+        Raises:
+            OutOfPages, StoreError: no room could be made; nothing changed.
+        """
+        table, size = self.table, self.spec.page_size
+        page, inside = divmod(n_slots, size)
+        table.grow(page + 1)
+        self.manager.make_room(len(contents))
+        table.tokens[:, page * size : n_slots] = np.arange(page * size, n_slots)
+        table.n_slots[:] = n_slots
+        for layer, content in enumerate(contents):
+            self.manager.open_page(layer, page)
+            self.manager.arena.page(int(table.offset[layer, page]), self.spec.hot_bytes)[:] = content
+            table.set_live(layer, page, 0, inside, live=True)
+            table.refs["n_slots"][layer, page] = inside
 
     def _withdraw(self, layer: int, start: int, stop: int) -> None:
         """Take back the slots [start, stop) of an append that failed half way."""

@@ -75,7 +75,7 @@ def restore_pages(cache: KVCache, rows: list[Row], store: Restorable) -> int:
             if first != starts[-1]:
                 ahead = reader.submit(read, first + batch)
             bad = min((p[2] for p, whole in zip(places, good, strict=True) if not whole), default=len(rows))
-            _fill_table(cache, first, min(bad, first + batch, len(rows)))
+            cache.adopt(first, min(bad, first + batch, len(rows)))
             room = True
             for (record, layer, page), row in zip(places, out, strict=True):
                 if page < bad:
@@ -85,16 +85,6 @@ def restore_pages(cache: KVCache, rows: list[Row], store: Restorable) -> int:
             if bad < len(rows):
                 return bad
     return len(rows)
-
-
-def _fill_table(cache: KVCache, first: int, last: int) -> None:
-    """Say that the pages [first, last) hold their tokens, in every layer."""
-    table, size = cache.table, cache.spec.page_size
-    table.tokens[:, first * size : last * size] = np.arange(first * size, last * size)
-    table.refs["n_slots"][:, first:last] = size
-    full = (1 << size) - 1
-    table.refs["mask"][:, first:last] = np.array([full & 0xFFFFFFFFFFFFFFFF, full >> 64], np.uint64)
-    table.n_slots[:] = last * size
 
 
 def records_of(cache: KVCache, page: int) -> tuple[int, ...]:
@@ -137,25 +127,13 @@ def restore_open(cache: KVCache, n_slots: int, records: tuple[int, ...], store: 
     Raises:
         StoreError: the medium refused.
     """
-    spec, table = cache.spec, cache.table
-    page, inside = divmod(n_slots, spec.page_size)
-    half = spec.hot_bytes // 2
+    spec = cache.spec
+    page, half = n_slots // spec.page_size, spec.hot_bytes // 2
     out = aligned_rows(len(records), spec.record_bytes)
     stored = range(spec.n_layers if records else 0)
     tags = [tag(layer, page) | flag for layer in stored for flag in OPEN_HALVES]
     if not all(store.try_read(list(records), tags, out)):
         return False
-    table.grow(page + 1)
-    cache.manager.make_room(len(stored))
-    slots = slice(page * spec.page_size, n_slots)
-    table.tokens[:, slots] = np.arange(slots.start, n_slots)
-    table.n_slots[:] = n_slots
-    for layer in stored:
-        cache.manager.open_page(layer, page)
-        content = cache.manager.arena.page(int(table.offset[layer, page]), spec.hot_bytes)
-        for part in range(2):
-            payload = out[2 * layer + part, RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + half]
-            content[part * half : part * half + half] = payload
-        table.set_live(layer, page, 0, inside, live=True)
-        table.refs["n_slots"][layer, page] = inside
+    halves = out[:, RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + half]
+    cache.adopt_open(n_slots, list(halves.reshape(len(stored), spec.hot_bytes)))
     return True

@@ -44,7 +44,7 @@ def test_a_jailed_emulation_that_fits_says_how_much_it_took(tiny: Path) -> None:
 
 
 def test_a_command_that_gets_no_more_memory_ends_in_a_line_and_no_traceback() -> None:
-    script = "import edgekv.cli.main as cli; cli.app = lambda: bytearray(1 << 62); cli.main()"
+    script = "import sys; from edgekv.cli.process import exit_code; sys.exit(exit_code(lambda: bytearray(1 << 62)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "edgekv: the system gives this process no more memory; lower --kv-budget or --context\n"

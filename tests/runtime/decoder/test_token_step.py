@@ -1,4 +1,4 @@
-"""The short way through a step of one token leaves the same results and the same cache as the general way."""
+"""A step through all layers at once leaves the same results and the same cache as one layer by layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from edgekv.runtime.attention.native_walk import Streaming
-from edgekv.runtime.decoder.token_step import TokenStep
+from edgekv.runtime.decoder.base import Rows
+from edgekv.runtime.decoder.split import SplitForward
+from edgekv.runtime.engines.base import StepBuffers
+from edgekv.runtime.engines.onnx.segments import OnnxSegments
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.tiers import KVMode, Tier
@@ -39,17 +42,16 @@ def run(
 def test_the_short_way_equals_the_general_way(mode: KVMode, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = bundle("demo")
     taken: list[bool] = []
-    begin = TokenStep.begin
+    choose = SplitForward._goes_at_once
 
-    def watched(self: TokenStep) -> bool:
-        taken.append(begin(self))
+    def watched(self: SplitForward, n_tokens: int, rows: Rows) -> bool:
+        taken.append(choose(self, n_tokens, rows))
         return taken[-1]
 
-    monkeypatch.setattr(TokenStep, "begin", watched)
+    monkeypatch.setattr(SplitForward, "_goes_at_once", watched)
     short = run(folder, mode)
-    assert all(taken)
-    assert len(taken) == 70
-    monkeypatch.setattr(TokenStep, "begin", lambda self: False)
+    assert sum(taken) == 70
+    monkeypatch.setattr(SplitForward, "_goes_at_once", lambda self, n_tokens, rows: False)
     general = run(folder, mode)
     for ours, theirs in zip(short[0], general[0], strict=True):
         assert np.array_equal(ours, theirs)
@@ -64,17 +66,18 @@ def test_the_short_way_over_pages_on_flash_equals_the_general_way(
     """Which takes a new page's frame, or finds a plan outdated: a page moves every few tokens."""
     folder = bundle("demo")
     streamed: list[bool] = []
-    begin = Streaming.begin
+    plan = Streaming.plan
 
-    def watched(self: Streaming, n_pages: int) -> bool:
-        streamed.append(begin(self, n_pages))
-        return streamed[-1]
+    def watched(self: Streaming, n_pages: int) -> list[bool]:
+        planned = plan(self, n_pages)
+        streamed.append(any(planned))
+        return planned
 
-    monkeypatch.setattr(Streaming, "begin", watched)
+    monkeypatch.setattr(Streaming, "plan", watched)
     short = run(folder, KVMode.INT8, first=800, budget="24%")
     assert sum(streamed) > 50
     assert (short[1]["tier"] == Tier.COLD).sum() > 20
-    monkeypatch.setattr(TokenStep, "begin", lambda self: False)
+    monkeypatch.setattr(SplitForward, "_goes_at_once", lambda self, n_tokens, rows: False)
     general = run(folder, KVMode.INT8, first=800, budget="24%")
     for ours, theirs in zip(short[0], general[0], strict=True):
         assert np.array_equal(ours, theirs)
@@ -87,14 +90,14 @@ def test_a_step_that_fails_half_way_leaves_the_cache_as_it_was(bundle: Bundle, m
         tokens = list(range(16))
         generator.prefill(tokens, max_tokens=8)
         with monkeypatch.context() as patch:
-            layer = TokenStep.layer
+            segment = OnnxSegments.run
 
-            def fail(self: TokenStep, index: int, *rest: object) -> None:
-                if index == 1:
+            def fail(self: OnnxSegments, index: int, buffers: StepBuffers) -> None:
+                if index == 2:
                     raise KeyboardInterrupt
-                layer(self, index, *rest)  # type: ignore[arg-type]
+                segment(self, index, buffers)
 
-            patch.setattr(TokenStep, "layer", fail)
+            patch.setattr(OnnxSegments, "run", fail)
             with pytest.raises(KeyboardInterrupt):
                 generator.step([5])
         cache = generator.cache
