@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,27 +17,22 @@ from rich.table import Table
 
 from edgekv import settings
 from edgekv.bundle import read_manifest
-from edgekv.errors import EdgeKVError, UsageError
+from edgekv.errors import UsageError
 from edgekv.sizes import format_bytes
 from edgekv.tiers import KVMode, PressureMode
 
+from .chat import converse
+from .files import read_text, write_text
 from .interrupt import Interrupted, Signals
 from .options import argument, option
-from .sessions import continued, remembered, session_facts, session_line, session_options
+from .output import print_json_line, stderr
+from .sessions import continued, session_facts, session_line, session_options
 
 if TYPE_CHECKING:
     from edgekv.runtime.generate import Generator
 
 #: Called with (tokens done, tokens to do).
 Progressed = Callable[[int, int], None]
-
-
-class Stream(Protocol):
-    """Generates text from a prompt with the options of the command; ends between two pieces when a signal came."""
-
-    def __call__(self, request: str | list[int], progress: Progressed = ..., /) -> Iterator[str]:
-        """Yield the text in pieces; ``progress`` hears of the prompt."""
-        ...
 
 
 #: Tokens that a conversation may grow to when --context does not say.
@@ -117,7 +112,7 @@ def run_command(
     if chat and context is None:
         context = min(read_manifest(bundle).model.max_context, CHAT_CONTEXT)
     sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
-    console = Console(stderr=True)
+    console = stderr()
     budget: int | str | None = kv_budget
     if profile:
         budget = _profile_budget(profile, bundle, console, quiet=quiet)
@@ -128,46 +123,42 @@ def run_command(
         threads=threads or default_threads(), own_process=True, session=kept, max_write_per_day=max_write_per_day,
         pressure=pressure,
     )  # fmt: skip
-    text = _read_prompt(prompt, prompt_file)
+    text = read_text(prompt_file, "--prompt-file") if prompt_file is not None else prompt
     signals = command.find_object(Signals) or Signals()
     with Generator.open(bundle, options) as generator, _saved_when_interrupted(generator):
         if generator.kernels.isa() == "numpy":
             print("edgekv: the native kernels are not built; NumPy is used, many times slower", file=sys.stderr)
 
-        def stream(request: str | list[int], progress: Progressed = lambda done, total: None) -> Iterator[str]:
+        def stream(request: str | list[int], most: int, progress: Progressed) -> Iterator[str]:
             def advance(done: int, total: int) -> None:
                 signals.check()
                 progress(done, total)
 
             with signals.between_tokens():
                 for piece in generator.stream(
-                    request, max_tokens=max_tokens, sampling=sampling, stop=stop or [], progress=advance
+                    request, max_tokens=most, sampling=sampling, stop=stop or [], progress=advance
                 ):
                     yield piece
                     signals.check()
 
+        def answer(request: str | list[int], most: int, said: list[str]) -> None:
+            if as_json:
+                said.extend(stream(request, most, lambda done, total: None))
+                print_json_line({"text": "".join(said), **_stats(generator)})
+            else:
+                _print_stream(lambda progress: stream(request, most, progress), console, said)
+
         if chat:
-            _converse(generator, stream, console, system, as_json=as_json)
+            assert context is not None
+            converse(generator, answer, console, system, context=context, max_tokens=max_tokens)
         else:
             request: str | list[int] | None = continued(generator, text) if resume else text
             assert request is not None
-            if as_json:
-                print(json.dumps({"text": "".join(stream(request)), **_stats(generator)}))
-            else:
-                _print_stream(stream, request, console, [])
+            answer(request, max_tokens, [])
         if stats is not None:
-            _write_stats(stats, generator)
+            write_text(stats, json.dumps(_stats(generator)) + "\n", "--stats")
         if not quiet and not as_json:
             console.print(_summary(generator))
-
-
-def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
-    if prompt_file is None:
-        return prompt
-    try:
-        return sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the prompt from {prompt_file}: {error}") from error
 
 
 def _profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -> int:
@@ -196,7 +187,7 @@ def _saved_when_interrupted(generator: Generator) -> Iterator[None]:
         raise
 
 
-def _print_stream(stream: Stream, prompt: str | list[int], console: Console, said: list[str]) -> None:
+def _print_stream(stream: Callable[[Progressed], Iterator[str]], console: Console, said: list[str]) -> None:
     """Print text as it comes and add it to ``said``, with a progress bar on stderr while the prompt is read."""
     columns = (
         TextColumn("reading the prompt"),
@@ -214,52 +205,13 @@ def _print_stream(stream: Stream, prompt: str | list[int], console: Console, sai
                 if done == total:
                     progress.stop()
 
-            for piece in stream(prompt, advance):
+            for piece in stream(advance):
                 said.append(piece)
                 print(piece, end="", flush=True)
     except Interrupted:
         print(flush=True)
         raise
     print(flush=True)
-
-
-def _converse(generator: Generator, stream: Stream, console: Console, system: str | None, *, as_json: bool) -> None:
-    messages = remembered(generator, system)
-    interactive = sys.stdin.isatty()
-    if interactive:
-        console.print("One line per turn; Ctrl-D ends.", style="dim")
-    unanswered = bool(messages) and messages[-1]["role"] == "user"  # the process ended in the middle of the answer
-    while True:
-        if not unanswered:
-            if interactive:
-                console.print("[bold]>[/bold] ", end="")
-            line = sys.stdin.readline()
-            if not line:
-                return
-            if not line.strip():
-                continue
-            messages.append({"role": "user", "content": line.strip()})
-        unanswered = False
-        tokens = generator.text.encode_chat(messages)
-        said: list[str] = []
-        try:
-            if as_json:
-                said.extend(stream(tokens))
-                print(json.dumps({"text": "".join(said), **_stats(generator)}), flush=True)
-            else:
-                _print_stream(stream, tokens, console, said)
-        except EdgeKVError as error:
-            if not interactive:
-                raise
-            console.print(f"edgekv: {error}", style="red")
-            messages.pop()
-            continue
-        except Interrupted:
-            if said:
-                messages.append({"role": "assistant", "content": "".join(said)})
-            raise
-        messages.append({"role": "assistant", "content": "".join(said)})
-        generator.save()
 
 
 def _stats(generator: Generator) -> dict[str, Any]:
@@ -272,13 +224,6 @@ def _stats(generator: Generator) -> dict[str, Any]:
         "engine": generator.engine,
         **session_facts(generator),
     }
-
-
-def _write_stats(path: Path, generator: Generator) -> None:
-    try:
-        path.write_text(json.dumps(_stats(generator)) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write the statistics to {path}: {error.strerror}") from error
 
 
 def _summary(generator: Generator) -> Table:

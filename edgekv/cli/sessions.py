@@ -233,16 +233,6 @@ def continued(generator: Generator, text: str | None) -> list[int]:
     return tokens
 
 
-def remembered(generator: Generator, system: str | None) -> list[dict[str, str]]:
-    """Return the messages of the conversation so far; what is added to them is saved with the session."""
-    messages = [{"role": "system", "content": system}] if system else []
-    if generator.session is not None:
-        kept = generator.session.notes.get("messages", [])
-        messages += kept[1:] if kept and system and kept[0]["role"] == "system" else kept
-        generator.session.notes["messages"] = messages
-    return messages
-
-
 def session_facts(generator: Generator) -> dict[str, Any]:
     """Return what a run did with its session, for --json; empty without one."""
     session = generator.session

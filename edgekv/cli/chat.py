@@ -1,0 +1,132 @@
+"""`edgekv run --chat`: a conversation, one line per turn. A line that fails does not stay in it, and there is always a way on."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from edgekv.errors import EdgeKVError, PromptTooLong, UsageError
+
+from .files import read_line
+from .interrupt import Interrupted
+
+if TYPE_CHECKING:
+    from edgekv.runtime.generate import Generator
+
+#: Answers tokens with at most so many new ones; prints the answer and adds it to the list.
+Answer = Callable[[list[int], int, list[str]], None]
+Message = dict[str, str]
+
+_COMMANDS = {
+    "/help": "these words",
+    "/new": "forget the conversation and begin another one",
+    "/exit": "end; so does Ctrl-D",
+}
+#: A word that is no command is a slip, not a message; a path such as /etc/hosts is a message.
+_COMMAND = re.compile(r"/[A-Za-z?]+")
+
+
+def converse(
+    generator: Generator, answer: Answer, console: Console, system: str | None, *, context: int, max_tokens: int
+) -> None:
+    """Hold a conversation with whoever writes lines to stdin, until they end.
+
+    Args:
+        context: tokens that it may have; an answer ends where they do.
+
+    Raises:
+        UsageError: not even a first message fits. Where stdin is not a terminal: any error of a turn, whose message does not
+            stay in the session.
+    """
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    messages = remembered(generator, system)
+    _check_room(generator, messages[:1] if system else [], context)
+    if interactive:
+        console.print("One line per turn; Ctrl-D ends, /help says more.", style="dim")
+    if messages and messages[-1]["role"] == "user":  # the process ended in the middle of the answer
+        try:
+            _take_turn(generator, messages, answer, console, context, max_tokens)
+        except EdgeKVError as error:
+            console.print(escape(f"edgekv: the last message was not answered and is forgotten: {error}"), style="red")
+    while True:
+        if interactive:
+            console.print("[bold]>[/bold] ", end="")
+        try:
+            line = read_line()
+            if line is None or line.strip() == "/exit":
+                return
+            if not line.strip():
+                continue
+            if _COMMAND.fullmatch(line.split(maxsplit=1)[0]) and not line.startswith(" "):
+                _obey(line.strip(), messages, console)
+                continue
+            messages.append({"role": "user", "content": line.strip()})
+            _take_turn(generator, messages, answer, console, context, max_tokens)
+        except EdgeKVError as error:
+            if not interactive:
+                raise
+            console.print(escape(f"edgekv: {error}"), style="red")
+
+
+def remembered(generator: Generator, system: str | None) -> list[Message]:
+    """Return the messages of the conversation so far; what is added to them is saved with the session."""
+    messages = [{"role": "system", "content": system}] if system else []
+    if generator.session is not None:
+        kept = generator.session.notes.get("messages", [])
+        messages += kept[1:] if kept and system and kept[0]["role"] == "system" else kept
+        generator.session.notes["messages"] = messages
+    return messages
+
+
+def _take_turn(
+    generator: Generator, messages: list[Message], answer: Answer, console: Console, context: int, max_tokens: int
+) -> None:
+    """Answer the last message, and add the answer; a message that cannot be answered is taken back."""
+    said: list[str] = []
+    try:
+        tokens = generator.text.encode_chat(messages)
+        room = context - len(tokens)
+        if room < 1:
+            raise PromptTooLong(
+                f"with this message the conversation has {len(tokens)} tokens, and its context is {context}: shorten it, begin"
+                f" another conversation with /new, or raise --context"
+            )
+        before = generator.stats.decode_tokens
+        answer(tokens, min(max_tokens, room), said)
+    except Interrupted:
+        if said:
+            messages.append({"role": "assistant", "content": "".join(said)})
+        raise
+    except BaseException:
+        messages.pop()
+        raise
+    messages.append({"role": "assistant", "content": "".join(said)})
+    generator.save()
+    if room < max_tokens and generator.stats.decode_tokens - before + 1 >= room:
+        console.print(f"the context of {context} tokens is full: /new begins another conversation", style="yellow")
+
+
+def _check_room(generator: Generator, messages: list[Message], context: int) -> None:
+    needed = len(generator.text.encode_chat([*messages, {"role": "user", "content": "?"}])) + 1
+    if needed > context:
+        raise UsageError(
+            f"a conversation does not fit a context of {context} tokens: a first message and its answer take {needed} at the"
+            f" least; raise --context{' or shorten --system' if messages else ''}"
+        )
+
+
+def _obey(command: str, messages: list[Message], console: Console) -> None:
+    if command == "/new":
+        del messages[1 if messages and messages[0]["role"] == "system" else 0 :]
+        console.print("A new conversation.", style="dim")
+    elif command in ("/help", "/?"):
+        for word, meaning in _COMMANDS.items():
+            console.print(f"{word:6} {meaning}", style="dim")
+    else:
+        console.print(escape(f"edgekv: {command} is no command, and was not sent; /help lists them"), style="red")
+        console.print("A line that begins with a space goes to the model as it is.", style="dim")

@@ -1,0 +1,135 @@
+"""Conversations: no line keeps them from going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+Bundle = Callable[..., Path]
+LONG = "very " * 400 + "long\n"
+
+
+def chat(bundle: Path, lines: str | bytes, *options: str | Path) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "edgekv", "run", str(bundle), "--chat", "-n", "6", *map(str, options)],
+        input=lines.encode() if isinstance(lines, str) else lines, capture_output=True, check=False,
+    )  # fmt: skip
+
+
+def typed(bundle: Path, lines: list[str], *options: str) -> tuple[int, str]:
+    """Type lines into a terminal, each after the prompt for it; return the exit code and what the terminal showed."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgekv", "run", str(bundle), "--chat", "-n", "6", "--quiet", *options],
+        stdin=follower, stdout=follower, stderr=follower, env={**os.environ, "TERM": "dumb", "COLUMNS": "200"},
+    )  # fmt: skip
+    os.close(follower)
+    shown, told = b"", 0
+    while process.poll() is None or told < len(lines):
+        try:
+            shown += os.read(leader, 4096)
+        except OSError:
+            break
+        if shown.endswith(b"> ") and told < len(lines):
+            os.write(leader, lines[told].encode() + b"\n")
+            told += 1
+            shown += b"\n"
+    os.close(leader)
+    return process.wait(), shown.decode()
+
+
+def test_a_message_that_is_too_long_does_not_stay_in_the_session(bundle: Bundle, tmp_path: Path) -> None:
+    session = tmp_path / "chat.kv"
+    options = ("--session", session, "--context", "200", "--json")
+    assert chat(bundle("demo"), "Call me Ishmael.\n", *options).returncode == 0
+    refused = chat(bundle("demo"), LONG, *options)
+    assert refused.returncode == 2
+    assert refused.stderr.count(b"\n") == 1
+    assert b"shorten it, begin another conversation with /new, or raise --context" in refused.stderr
+    after = chat(bundle("demo"), "Who am I?\n", *options)
+    assert after.returncode == 0, after.stderr
+    assert len(after.stdout.splitlines()) == 1
+
+
+def test_a_terminal_goes_on_after_every_kind_of_line(bundle: Bundle) -> None:
+    lines = [LONG[:2001], "/help", "/nonsense", "Who am I?", "/new", "And now?", "/exit"]
+    code, shown = typed(bundle("demo"), lines, "--context", "300")
+    assert code == 0
+    assert "shorten it, begin another conversation with /new" in shown
+    assert "forget the conversation" in shown
+    assert "/nonsense is no command, and was not sent" in shown
+    assert "A new conversation." in shown
+    assert "Traceback" not in shown
+
+
+def test_words_that_are_no_command_are_not_sent_to_the_model_through_a_pipe_either(bundle: Bundle) -> None:
+    result = chat(bundle("demo"), "/halp\n/help\nWho am I?\n /halp\n", "--json")
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) == 2, "one answer to the question, one to the line that begins with a space"
+    assert b"/halp is no command" in result.stderr
+
+
+def test_a_path_is_a_message(bundle: Bundle) -> None:
+    result = chat(bundle("demo"), "/etc/hosts is what?\n", "--json")
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_a_context_that_no_message_fits_says_so_before_the_first(bundle: Bundle) -> None:
+    result = chat(bundle("demo"), "Hello\n", "--context", "4")
+    assert result.returncode == 2
+    assert b"a conversation does not fit a context of 4 tokens" in result.stderr
+    assert b"raise --context" in result.stderr
+
+
+def test_a_small_context_shortens_answers_until_it_is_full(bundle: Bundle) -> None:
+    first = chat(bundle("demo"), "Hello\n", "--context", "24", "--json")
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout)["text"]
+    talk = chat(bundle("demo"), "Hello\n" * 9, "--context", "40", "--json")
+    assert talk.returncode == 2
+    assert b"the context of 40 tokens is full" in talk.stderr or b"its context is 40" in talk.stderr
+    assert talk.stdout
+
+
+def test_a_conversation_through_a_pipe_that_begins_anew_has_no_end(bundle: Bundle) -> None:
+    result = chat(bundle("demo"), "Hello\n/new\n" * 6, "--context", "40", "--json")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 6
+
+
+def test_an_old_message_that_cannot_be_answered_is_forgotten(bundle: Bundle, tmp_path: Path) -> None:
+    session = tmp_path / "chat.kv"
+    assert chat(bundle("demo"), "Hello\n", "--session", session).returncode == 0
+    from edgekv.bundle import read_manifest
+    from edgekv.runtime.generate import Generator, RunOptions
+    from edgekv.runtime.options import SessionOptions
+
+    with Generator.open(bundle("demo"), RunOptions(session=SessionOptions(session))) as generator:
+        assert generator.session is not None
+        generator.prefill(generator.session.tokens, max_tokens=0)
+        generator.session.notes["messages"] = [{"role": "user", "content": LONG}]
+    assert read_manifest(bundle("demo")).model.max_context > 400
+    result = chat(bundle("demo"), "Who am I?\n", "--session", session, "--context", "200", "--json")
+    assert result.returncode == 0, result.stderr
+    assert b"the last message was not answered and is forgotten" in result.stderr
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_a_line_that_is_not_utf8_is_refused_with_its_place(bundle: Bundle) -> None:
+    result = chat(bundle("demo"), b"caf\xe9\n")
+    assert result.returncode == 2
+    assert b"it is not UTF-8 text" in result.stderr
+    assert b"at byte 3" in result.stderr
+
+
+def test_a_closed_stdin_is_one_line(bundle: Bundle) -> None:
+    for how in ("--chat", "-f -"):
+        command = f"{sys.executable} -m edgekv run '{bundle('demo')}' {how} <&-"
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert result.returncode == 2
+        assert result.stderr.startswith("edgekv: stdin is closed")
