@@ -17,6 +17,7 @@ from ..engines.base import StepBuffers
 from ..kernels.interface import StreamingAttention
 from ..pages.cache import KVCache
 from ..storage.flash import FlashStore
+from ..storage.interface import PageStore
 from ..storage.record import is_short
 from ..storage.ring import PageReader
 from .walk import Lookahead, Piece
@@ -48,9 +49,8 @@ class Streaming:
 
     def reaches(self, tiers: NDArray[np.uint8]) -> bool:
         """Say whether pages in these tiers are all in RAM or in one page file."""
-        return (
-            self._stream is not None and isinstance(self._cache.manager.store, FlashStore) and tiers.max() <= Tier.COLD
-        )
+        store = self._cache.manager.store
+        return self._stream is not None and _is_plain_flash(store) and tiers.max() <= Tier.COLD
 
     def plan(self, n_pages: int) -> list[bool]:
         """Plan a step over ``n_pages`` in every layer, which :meth:`reaches`; returns which layers have pages on flash."""
@@ -68,7 +68,7 @@ class Streaming:
             used = pieces if self._streamed[layer] else []
             self._stream.plan(
                 layer,
-                store.direct,
+                store.file.direct,
                 np.array([piece.stop for piece in used], np.int64),
                 np.array([len(piece.pages) for piece in used], np.int64),
                 np.array([page for piece in used for page in piece.pages], np.int64),
@@ -105,3 +105,8 @@ class Streaming:
         store.counters.records_read += count
         store.counters.bytes_read += count * store.spec.record_bytes
         self._cache.manager.counters.pages_fetched += count
+
+
+def _is_plain_flash(store: PageStore | None) -> bool:
+    """Say whether a record, once read, is a page: the kernels do not decrypt."""
+    return isinstance(store, FlashStore) and store.cipher is None

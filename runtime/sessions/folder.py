@@ -137,7 +137,7 @@ def make_cipher(meta: dict[str, Any], path: Path, secret: bytes | None) -> Ciphe
     if secret is None:
         raise SessionMismatch(f"the session {path} is encrypted; run with --encrypt and its key")
     cipher = Cipher(secret, bytes.fromhex(str(meta["salt"])))
-    if cipher.open(bytes.fromhex(str(meta["probe"])), b"probe") is None:
+    if cipher.decrypt(bytes.fromhex(str(meta["probe"])), b"probe") is None:
         raise SessionMismatch(f"this is not the key of the session {path}")
     return cipher
 
@@ -261,7 +261,7 @@ def open_index(path: Path, manifest: Manifest | None, secret: bytes | None) -> t
     if secret is not None:
         salt = os.urandom(SALT_BYTES)
         cipher = Cipher(secret, salt)
-        meta |= {"encrypted": True, "salt": salt.hex(), "probe": cipher.seal(b"", b"probe").hex()}
+        meta |= {"encrypted": True, "salt": salt.hex(), "probe": cipher.encrypt(b"", b"probe").hex()}
         index.cipher = cipher
     index.begin(meta)
     sync_folder(path)

@@ -176,7 +176,7 @@ class SessionIndex:
         value = self._value(name, state)
         if value is None or self.cipher is None:
             return value
-        plain = self.cipher.open(value, name.encode())
+        plain = self.cipher.decrypt(value, name.encode())
         if plain is None:
             state.problems.append(f"{name} does not decrypt")
         return plain
@@ -221,7 +221,7 @@ class SessionIndex:
         items.append(("tail", json.dumps(dataclasses.asdict(state.tail)).encode()))
         items.append(("notes", json.dumps(state.notes).encode()))
         if self.cipher is not None:
-            items = [(name, self.cipher.seal(value, name.encode())) for name, value in items]
+            items = [(name, self.cipher.encrypt(value, name.encode())) for name, value in items]
         self._run(items, len(state.rows), old)
 
     def _run(self, items: list[tuple[str, bytes]], n_pages: int, old: int) -> None:

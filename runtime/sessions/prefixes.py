@@ -21,7 +21,6 @@ from edgekv.errors import SessionError, SessionMismatch, StoreError, UsageError
 from edgekv.settings import PREFIX_BYTES
 
 from ..options import SessionOptions
-from ..storage.segments import segment_paths
 from ..system.process import cache_home
 from .folder import read_state, session_key
 from .index import chain
@@ -143,11 +142,6 @@ def remove_prefix(path: Path) -> None:
         shutil.rmtree(gone)
     except OSError as error:
         raise StoreError(f"cannot remove the prefix {path.name}: {error.strerror}") from error
-
-
-def shared_pages(path: Path) -> bool:
-    """Say whether a session shares the page files of a prefix."""
-    return any(file.stat().st_nlink > 1 for file in segment_paths(path).values())
 
 
 def key_name(manifest: Manifest) -> str:

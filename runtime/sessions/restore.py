@@ -15,7 +15,7 @@ from edgekv.tiers import Tier
 from ..pages.cache import KVCache
 from ..pages.manager import tag
 from ..pages.table import NOTHING
-from ..storage.segments import SessionStore
+from ..storage.segments import SegmentStore
 from ..system.buffers import aligned_rows
 from .index import Row
 
@@ -92,7 +92,7 @@ def records_of(cache: KVCache, page: int) -> tuple[int, ...]:
     return tuple(record for record in cache.table.record[:, page].tolist() if record != NOTHING)
 
 
-def store_open(cache: KVCache, n_slots: int, store: SessionStore) -> list[int]:
+def store_open(cache: KVCache, n_slots: int, store: SegmentStore) -> list[int]:
     """Write the open page of every layer, fp16, as two records each; ``n_slots`` tokens of the sequence are in the cache.
 
     Returns:
@@ -115,7 +115,7 @@ def store_open(cache: KVCache, n_slots: int, store: SessionStore) -> list[int]:
     return store.write(tags, payloads)
 
 
-def restore_open(cache: KVCache, n_slots: int, records: tuple[int, ...], store: SessionStore) -> bool:
+def restore_open(cache: KVCache, n_slots: int, records: tuple[int, ...], store: SegmentStore) -> bool:
     """Bring back the open page of every layer with its first tokens, up to ``n_slots`` in the sequence.
 
     Args:

@@ -27,7 +27,7 @@ from ..pages.cache import KVCache
 from ..pages.manager import tag
 from ..storage.cipher import Cipher
 from ..storage.medium import SYSTEM, Medium
-from ..storage.segments import SessionStore, segment_paths, sync_folder
+from ..storage.segments import SegmentStore, segment_paths, sync_folder
 from ..storage.wear import WearLedger
 from ..system.buffers import aligned_rows
 from .folder import (
@@ -65,7 +65,7 @@ class Session:
         self,
         path: Path,
         state: State,
-        store: SessionStore,
+        store: SegmentStore,
         index: SessionIndex | None,
         lock: int | None,
         read_only: str | None,
@@ -124,7 +124,7 @@ class Session:
                 check_key(path, state.meta["key"], session_key(manifest))
             cipher = index.cipher if index is not None else make_cipher(state.meta, path, options.secret)
             spill = ScratchFolder(None, "edgekv-") if lock is None else None
-            store = SessionStore(
+            store = SegmentStore(
                 path,
                 PageSpec(**state.meta["pages"]),
                 cipher,
@@ -337,7 +337,7 @@ class Session:
             raise SessionError(f"cannot make the session {self.path}: {error.strerror}") from error
         self.store.close()
         wear = WearLedger(self.path, self._limit)
-        self.store = SessionStore(self.path, self._spec, medium=self.store.medium, wear=wear)
+        self.store = SegmentStore(self.path, self._spec, medium=self.store.medium, wear=wear)
         tail = Tail(len(other._state.rows), chain=other._state.rows[-1].chain.hex(), pruned=other._state.tail.pruned)
         self._state = State(self._state.meta, self.notes, list(other._state.rows), tail)
         self._index.commit(self._state, 0, 0)

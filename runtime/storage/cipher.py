@@ -57,7 +57,7 @@ def _from_keyring() -> bytes:
 
 
 class Cipher:
-    """Seals and opens bytes with one key.
+    """Encrypts and decrypts bytes with one key.
 
     Args:
         secret: any bytes, 16 at the least. salt: of the session; 16 bytes.
@@ -79,17 +79,17 @@ class Cipher:
 
     @classmethod
     def ephemeral(cls) -> Cipher:
-        """Return a cipher with a random key that is in no file: what it sealed is unreadable once the process ends."""
+        """Return a cipher with a random key that is in no file: what it encrypted is unreadable once the process ends."""
         return cls(os.urandom(32), os.urandom(SALT_BYTES))
 
-    def seal(self, plain: bytes | memoryview, place: bytes) -> bytes:
+    def encrypt(self, plain: bytes | memoryview, place: bytes) -> bytes:
         """Return nonce, ciphertext and tag of ``plain``, bound to ``place``."""
         nonce = os.urandom(NONCE_BYTES)
         return nonce + self._aes.encrypt(nonce, plain, place)
 
-    def open(self, sealed: bytes, place: bytes) -> bytes | None:
+    def decrypt(self, encrypted: bytes, place: bytes) -> bytes | None:
         """Return the plain bytes, or None: another key, another place, or a changed byte."""
         try:
-            return self._aes.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], place)
+            return self._aes.decrypt(encrypted[:NONCE_BYTES], encrypted[NONCE_BYTES:], place)
         except (self._invalid, ValueError):
             return None

@@ -10,15 +10,15 @@ from edgekv.scratch import ScratchFolder
 from edgekv.settings import FLASH_LIMIT, MAX_WRITE_PER_DAY
 from edgekv.spec import PageSpec
 
+from ..system.files import make_folder
 from ..system.process import cache_home
 from .cipher import Cipher
-from .flash import FlashStore
+from .flash import FlashStore, unusable
 from .interface import PageStore
 from .layered import LayeredStore
 from .medium import SYSTEM, Medium
 from .objects import PATIENCE_S, is_url
 from .remote import ObjectStore
-from .segments import SessionStore
 from .wear import WearLedger
 
 
@@ -67,20 +67,16 @@ def _open_flash(
     folder, scratch = chosen or cache_home() / "offload", None
     beside = folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if chosen is None or options.encrypt_offload:
+        make_folder(folder)
+        if chosen is None:
             scratch = ScratchFolder(folder, "run-")
             folder = scratch.path
     except OSError as error:
-        raise StoreError(
-            f"cannot write the offload folder {folder}: {error.strerror}; choose another with --offload DIR"
-        ) from error
+        raise unusable(folder, error) from error
     wear = WearLedger(beside, MAX_WRITE_PER_DAY.optional(options.max_write_per_day))
     try:
-        if options.encrypt_offload:
-            # The records of a session that is never kept: same files, and the key is in no file.
-            return SessionStore(folder, spec, Cipher.ephemeral(), spill=folder, medium=medium, wear=wear), scratch
-        return FlashStore(folder, spec, medium, wear), scratch
+        cipher = Cipher.ephemeral() if options.encrypt_offload else None  # the key is in no file
+        return FlashStore(folder, spec, medium, wear, cipher), scratch
     except BaseException:
         wear.close()
         raise

@@ -48,10 +48,10 @@ def pack_record(row: Bytes, record: int, tag: int, page: Bytes, payload_bytes: i
     row[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + page.size] = page
     _HEADER.pack_into(row, 0, MAGIC, 0, record, tag, payload_bytes)
     if cipher is not None:
-        sealed = cipher.seal(
+        encrypted = cipher.encrypt(
             row[RECORD_HEADER_BYTES:stop].tobytes(), row[RECORD_CHECKED_FROM:RECORD_HEAD_BYTES].tobytes()
         )
-        parts = np.frombuffer(sealed, np.uint8)
+        parts = np.frombuffer(encrypted, np.uint8)
         row[RECORD_HEAD_BYTES:RECORD_HEADER_BYTES] = np.concatenate([parts[:NONCE_BYTES], parts[-TAG_BYTES:]])
         row[RECORD_HEADER_BYTES:stop] = parts[NONCE_BYTES:-TAG_BYTES]
     struct.pack_into("<Q", row, 8, xxhash.xxh3_64_intdigest(row[RECORD_CHECKED_FROM:stop].data))
@@ -109,14 +109,14 @@ def _heads(records: list[int], tags: list[int], payload_bytes: int) -> Bytes:
 
 
 def decrypt(row: Bytes, payload_bytes: int, cipher: Cipher) -> bool:
-    """Decrypt one checked record in place; returns whether the key and the place are those it was sealed with."""
+    """Decrypt one checked record in place; returns whether the key and the place are those it was encrypted with."""
     stop = RECORD_HEADER_BYTES + payload_bytes
     nonce, tag_bytes = (
         row[RECORD_HEAD_BYTES : RECORD_HEAD_BYTES + NONCE_BYTES],
         row[RECORD_HEAD_BYTES + NONCE_BYTES : RECORD_HEADER_BYTES],
     )
-    sealed = nonce.tobytes() + row[RECORD_HEADER_BYTES:stop].tobytes() + tag_bytes.tobytes()
-    plain = cipher.open(sealed, row[RECORD_CHECKED_FROM:RECORD_HEAD_BYTES].tobytes())
+    encrypted = nonce.tobytes() + row[RECORD_HEADER_BYTES:stop].tobytes() + tag_bytes.tobytes()
+    plain = cipher.decrypt(encrypted, row[RECORD_CHECKED_FROM:RECORD_HEAD_BYTES].tobytes())
     if plain is None:
         return False
     row[RECORD_HEADER_BYTES:stop] = np.frombuffer(plain, np.uint8)

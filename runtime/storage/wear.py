@@ -21,6 +21,8 @@ from edgekv.errors import StoreError, UsageError, WriteLimit
 from edgekv.sizes import format_bytes
 from edgekv.spec import round_up
 
+from ..system.files import open_file
+
 if sys.platform != "win32":
     import fcntl
 
@@ -65,7 +67,7 @@ class WearLedger:
         self._entry: Entry | None = None
         self._place = 0
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._file = open_file(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise StoreError(
                 f"cannot write the wear ledger {self.path}: {error.strerror}; choose another folder with --offload DIR"

@@ -153,8 +153,8 @@ def test_a_damaged_record_ends_the_run_and_never_reaches_a_token(bundle: Bundle,
         assert isinstance(store, FlashStore)
         cold = generator.cache.table.record[generator.cache.table.tier == Tier.COLD]  # type: ignore[union-attr]
         at = int(cold[0]) * store.spec.record_bytes + 200
-        [byte] = os.pread(store._file, 1, at)
-        os.pwrite(store._file, bytes([byte ^ 16]), at)
+        [byte] = os.pread(store.file.handle, 1, at)
+        os.pwrite(store.file.handle, bytes([byte ^ 16]), at)
         with pytest.raises(CorruptPage, match="was not used"):
             list(stream)  # not at once: what was read ahead before the damage is still good
 
@@ -174,7 +174,7 @@ def test_a_disk_that_fills_up_stops_the_run_keeps_the_cache_whole_and_lets_it_go
         assert isinstance(store, FlashStore)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         # The kernel refuses to let any file grow beyond what the page file has now.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (os.fstat(store._file).st_size, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.fstat(store.file.handle).st_size, limits[1]))
         try:
             with pytest.raises(StoreFull, match="is full; free some space"):
                 generator.step(tokens[300:])

@@ -21,10 +21,14 @@ from edgekv.runtime.pages.arena import Arena
 from edgekv.runtime.pages.bounds import Summaries
 from edgekv.runtime.storage.flash import FlashStore
 from edgekv.runtime.storage.medium import Medium
+from edgekv.runtime.storage.page_file import PageFile
 from edgekv.runtime.storage.record import neighbours
 from edgekv.spec import PageSpec
 
 from .preference import Preference
+
+#: One byte that stands for all of a file.
+_BLANK = np.zeros(1, np.uint8)
 
 
 class BlankArena(Arena):
@@ -43,30 +47,38 @@ class BlankArena(Arena):
         """Nothing was taken."""
 
 
+class BlankFile(PageFile):
+    """A page file without contents: records are given out as ever, on a medium that moves nothing."""
+
+    def read(self, records: list[int], tags: list[int], out: Bytes) -> list[bool]:
+        """Read records, and say of each that it may be used."""
+        for start, stop in neighbours(records):
+            self._kind.medium.read(self.direct, out[start:stop].reshape(-1).data, records[start] * self._size)
+        return [True] * len(records)
+
+    def _write_block(self, records: list[int], tags: list[int], pages: list[Bytes]) -> list[int]:
+        for start, stop in neighbours(records):
+            self._pwrite(np.broadcast_to(_BLANK, (stop - start) * self._size).data, records[start] * self._size)
+        return [0] * len(records)
+
+
 class BlankStore(FlashStore):
-    """A page file without contents: records are given out as ever, on a medium that moves nothing.
+    """A flash store on a file without contents.
 
     Args:
         kept: records that it holds from the start.
     """
 
+    file_type = BlankFile
+
     def __init__(self, folder: Path, spec: PageSpec, medium: Medium, kept: list[int]) -> None:
         super().__init__(folder, spec, medium)
-        self._blank = np.zeros(1, np.uint8)
-        self._n_records = max(kept, default=-1) + 1
-        self._free = sorted(set(range(self._n_records)) - set(kept))
+        self.file.keep(set(kept))
 
     def try_read(self, records: list[int], tags: list[int], out: Bytes) -> list[bool]:
         """Read records and return for each that it may be used, as a session's store does."""
-        for start, stop in neighbours(records):
-            self._medium.read(self.direct, out[start:stop].reshape(-1).data, records[start] * self.spec.record_bytes)
-        self.count(records, tags, [True] * len(records))
+        self.read(records, tags, out)
         return [True] * len(records)
-
-    def _write_block(self, records: list[int], tags: list[int], pages: list[Bytes]) -> None:
-        size = self.spec.record_bytes
-        for start, stop in neighbours(records):
-            self._pwrite(np.broadcast_to(self._blank, (stop - start) * size), records[start] * size)
 
 
 class BlankAttention:

@@ -19,7 +19,7 @@ from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
 from edgekv.runtime.sessions.session import Session
 from edgekv.runtime.sessions.tools import contents, verify
-from edgekv.runtime.storage.segments import SessionStore, segment_paths
+from edgekv.runtime.storage.segments import SegmentStore, segment_paths
 from edgekv.tiers import KVMode
 
 Bundle = Callable[..., Path]
@@ -235,10 +235,10 @@ def test_a_full_disk_ends_saving_not_the_text(bundle: Bundle, tmp_path: Path, mo
     first = [next(answer) for _ in range(30)]
     held = len(generator.session.tokens)  # type: ignore[union-attr]
 
-    def full(self: SessionStore, tags: list[int], pages: list[np.ndarray]) -> list[int]:
+    def full(self: SegmentStore, tags: list[int], pages: list[np.ndarray]) -> list[int]:
         raise StoreFull("no room")
 
-    monkeypatch.setattr(SessionStore, "_write", full)
+    monkeypatch.setattr(SegmentStore, "write", full)
     assert first + list(answer) == expected
     assert generator.session.failure == "no room"  # type: ignore[union-attr]
     with pytest.raises(StoreError, match="the session was not saved: no room"):

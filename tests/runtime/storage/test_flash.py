@@ -64,8 +64,8 @@ def test_a_flipped_bit_anywhere_in_a_record_is_found(position: int, bit: int) ->
         try:
             [record] = store.write([5], pages(1))
             at = record * SPEC.record_bytes + position
-            [byte] = os.pread(store._file, 1, at)
-            os.pwrite(store._file, bytes([byte ^ 1 << bit]), at)
+            [byte] = os.pread(store.file.handle, 1, at)
+            os.pwrite(store.file.handle, bytes([byte ^ 1 << bit]), at)
             with pytest.raises(CorruptPage, match="differs from its checksum"):
                 read(store, [record], [5])
         finally:
@@ -80,14 +80,14 @@ def test_no_byte_of_a_record_can_change_unseen(tmp_path: Path) -> None:
     [record] = store.write([5], [page])
     out, refused = aligned_rows(1, spec.record_bytes), 0
     for at in range(spec.record_bytes):
-        [byte] = os.pread(store._file, 1, at)
-        os.pwrite(store._file, bytes([byte ^ 1 << at % 8]), at)
+        [byte] = os.pread(store.file.handle, 1, at)
+        os.pwrite(store.file.handle, bytes([byte ^ 1 << at % 8]), at)
         try:
             store.read([record], [5], out)
             np.testing.assert_array_equal(out[0, RECORD_HEADER_BYTES:][: spec.warm_bytes], page)
         except CorruptPage:
             refused += 1
-        os.pwrite(store._file, bytes([byte]), at)
+        os.pwrite(store.file.handle, bytes([byte]), at)
     assert refused == RECORD_HEADER_BYTES + spec.warm_bytes
     store.close()
 
@@ -95,8 +95,8 @@ def test_no_byte_of_a_record_can_change_unseen(tmp_path: Path) -> None:
 def test_a_record_in_the_place_of_another_is_refused(store: FlashStore) -> None:
     first, second = store.write([1, 2], pages(2))
     size = SPEC.record_bytes
-    bytes_of_second = os.pread(store._file, size, second * size)
-    os.pwrite(store._file, bytes_of_second, first * size)
+    bytes_of_second = os.pread(store.file.handle, size, second * size)
+    os.pwrite(store.file.handle, bytes_of_second, first * size)
     with pytest.raises(CorruptPage):
         read(store, [first], [1])
     read(store, [second], [2])
@@ -110,7 +110,7 @@ def test_a_record_read_as_another_page_is_refused(store: FlashStore) -> None:
 
 def test_a_truncated_file_is_found_and_the_rest_is_still_read(store: FlashStore) -> None:
     records = store.write([0, 1], pages(2))
-    os.ftruncate(store._file, SPEC.record_bytes + 100)
+    os.ftruncate(store.file.handle, SPEC.record_bytes + 100)
     read(store, records[:1], [0])
     with pytest.raises(CorruptPage, match="shorter than what was written"):
         read(store, records[1:], [1])

@@ -25,13 +25,13 @@ COUNT = 60
 
 
 def truncated(store: FlashStore, records: list[int]) -> None:
-    os.ftruncate(store._file, store.spec.record_bytes)
+    os.ftruncate(store.file.handle, store.spec.record_bytes)
 
 
 def unreadable(store: FlashStore, records: list[int]) -> None:
     """Let every read fail in the kernel: the descriptors now only write."""
     closed = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (store._file, store._direct):
+    for descriptor in (store.file.handle, store.file._direct):
         if descriptor is not None:
             os.dup2(closed, descriptor)
     os.close(closed)
@@ -40,15 +40,15 @@ def unreadable(store: FlashStore, records: list[int]) -> None:
 def flipped(store: FlashStore, records: list[int]) -> None:
     for record in records:
         at = record * store.spec.record_bytes + 64 + record % store.spec.warm_bytes
-        [byte] = os.pread(store._file, 1, at)
-        os.pwrite(store._file, bytes([byte ^ 1 << record % 8]), at)
+        [byte] = os.pread(store.file.handle, 1, at)
+        os.pwrite(store.file.handle, bytes([byte ^ 1 << record % 8]), at)
 
 
 def swapped(store: FlashStore, records: list[int]) -> None:
     size = store.spec.record_bytes
-    kept = [os.pread(store._file, size, record * size) for record in records]
+    kept = [os.pread(store.file.handle, size, record * size) for record in records]
     for record, other in zip(records, kept[1:] + kept[:1], strict=True):
-        os.pwrite(store._file, other, record * size)
+        os.pwrite(store.file.handle, other, record * size)
 
 
 @pytest.mark.parametrize("attend", ["exact", "selective:30%"])

@@ -70,7 +70,7 @@ def test_damage_is_an_error_for_who_takes_it_and_for_nobody_else(
     filled: tuple[FlashStore, PageReader, list[np.ndarray]],
 ) -> None:
     store, reader, pages = filled
-    os.pwrite(store._file, b"\xff\x00\xff", 2 * SPEC.record_bytes + 100)
+    os.pwrite(store.file.handle, b"\xff\x00\xff", 2 * SPEC.record_bytes + 100)
     reader.request(wanted([2]))
     _, rows = reader.take(wanted([4]))
     np.testing.assert_array_equal(payloads(rows), np.stack(pages[4:5]))
