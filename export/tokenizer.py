@@ -53,7 +53,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:
         vocab_size: rows of the embedding; a named token (often a pad token) that would get none is not added.
 
     Raises:
-        CheckpointError: tokenizer.json is missing or damaged, or two files give a token different ids.
+        CheckpointError: tokenizer.json is missing or damaged, two files give a token different ids, or a token has no row.
     """
     path = folder / TOKENIZER
     if not path.is_file():
@@ -97,6 +97,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:
     for entry in tokens:
         if (number := tokenizer.token_to_id(entry["content"])) != entry["id"]:
             raise _disagree(folder, entry, number)
+    _refuse_tokens_without_a_row(folder, tokenizer, vocab_size)
     names = {name: token["content"] for name, token in named.items()}
     bos, eos = (tokenizer.token_to_id(names[name]) if name in names else None for name in ("bos_token", "eos_token"))
     return TokenizerFiles(text, names, _chat_template(folder, settings), bos, eos)
@@ -172,6 +173,18 @@ def _entries(path: Path, entries: list[Any]) -> list[Added]:
         if not (isinstance(entry, dict) and isinstance(entry.get("content"), str) and isinstance(entry.get("id"), int)):
             raise CheckpointError(f"{path}: {entry!r} does not describe an added token; download the checkpoint again")
     return [{"id": entry["id"], **_added(entry["content"], entry)} for entry in entries]
+
+
+def _refuse_tokens_without_a_row(folder: Path, tokenizer: Any, vocab_size: int) -> None:
+    numbers = {number: text for text, number in tokenizer.get_vocab(with_added_tokens=True).items()}
+    always = tokenizer.encode("")  # what a template puts around a text
+    numbers |= dict(zip(always.ids, always.tokens, strict=True))
+    beyond = min((number for number in numbers if not 0 <= number < vocab_size), default=None)
+    if beyond is not None:
+        raise CheckpointError(
+            f"{folder}: the tokenizer gives {numbers[beyond]!r} the number {beyond}, and the embedding has {vocab_size} rows;"
+            " save the model again after resize_token_embeddings(len(tokenizer)), or remove the token"
+        )
 
 
 def _disagree(folder: Path, entry: Added, other: int | None) -> CheckpointError:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from edgekv.errors import CheckpointError
 from edgekv.export import export_model
@@ -40,6 +41,12 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def extend_tokenizer(path: Path, size: int) -> None:
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_tokens([f"<{number}>" for number in range(tokenizer.get_vocab_size(), size)])
+    tokenizer.save(str(path))
 
 
 def shard(folder: Path) -> Path:
@@ -161,6 +168,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensors of a layer that config.json does not have": (
         lambda f: change_config(f, num_hidden_layers=2),
         "tensor model.layers.2.input_layernorm.weight and 8 more would be left out",
+    ),
+    "a token without a row": (
+        lambda f: extend_tokenizer(f / "tokenizer.json", 385),
+        "the number 384, and the embedding has 384 rows; save the model again after resize_token_embeddings",
     ),
     "NaN in a weight": (
         lambda f: poison(f, "model.layers.1.mlp.up_proj.weight", math.nan),
