@@ -74,9 +74,9 @@ def test_a_token_that_the_vocabulary_does_not_have_is_refused_at_every_entrance(
                 enter(generator, wrong)
             assert "token" in str(caught.value)
             assert "\n" not in str(caught.value)
-        for enter in ("step", "score"):
+        for name in ("step", "score"):
             with pytest.raises(UsageError, match="no token to add"):
-                ENTRANCES[enter](generator, [])
+                ENTRANCES[name](generator, [])
         assert np.array_equal(generator.prefill([1, 2, 3], max_tokens=8), after)
 
 
