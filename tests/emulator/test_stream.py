@@ -64,7 +64,7 @@ def test_streaming_natively_takes_a_little_less_than_walking_piece_by_piece(
     phone: Device, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, seconds = steps(phone, tiny)
-    monkeypatch.setattr(Streaming, "begin", lambda self, n_pages: False)
+    monkeypatch.setattr(Streaming, "reaches", lambda self, tiers: False)
     with Device("android-low-4gb") as other:
         same, walked = steps(other, tiny)
     assert same == tokens
