@@ -427,6 +427,7 @@ PROMPT = Words("prompt")
 SYSTEM = Words("system")
 STOP = Words("stop")
 MAX_TOKENS = Whole("max_tokens", 1, MOST_TOKENS)
+PINNED = Whole("pin", 0, MOST_TOKENS)
 
 PAGE_SIZE = Whole("page_size", 4, 128)
 CONTEXT = Whole("context", 1, MOST_TOKENS)

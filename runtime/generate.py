@@ -18,7 +18,7 @@ import numpy as np
 
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.errors import EngineError, UsageError
-from edgekv.settings import KV_BUDGET, MAX_TOKENS, PROMPT, whole_numbers
+from edgekv.settings import KV_BUDGET, MAX_TOKENS, PINNED, PROMPT, whole_numbers
 
 from .decoder.base import Rows
 from .engines.base import Float
@@ -126,6 +126,7 @@ class Generator:
         max_tokens: int = 256,
         sampling: SamplingOptions | None = None,
         stop: str | Sequence[str] = (),
+        pin: str | int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Iterator[str]:
         """Generate text, piece by piece.
@@ -133,6 +134,8 @@ class Generator:
         Args:
             prompt: text, or tokens.
             stop: the text ends before any of these; one may name a special token, such as ``<|im_end|>``.
+            pin: what must stay, such as a system prompt: the beginning of the prompt, or its number of tokens. Reclaim
+                offloads its pages last and never drops them.
             progress: called during prefill with (tokens done, tokens to do).
 
         Raises:
@@ -142,7 +145,9 @@ class Generator:
         """
         tokens = self.text.encode(PROMPT.check(prompt)) if isinstance(prompt, str) else self._ids(prompt)
         stream = TextStream(self.text, stop)
-        for token in self.tokens(tokens, max_tokens=max_tokens, sampling=sampling, progress=progress):
+        if isinstance(pin, str):
+            pin = common_prefix(self.text.encode(PROMPT.check(pin)), tokens)
+        for token in self.tokens(tokens, max_tokens=max_tokens, sampling=sampling, pin=pin, progress=progress):
             yield stream.push(token)
             if stream.stopped:
                 return
@@ -154,6 +159,7 @@ class Generator:
         *,
         max_tokens: int = 256,
         sampling: SamplingOptions | None = None,
+        pin: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Iterator[int]:
         """Generate tokens; ends at ``max_tokens`` or before an end-of-sequence token. See :meth:`stream`."""
@@ -161,7 +167,7 @@ class Generator:
         sampler = Sampler(sampling)
         self.stats.seed = sampler.seed if sampling.temperature else None
         stop_tokens = self.manifest.model.eos_token_ids
-        logits = self.prefill(prompt, max_tokens=MAX_TOKENS.check(max_tokens), progress=progress)
+        logits = self.prefill(prompt, max_tokens=MAX_TOKENS.check(max_tokens), pin=pin, progress=progress)
         sequence = list(prompt)
         try:
             for count in range(max_tokens):
@@ -182,15 +188,25 @@ class Generator:
             self.save()
 
     def prefill(
-        self, prompt: Sequence[int], *, max_tokens: int, progress: Callable[[int, int], None] = lambda done, total: None
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        pin: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Float:
-        """Bring the cache to hold the prompt and return the logits after its last token [vocab_size] float32."""
+        """Bring the cache to hold the prompt and return the logits after its last token [vocab_size] float32.
+
+        Args:
+            pin: the first so many tokens of the prompt are pinned, and no others; see :meth:`stream`.
+        """
         prompt = self._ids(prompt) or [self.manifest.model.bos_token_id or 0]
         fresh, machine = self.prepared is None, self._machine
         self._keeper = with_prefix(self._keeper, self.options, self.manifest, prompt, fresh=fresh, machine=machine)
         self.prepare(len(prompt), max_tokens)
         assert self.prepared is not None
         reused = self._reuse(prompt)
+        self.prepared.cache.pin(min(PINNED.check(pin), len(prompt)))
         started = self._machine.now()
         done, total = reused, len(prompt)
         chunk = self.options.prefill_chunk

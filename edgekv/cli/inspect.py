@@ -79,6 +79,7 @@ def _geometry(manifest: Manifest) -> Table:
         ("engine", f"{manifest.engine}, {manifest.form} form, weights {manifest.weights}"),
         ("pages", f"{manifest.page_size} tokens"),
         ("cache per token", f"{format_bytes(cost['fp16'])} in fp16, {format_bytes(cost['int8'])} in INT8"),
+        ("pinned", "the first page, the recent ones, and what `edgekv run --pin-prompt` names"),
         ("checkpoint", f"sha256 {manifest.source_sha256}"),
         ("chat template", manifest.chat_template or "none"),
         ("versions", f"format {manifest.format_version}, contract {manifest.contract_version}, edgekv {manifest.edgekv_version}"),

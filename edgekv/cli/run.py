@@ -71,6 +71,7 @@ def run_command(
     kv: Annotated[KVMode, option(settings.KV, "--kv", help="auto: fp16 while the context fits the budget, INT8 otherwise. int8: from the first full page. fp16: until memory runs out.")] = KVMode.AUTO,
     policy: Annotated[str, option(settings.POLICY, "--policy", help="Which pages leave RAM first: lru, heavy, window, random.")] = "lru",
     attend: Annotated[str, option(settings.ATTEND, "--attend", help="selective: each new token attends to the pages that matter most, N per layer, a share (25%), as many as prove that less than EPSILON of the attention is missed, or as many as stay in RAM. Changes results, and bounds by how much.")] = "exact",
+    pin_prompt: Annotated[bool, typer.Option("--pin-prompt", help="Pin the pages of the prompt (with --chat: of the system message): they leave RAM last, are never dropped, and selective attention always takes them.")] = False,
     offload: Annotated[str | None, option(settings.OFFLOAD, "--offload", help="Where pages go that do not fit: a folder, or an object store like s3://bucket/prefix, gs://, az:// or file:// (pip install 'edgekv[cloud]'; credentials from the environment). Default: a private file in the user's cache folder.")] = None,
     flash_limit: Annotated[int | None, option(settings.FLASH_LIMIT, "--flash-limit", help="With --offload URL: keep so much on flash, and only the rest in the object store. Default: nothing.")] = None,
     offload_patience: Annotated[float, option(settings.OFFLOAD_PATIENCE_S, "--offload-patience", metavar="SECONDS", help="With --offload URL: give up after so long without an answer, retries included.")] = 60.0,
@@ -129,14 +130,20 @@ def run_command(
         if generator.kernels.isa() == "numpy":
             print("edgekv: the native kernels are not built; NumPy is used, many times slower", file=sys.stderr)
 
+        system_tokens = _system_tokens(generator, remembered(generator, system)) if pin_prompt and chat else 0
+
         def stream(request: str | list[int], most: int, progress: Progressed) -> Iterator[str]:
             def advance(done: int, total: int) -> None:
                 signals.check()
                 progress(done, total)
 
+            whole = pin_prompt and not chat
+            pinned = (
+                len(generator.text.encode(request) if isinstance(request, str) else request) if whole else system_tokens
+            )
             with signals.between_tokens():
                 for piece in generator.stream(
-                    request, max_tokens=most, sampling=sampling, stop=stop or [], progress=advance
+                    request, max_tokens=most, sampling=sampling, stop=stop or [], pin=pinned, progress=advance
                 ):
                     yield piece
                     signals.check()
@@ -185,6 +192,18 @@ def _saved_when_interrupted(generator: Generator) -> Iterator[None]:
                 f"not saved: {session.read_only}" if session.read_only else "saved"
             )
         raise
+
+
+def _system_tokens(generator: Generator, messages: list[dict[str, str]]) -> int:
+    """Return with how many tokens every conversation begins that has this system message."""
+    from edgekv.runtime.sessions.restore import common_prefix
+
+    if not messages or messages[0]["role"] != "system":
+        raise UsageError("--pin-prompt with --chat pins the system message: give one with --system")
+    first, second = (
+        generator.text.encode_chat([messages[0], {"role": "user", "content": word}]) for word in ("a", "1")
+    )
+    return common_prefix(first, second)
 
 
 def _print_stream(stream: Callable[[Progressed], Iterator[str]], console: Console, said: list[str]) -> None:
@@ -244,6 +263,8 @@ def _summary(generator: Generator) -> Table:
     if stats.cache is not None and generator.budget is not None:
         tiers = ", ".join(f"{format_bytes(size)} {tier}" for tier, size in stats.cache.bytes_by_tier.items() if size)
         table.add_row("keys and values", f"{tiers or '0 B'}; budget {format_bytes(generator.budget.budget_bytes)}")
+        if stats.cache.pinned_pages:
+            table.add_row("pinned", f"{stats.cache.pinned_pages} pages")
     if stats.pages is not None:
         moved = stats.pages
         table.add_row(

@@ -331,11 +331,15 @@ class KVCache:
                     self.manager.free_page(layer, page)
         return min(n_slots, int(table.n_slots.max()))
 
-    def pin(self, tokens: Int) -> None:
-        """Pin the pages of these tokens in every layer: reclaim offloads them last and never drops them."""
-        for layer in range(self.spec.n_layers):
-            slots = self.table.find(layer, tokens)
-            self.table.marked[layer, slots // self.spec.page_size] = True
+    def pin(self, n_tokens: int) -> None:
+        """Pin the pages of the first ``n_tokens`` of the sequence, those yet to come too, and no others.
+
+        Reclaim offloads them last and never drops them, and selective attention always takes them.
+        """
+        n_pages = -(-n_tokens // self.spec.page_size)
+        self.table.grow(n_pages)
+        self.table.marked[:] = False
+        self.table.marked[:, :n_pages] = True
 
     def use(self) -> CacheUse:
         """Return how much the cache holds now, by tier."""
@@ -350,6 +354,7 @@ class KVCache:
             tokens=max(self.table.count(layer) for layer in range(self.spec.n_layers)),
             budget_bytes=self.manager.options.budget_bytes,
             arena_bytes=self.manager.arena.used_bytes,
+            pinned_pages=int(np.count_nonzero(self.table.marked & (self.table.tier < Tier.FREE))),
             pages_by_tier=counts,
             bytes_by_tier={name: count * size.get(name, 0) for name, count in counts.items()},
         )

@@ -21,10 +21,14 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class CacheUse:
-    """How much a cache holds now. ``bytes_by_tier`` counts payload; ``arena_bytes`` what the frames in use take."""
+    """How much a cache holds now. ``bytes_by_tier`` counts payload; ``arena_bytes`` what the frames in use take.
+
+    ``pinned_pages``: of all layers, those of a pinned span; the first page and the recent ones are pinned besides.
+    """
 
     tokens: int
     budget_bytes: int
     arena_bytes: int
+    pinned_pages: int = 0
     pages_by_tier: dict[str, int] = field(default_factory=dict)
     bytes_by_tier: dict[str, int] = field(default_factory=dict)

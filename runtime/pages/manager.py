@@ -328,7 +328,7 @@ class PageManager:
                 raise OutOfPages(
                     f"{n_frames} frames of {format_bytes(self.spec.frame_bytes)} are needed, {self.arena.free_frames} are"
                     " free, and no page may leave memory: raise the budget, give an offload folder (--offload DIR), or allow"
-                    " dropping"
+                    " dropping; pinned pages are never dropped"
                 )
 
     def reclaim_to_threshold(self) -> None:
