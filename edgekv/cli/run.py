@@ -21,7 +21,7 @@ from edgekv.errors import UsageError
 from edgekv.sizes import format_bytes
 from edgekv.tiers import KVMode, PressureMode
 
-from .chat import converse
+from .chat import converse, remembered
 from .files import read_text, write_text
 from .interrupt import Interrupted, Signals
 from .options import argument, option
