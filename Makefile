@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.edgekv-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow arm64 check bench bench-flash format clean
+.PHONY: help setup demo test test-slow arm64 check duplicates map bench bench-flash format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -27,8 +27,15 @@ test-slow: setup ## the slow tests
 arm64: setup ## the kernels and the ExecuTorch shim, cross-compiled, under qemu; says why where that cannot be
 	@tools/arm64.sh
 
-check: setup ## lint, types and quick tests
+check: setup duplicates ## lint, types, repeated code and quick tests
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(VENV)/bin/pytest -q -x -n auto
+
+duplicates: setup ## places outside tests that share eight lines or more of code
+	@$(VENV)/bin/pylint --disable=all --enable=duplicate-code --min-similarity-lines=8 --ignore-imports=y --ignore-signatures=y \
+		--ignore-docstrings=y --ignore-comments=y --score=n edgekv export runtime device_profiles benchmarks tools examples
+
+map: setup ## draw the picture of the folders in docs/architecture.md anew
+	@$(PY) -m tools.draw_map
 
 format: setup ## format the code
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .

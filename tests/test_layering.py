@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from tests.import_graph import ROOT, circles, graph, imports, modules
+from tools.draw_map import PICTURE, draw
+from tools.import_graph import ROOT, circles, graph, imports, modules
 
 #: From low to high; each may import what stands before it.
 FLOORS = (
@@ -127,3 +128,7 @@ def test_no_file_is_longer_than_one_job_needs() -> None:
         if not path.is_symlink() and (lines := len(path.read_text(encoding="utf-8").splitlines())) > 600
     ]
     assert long == []
+
+
+def test_the_picture_in_the_architecture_is_drawn_from_the_imports() -> None:
+    assert PICTURE.read_text(encoding="utf-8") == draw(), "imports changed: make map"
