@@ -61,7 +61,7 @@ def check_options(options: RunOptions, form: str) -> None:
     Raises:
         UsageError: ``attend`` or ``policy`` is not understood, or not for this form.
     """
-    attend_options(options, form)
+    attend_options(options.attend, form)
     make_policy(options.policy)
 
 
@@ -105,7 +105,7 @@ def prepare_cache(
     """
     model = manifest.model
     spec = model.pages(manifest.page_size)
-    attend = attend_options(options, manifest.form)
+    attend = attend_options(options.attend, manifest.form)
     plan = plan_budget(
         spec,
         kv_budget=options.kv_budget,
@@ -114,6 +114,7 @@ def prepare_cache(
         mode=options.kv if session is None else KVMode.INT8,
         inline=manifest.form == "inline",
         selective=attend.selective,
+        drops=options.allow_drop and options.offload is None and session is None,
     )
     with contextlib.ExitStack() as release:
         store: PageStore | None = session.store if session is not None else None

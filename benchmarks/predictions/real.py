@@ -23,6 +23,7 @@ from edgekv.runtime.generate import Generator
 from edgekv.runtime.options import RunOptions
 from edgekv.runtime.pages.budget import resolve_budget
 from edgekv.runtime.system.process import cache_home, default_threads
+from edgekv.tiers import KVMode
 
 GROUPS, GROUP, PAUSE_S, WARM_UP = 3, 16, 2.0, 64
 STEPS = GROUPS * GROUP
@@ -81,7 +82,7 @@ def planned(bundle: Path, profile: str, context: int, budget: str | None) -> Pla
     model = read_model(bundle)
     limit = resolve_budget(budget, model.pages, context + STEPS)
     assert limit is None or isinstance(limit, int)
-    workload = Workload(context=context + STEPS, prompt=context, kv_budget=limit)
+    workload = Workload(context=context + STEPS, prompt=context, kv_budget=limit, kv=KVMode.AUTO)
     return make_plan(model, load(profile), workload)
 
 

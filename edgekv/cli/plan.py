@@ -19,8 +19,9 @@ from edgekv.errors import ProfileError, UsageError
 from edgekv.plan import Plan, PlannedModel, Workload, advise, make_plan, read_model
 from edgekv.plan.advice import Advice
 from edgekv.plan.planner import SUSTAINED_S
-from edgekv.settings import parse_attend
+from edgekv.runtime.attention.select import attend_options
 from edgekv.sizes import format_bytes
+from edgekv.tiers import KVMode
 
 #: Tokens of an answer, when --prompt does not say how much of the context is prompt.
 ANSWER = 256
@@ -46,9 +47,10 @@ def plan_command(
     all_profiles: Annotated[bool, typer.Option("--all-profiles", help="One line for every device.")] = False,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens in the sequence at the most.")] = 4096,
     prompt: Annotated[int | None, typer.Option("--prompt", min=1, help=f"Tokens of it that are read before the first answer. Default: all but {ANSWER}, half at the least.")] = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="onnx, onnx-cuda or executorch. Default: the bundle's, or onnx.")] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="onnx or executorch. Default: the bundle's, or onnx.")] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="int4, int8, fp16 or fp32. Default: the bundle's, or what `edgekv export` would choose.")] = None,
     attend: Annotated[str, typer.Option("--attend", metavar="exact|selective[:SHARE]", help="As for `edgekv run`.")] = "exact",
+    kv: Annotated[KVMode | None, typer.Option("--kv", help="As for `edgekv run`. Default: auto, or int8 where that is faster.")] = None,
     hours_per_day: Annotated[float, typer.Option("--hours-per-day", min=0.01, max=24, help="How long it generates each day, for the life of the flash.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:  # fmt: skip
@@ -60,7 +62,7 @@ def plan_command(
         prompt = max(context - ANSWER, context // 2, 1)
     if prompt > context:
         raise UsageError(f"--prompt {prompt} is more than --context {context}; lower it")
-    workload = Workload(context, prompt, hours_per_day, wanted=_wanted(attend))
+    workload = Workload(context, prompt, hours_per_day, wanted=_wanted(attend, planned), kv=kv)
     if profile is not None:
         device = device_profiles.load(profile)
         plan, advice = make_plan(planned, device, workload), advise(planned, device, workload)
@@ -76,8 +78,8 @@ def plan_command(
         _print_matrix(planned, workload, plans)
 
 
-def _wanted(attend: str) -> float | None:
-    options = parse_attend(attend)
+def _wanted(attend: str, model: PlannedModel) -> float | None:
+    options = attend_options(attend, model.form)
     if not options.selective:
         return None
     if options.share is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.bundle import MANIFEST, read_manifest
-from edgekv.contract import ENGINES, PAGE_SIZE, WEIGHTS, default_weights
+from edgekv.contract import ENGINES, FORMS, PAGE_SIZE, WEIGHTS, default_weights
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.work import BITS_PER_WEIGHT, weights_bytes
 from edgekv.errors import UsageError
@@ -16,7 +16,12 @@ from edgekv.spec import PageSpec
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """What the plan knows of a model. ``exported``: the weights are files of a bundle, not an estimate."""
+    """What the plan knows of a model.
+
+    ``origin``: what ``edgekv export`` would be given; None where the plan was made for a bundle, whose checkpoint is not known.
+    ``exported``: the weights are files of a bundle, not an estimate. ``here``: so are those to export. ``chats``: it has a
+    chat template.
+    """
 
     source: str
     geometry: Geometry
@@ -25,6 +30,10 @@ class PlannedModel:
     weights_bytes: int
     page_size: int
     exported: bool
+    form: str = FORMS[0]
+    origin: str | None = None
+    here: bool = True
+    chats: bool = False
 
     @property
     def pages(self) -> PageSpec:
@@ -50,17 +59,22 @@ def read_model(source: Path, *, engine: str | None = None, weights: str | None =
         UsageError: there is no configuration, or one that edgekv does not export (the message names the key).
         BundleError: the bundle is damaged.
     """
-    if engine is not None and engine not in BITS_PER_WEIGHT:
-        raise UsageError(f"unknown engine {engine!r}; use one of {', '.join(BITS_PER_WEIGHT)}")
+    if engine is not None and engine not in ENGINES:
+        known = "edgekv does not run it yet" if engine in BITS_PER_WEIGHT else "unknown engine"
+        raise UsageError(f"--engine {engine}: {known}; use one of {', '.join(ENGINES)}")
     if weights is not None and weights not in WEIGHTS:
         raise UsageError(f"unknown weight type {weights!r}; use one of {', '.join(WEIGHTS)}")
     if (source / MANIFEST).is_file():
         return _from_bundle(source, engine, weights)
+    folder = source if source.is_dir() else source.parent
     geometry = Geometry.from_model(_read_config(source))
     weights = weights or default_weights(geometry.parameters)
     engine = engine or ENGINES[0]
     size = weights_bytes(geometry, BITS_PER_WEIGHT[engine][weights])
-    return PlannedModel(str(source), geometry, engine, weights, size, PAGE_SIZE, exported=False)
+    return PlannedModel(
+        str(source), geometry, engine, weights, size, PAGE_SIZE, exported=False, origin=str(folder),
+        here=any(folder.glob("*.safetensors")), chats=_chats(folder),
+    )  # fmt: skip
 
 
 def _from_bundle(source: Path, engine: str | None, weights: str | None) -> PlannedModel:
@@ -72,7 +86,18 @@ def _from_bundle(source: Path, engine: str | None, weights: str | None) -> Plann
         size = sum(entry["bytes"] for entry in manifest.files.values())
     else:  # the bundle as it would be with another engine or weights
         size = weights_bytes(geometry, BITS_PER_WEIGHT[engine][weights])
-    return PlannedModel(str(source), geometry, engine, weights, size, manifest.page_size, exported=same)
+    return PlannedModel(
+        str(source), geometry, engine, weights, size, manifest.page_size, exported=same, form=manifest.form,
+        chats=manifest.chat_template is not None,
+    )  # fmt: skip
+
+
+def _chats(folder: Path) -> bool:
+    """Whether a checkpoint has a chat template, as far as its files are here."""
+    settings = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (
+        settings.is_file() and "chat_template" in read_json_object(settings)
+    )
 
 
 def _read_config(source: Path) -> ModelConfig:

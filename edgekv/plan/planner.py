@@ -7,6 +7,7 @@ page in costs the host time beside.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from edgekv.device_profiles import Compute, DeviceProfile, kv_budget
@@ -15,8 +16,10 @@ from edgekv.device_profiles.speed import paged_seconds, step_seconds
 from edgekv.device_profiles.thermal import sustained_speed
 from edgekv.device_profiles.work import StepWork, kv_bytes_per_token, step_work
 from edgekv.errors import BudgetError
+from edgekv.runtime.attention.select import share_limit
 from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.pages.budget import PIECE_BYTES, RUNTIME_OVERHEAD_BYTES, BudgetPlan, pieces_of, plan_budget
+from edgekv.runtime.pages.policy import RECENT_PAGES
 from edgekv.spec import PageSpec
 from edgekv.tiers import KVMode, Tier
 
@@ -28,13 +31,16 @@ SUSTAINED_S = 600.0
 HIT_RATE_WHEN_EQUAL = 0.4
 #: How far a prediction may be off, by the weakest number that it stands on.
 UNCERTAINTY = {"high": 0.15, "medium": 0.2, "low": 0.4}
+#: INT8 pages are planned where fp16 ones fit, from this gain on: they change results a little.
+WORTH_INT8 = 1.02
 
 
 @dataclass(frozen=True)
 class Workload:
     """What the device is used for: sequences of ``prompt`` tokens read and the rest of ``context`` written, one after another.
 
-    ``wanted``: share of the pages that a step attends to under selective attention; None under exact attention.
+    ``wanted``: share of the pages that a step attends to under selective attention; None under exact attention. ``kv``: as for
+    ``edgekv run``; None: ``auto``, or ``int8`` where that is faster.
     """
 
     context: int
@@ -43,11 +49,20 @@ class Workload:
     prefill_chunk: int = 256
     wanted: float | None = None
     kv_budget: int | None = None
+    kv: KVMode | None = None
+
+    def shortened(self, context: int) -> Workload:
+        """Return the same with fewer tokens, as much of them prompt as now."""
+        prompt = max(1, min(self.prompt, context * self.prompt // self.context))
+        return dataclasses.replace(self, context=context, prompt=prompt)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What would happen. Times in seconds, sizes in bytes. ``problem`` says why it does not fit."""
+    """What would happen. Times in seconds, sizes in bytes. ``problem`` says why it does not fit.
+
+    ``workload``: what was planned: it says which ``kv``, and is no longer than the model was made for.
+    """
 
     profile: str
     model: PlannedModel
@@ -116,24 +131,30 @@ class _Clock:
     def work(self, n_tokens: int, context: int, logits: int = 1) -> StepWork:
         """Return the work of a step, the pages by the kind that they would be."""
         kind = self._budget.compress_at_seal or not self._budget.fits
-        wanted = self._workload.wanted if n_tokens == 1 and self._workload.wanted is not None else 1.0
         return step_work(
             self._model.geometry,
             n_tokens=n_tokens,
-            context=int(context * wanted),
+            context=int(context * self._wanted(context)) if n_tokens == 1 else context,
             bits_per_weight=self._model.bits_per_weight,
             kv_bytes_per_token=self._token_bytes[kind],
             fp16_cache=not kind,
             logits=logits,
         )
 
+    def _wanted(self, context: int) -> float:
+        """Return the share of the pages that a step of one token attends to."""
+        n_pages = -(-context // self._model.page_size)
+        if self._workload.wanted is None or not n_pages:
+            return 1.0
+        return min(1.0, share_limit(self._workload.wanted, n_pages, RECENT_PAGES) / n_pages)
+
     def fetch(self, context: int, *, decode: bool) -> tuple[float, float]:
         """Return what a step needs from flash: the drive's time, and the host's."""
         pages = self._model.pages
         split = _Split.of(pages, self._budget, context)
         cold: float = split.cold
-        wanted = self._workload.wanted
-        if decode and wanted is not None and cold:
+        wanted = self._wanted(context)
+        if decode and wanted < 1 and cold:
             resident = 1.0 - split.share_cold()
             hits = min(1.0, HIT_RATE_WHEN_EQUAL * resident / wanted)
             cold = min(cold, wanted * (split.hot + split.warm + split.cold) * (1.0 - hits))
@@ -181,19 +202,27 @@ def make_plan(model: PlannedModel, device: DeviceProfile, workload: Workload) ->
     Raises:
         ProfileError: the profile has no numbers for the engine.
     """
-    pages, problem = model.pages, None
+    if workload.kv is None:
+        auto, int8 = (
+            make_plan(model, device, dataclasses.replace(workload, kv=kv)) for kv in (KVMode.AUTO, KVMode.INT8)
+        )
+        return int8 if int8.fits and int8.decode_tokens_per_s > WORTH_INT8 * auto.decode_tokens_per_s else auto
+    pages, problem, asked = model.pages, None, workload.context
+    if asked > model.geometry.max_context:
+        workload = workload.shortened(model.geometry.max_context)
+    kv = workload.kv or KVMode.AUTO
     budget_bytes = workload.kv_budget or 0
     try:
         if workload.kv_budget is None:
             budget_bytes = kv_budget(device, model.weights_bytes, RUNTIME_OVERHEAD_BYTES).kv_bytes
-        budget = _divide(pages, budget_bytes, workload.context, selective=workload.wanted is not None)
+        budget = _divide(model, budget_bytes, workload.context, kv, selective=workload.wanted is not None)
     except BudgetError as error:
         problem = str(error)
         budget = plan_budget(
-            pages, kv_budget=None, context=workload.context, mode=KVMode.AUTO, run_pages=load_kernels().RUN_PAGES
+            pages, kv_budget=None, context=workload.context, mode=kv, run_pages=load_kernels().RUN_PAGES
         )
-    if problem is None and workload.context > model.geometry.max_context:
-        problem = f"the model was made for {model.geometry.max_context} tokens; lower --context"
+    if problem is None and asked > workload.context:
+        problem = f"the model was made for {workload.context} tokens, not {asked}; lower --context"
     clock = _Clock(model, device, budget, workload)
     split = _Split.of(pages, budget, workload.context)
     if problem and device.memory.kill == "swap":
@@ -230,13 +259,14 @@ def make_plan(model: PlannedModel, device: DeviceProfile, workload: Workload) ->
     )
 
 
-def _divide(pages: PageSpec, budget: int, context: int, *, selective: bool) -> BudgetPlan:
+def _divide(model: PlannedModel, budget: int, context: int, kv: KVMode, *, selective: bool) -> BudgetPlan:
     return plan_budget(
-        pages,
+        model.pages,
         kv_budget=budget,
         context=context,
-        mode=KVMode.AUTO,
+        mode=kv,
         run_pages=load_kernels().RUN_PAGES,
+        inline=model.form == "inline",
         selective=selective,
     )
 
@@ -259,7 +289,7 @@ def _largest(model: PlannedModel, budget: int, wanted: float) -> int:
     def stays(n_pages: int) -> bool:
         context = n_pages * pages.page_size
         try:
-            divided = _divide(pages, budget, context, selective=wanted < 1)
+            divided = _divide(model, budget, context, KVMode.AUTO, selective=wanted < 1)
         except BudgetError:
             return False
         return divided.fits or (1.0 - _Split.of(pages, divided, context).share_cold() >= wanted > 0 and wanted < 1)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from edgekv.errors import BudgetError
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.pages.budget import BudgetPlan
+from edgekv.runtime.pages.manager import PageManager
+from edgekv.runtime.pages.policy import PINNED_PAGES
 from edgekv.tiers import KVMode
 
 from .lanes import CHUNK, Lane, ShortLane, reference_options, resident_options
@@ -70,7 +72,7 @@ def all_baselines() -> list[Baseline]:
 def least_arena_bytes(parent: Generator) -> int:
     """Return the arena below which dropping may find nothing but pinned pages: the first, the recent, the open one."""
     spec = parent.manifest.model.pages(parent.manifest.page_size)
-    return (5 * spec.n_layers + 1) * spec.frame_bytes
+    return PageManager.least_bytes(spec, PINNED_PAGES)
 
 
 def window_tokens(parent: Generator, kv: KVMode, budget_bytes: int, context: int) -> int:

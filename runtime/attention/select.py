@@ -18,7 +18,6 @@ from edgekv.spec import ModelSpec
 from edgekv.tiers import Tier
 
 from ..kernels.interface import Kernels
-from ..options import RunOptions
 from ..pages.bounds import Summaries
 from ..pages.cache import KVCache
 from ..pages.table import PageTable, offloaded
@@ -30,6 +29,14 @@ Mask = NDArray[np.bool_]
 
 #: A share of the pages leaves at least so many to choose, beside those that are always taken.
 LEAST_CHOSEN = 4
+
+
+def share_limit(share: float, n_pages: int, recent: int) -> int:
+    """Return how many of ``n_pages`` a share of them is, with ``recent`` sealed pages that are always taken.
+
+    So are the first page and the open one: a share of a few pages would choose nothing.
+    """
+    return max(recent + 2 + LEAST_CHOSEN, round(share * n_pages))
 
 
 @dataclass
@@ -77,8 +84,7 @@ class Selector:
         if options.epsilon is not None:
             return n_pages
         if options.share is not None:
-            # The first page, the recent ones and the open one are always taken: a share of a few pages would choose nothing.
-            return max(self._recent + 2 + LEAST_CHOSEN, round(options.share * n_pages))
+            return share_limit(options.share, n_pages, self._recent)
         return options.pages if options.pages is not None else self._capacity
 
     def selects(self, n_pages: int) -> bool:
@@ -254,13 +260,13 @@ class SelectionLog:
         )
 
 
-def attend_options(options: RunOptions, form: str) -> AttendOptions:
+def attend_options(text: str, form: str) -> AttendOptions:
     """Return which pages a step attends to.
 
     Raises:
         UsageError: it is not understood, or the form of the bundle cannot do it.
     """
-    attend = parse_attend(options.attend)
+    attend = parse_attend(text)
     if attend.selective and form == "inline":
         raise UsageError(
             "the inline form takes every page in one call: export with --form split for --attend selective"

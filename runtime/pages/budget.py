@@ -14,6 +14,7 @@ from edgekv.tiers import KVMode
 from ..storage.ring import LEAST_PIECES, LEAST_PIECES_SELECTIVE, RING_PIECES
 from .bounds import summary_bytes
 from .manager import PageManager
+from .policy import PINNED_PAGES
 
 #: RAM of the process beyond weights and cache: interpreter, libraries, activations. Measured on Linux x86-64; see README.
 RUNTIME_OVERHEAD_BYTES = 160 * 1024 * 1024
@@ -66,12 +67,14 @@ def plan_budget(
     run_pages: int,
     inline: bool = False,
     selective: bool = False,
+    drops: bool = False,
 ) -> BudgetPlan:
     """Divide a budget for a sequence of up to ``context`` tokens.
 
     Args:
         run_pages: pages that the kernel takes at a time.
         selective: selective attention, which keeps a summary of every page in RAM.
+        drops: pages that do not fit are forgotten: none is read back, so there is no staging ring.
 
     Raises:
         BudgetError: it is below what the run needs at the least; the message says how much that is.
@@ -91,8 +94,8 @@ def plan_budget(
     if whole + summaries <= budget:
         return BudgetPlan(budget, whole, 0, compress, True, *_ring(spec, budget, run_pages, selective))
     piece_pages, ring_pieces = _ring(spec, budget, run_pages, selective)
-    staging_bytes = ring_pieces * piece_pages * spec.record_bytes + summaries
-    needed = PageManager.least_bytes(spec) + staging_bytes
+    staging_bytes = summaries + (0 if drops else ring_pieces * piece_pages * spec.record_bytes)
+    needed = PageManager.least_bytes(spec, PINNED_PAGES if drops else 0) + staging_bytes
     gathered = 2 * spec.n_layers * pages * spec.warm_bytes if inline else 0
     if inline and budget < needed + gathered:
         raise BudgetError(
@@ -101,9 +104,10 @@ def plan_budget(
             " --kv-budget"
         )
     if budget < needed:
+        besides = f"{PINNED_PAGES} that are never dropped" if drops else "a staging ring"
         raise BudgetError(
             f"a KV budget of {format_bytes(budget)} is too small: {spec.n_layers} layers need one open page of"
-            f" {spec.page_size} tokens each, one to work with and a staging ring, {format_bytes(needed)} in all;"
+            f" {spec.page_size} tokens each, one to work with and {besides}, {format_bytes(needed)} in all;"
             " raise --kv-budget, or export with a smaller --page-size"
         )
     return BudgetPlan(

@@ -72,9 +72,9 @@ class PageManager:
         self._scratch = np.empty(spec.warm_bytes, np.uint8)
 
     @staticmethod
-    def least_bytes(spec: PageSpec) -> int:
-        """Smallest budget that a cache of this shape can work in."""
-        return (spec.n_layers + 1) * spec.frame_bytes
+    def least_bytes(spec: PageSpec, pinned: int = 0) -> int:
+        """Smallest budget that a cache of this shape can work in, with so many sealed pages of a layer that never leave RAM."""
+        return (spec.n_layers + 1 + (spec.n_layers * pinned + 1) // 2) * spec.frame_bytes
 
     def open_page(self, layer: int, page: int) -> None:
         """Take a frame for a page that is to be written. The caller has made room."""
@@ -325,10 +325,19 @@ class PageManager:
             # A few more than asked for, so that victims are chosen once per batch; never much of a small arena.
             batch = min(8, self.arena.n_frames // 8)
             if not self._reclaim(max(short, batch)):
+                way_out = (
+                    "raise the budget" if self.store else "raise the budget, or give an offload folder (--offload DIR)"
+                )
+                if self.options.allow_drop:
+                    kept = f"the first of each layer, its last {self.options.recent_pages}, a marked span"
+                    stuck = f"pinned pages are never dropped ({kept})"
+                elif self.store:
+                    stuck = "every page in memory is being filled"
+                else:
+                    stuck, way_out = "no page may leave memory", f"{way_out}, or allow dropping (--allow-drop)"
                 raise OutOfPages(
                     f"{n_frames} frames of {format_bytes(self.spec.frame_bytes)} are needed, {self.arena.free_frames} are"
-                    " free, and no page may leave memory: raise the budget, give an offload folder (--offload DIR), or allow"
-                    " dropping; pinned pages are never dropped"
+                    f" free, and {stuck}: {way_out}"
                 )
 
     def reclaim_to_threshold(self) -> None:

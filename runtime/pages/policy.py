@@ -100,6 +100,11 @@ def make_policy(name: str) -> Policy:
     return policies[POLICY.check(name)]
 
 
+#: Sealed pages at the end of a layer that are pinned, and with the first page, all that are.
+RECENT_PAGES = 2
+PINNED_PAGES = 1 + RECENT_PAGES
+
+
 @dataclass(frozen=True)
 class CacheOptions:
     """How a cache reclaims.
@@ -115,7 +120,7 @@ class CacheOptions:
     compress: bool = True
     allow_drop: bool = False
     threshold: float = 1.0
-    recent_pages: int = 2
+    recent_pages: int = RECENT_PAGES
     merge_layers: frozenset[int] | None = frozenset()
     policy: Policy = field(default_factory=LRU)
 

@@ -7,6 +7,7 @@ import math
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from edgekv.device_profiles import DeviceProfile, Quantity, load
 from edgekv.errors import BundleError, UsageError
 from edgekv.plan import Workload, advise, make_plan, read_model
 from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.tiers import KVMode
 
 LLAMA_3B = {
     "model_type": "llama",
@@ -54,7 +56,7 @@ def test_pages_are_in_the_tiers_that_the_plan_says(bundle: Callable[..., Path], 
     folder, tokens = bundle("demo"), 700
     budget = budget_kib * 1024 if budget_kib else None
     model = read_model(folder)
-    plan = make_plan(model, PI, Workload(context=tokens, prompt=tokens, kv_budget=budget))
+    plan = make_plan(model, PI, Workload(context=tokens, prompt=tokens, kv_budget=budget, kv=KVMode.AUTO))
     with Generator.open(folder, RunOptions(kv_budget=budget, context=tokens)) as generator:
         generator.prefill(list(range(3, 3 + tokens)), max_tokens=0)
         use = generator.report().cache
@@ -170,6 +172,71 @@ def test_the_recommended_command_runs(bundle: Callable[..., Path], tmp_path: Pat
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize("context", [2048, 16384, 32768, 65536])
+def test_a_device_with_more_memory_is_never_planned_slower(config: Path, context: int) -> None:
+    model = read_model(config)
+    speeds = []
+    for gigabytes in (4, 5, 6, 8, 12, 16, 24):
+        limit = replace(PI.memory.app_limit_bytes, value=gigabytes * 10**9)
+        device = replace(PI, memory=replace(PI.memory, app_limit_bytes=limit))
+        speeds.append(make_plan(model, device, Workload(context, context // 2)).decode_tokens_per_s)
+    assert all(larger >= 0.98 * smaller for smaller, larger in pairwise(speeds)), speeds
+
+
+def test_int8_pages_are_recommended_where_fp16_ones_fit_and_are_slower(config: Path) -> None:
+    model, workload = read_model(config), Workload(32768, 16384)
+    auto = make_plan(model, load("jetson-agx-orin-64gb"), replace(workload, kv=KVMode.AUTO))
+    advice = advise(model, load("jetson-agx-orin-64gb"), workload)
+    assert auto.bytes_by_tier["WARM"] == 0
+    assert advice.plan.decode_tokens_per_s > auto.decode_tokens_per_s
+    assert "--kv int8" in advice.commands[-1]
+    assert "faster than fp16" in advice.why
+    short = advise(model, load("jetson-agx-orin-64gb"), Workload(64, 32))
+    assert "--kv" not in short.commands[-1]
+    asked = advise(model, load("jetson-agx-orin-64gb"), replace(workload, kv=KVMode.FP16))
+    assert "--kv fp16" in asked.commands[-1]
+
+
+def test_a_plan_of_an_inline_bundle_recommends_nothing_that_it_cannot_do(bundle: Callable[..., Path]) -> None:
+    folder = bundle("demo", form="inline")
+    with pytest.raises(UsageError, match="inline form takes every page"):
+        command(str(folder), "--profile", "galaxy-s24-8gb", "--attend", "selective:25%")
+    model = read_model(folder)
+    for budget in (200, 400, 800, 2000):
+        workload = Workload(4096, 2048, kv_budget=budget * 1024)
+        assert "selective" not in " ".join(advise(model, PHONE, workload).commands)
+
+
+def test_a_bundle_whose_weights_do_not_fit_names_no_folder_to_export_that_is_none(bundle: Callable[..., Path]) -> None:
+    model = replace(read_model(bundle("demo")), weights_bytes=10**11)
+    advice = advise(model, PHONE, Workload(512, 256))
+    assert "export the checkpoint again with --weights int4" in advice.why
+    assert not advice.commands
+
+
+def test_a_profile_that_is_a_file_is_named_as_one(config: Path, tmp_path: Path) -> None:
+    own = tmp_path / "my-board.toml"
+    own.write_text('name = "my-board"\ntitle = "Mine"\nextends = "raspberry-pi-5-8gb"\n', encoding="utf-8")
+    advice = advise(read_model(config), load(str(own)), Workload(2048, 1024))
+    assert f"--profile {own} " in advice.commands[-1]
+
+
+def test_a_context_beyond_the_model_is_planned_at_what_it_was_made_for_at_once(config: Path) -> None:
+    data = json.loads(command(str(config), "--profile", "galaxy-s24-8gb", "--context", "999999999", "--json"))
+    assert data["plan"]["problem"] == "the model was made for 131072 tokens, not 999999999; lower --context"
+    assert data["plan"]["workload"]["context"] == 131072
+    assert "--context 131072" in data["advice"]["commands"][-1]
+
+
+def test_yarn_in_the_configuration_lengthens_the_context(tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = {**LLAMA_3B, "max_position_embeddings": 32768, "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    plan = make_plan(read_model(tmp_path), load("raspberry-pi-5-16gb"), Workload(100_000, 90_000))
+    assert plan.fits
+    assert plan.workload.context == 100_000
+
+
 def test_the_table_names_model_device_tiers_speed_and_setting(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     shown = command(str(config), "--profile", "galaxy-s24-8gb", "--context", "65536", "--engine", "executorch")
@@ -223,7 +290,10 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
         (("--profile", "pixel-8-8gb", "--prompt", "9000"), "more than --context"),
         (("--profile", "pixel-8-8gb", "--attend", "selective:64"), "needs a share"),
         (("--profile", "pixel-8-8gb", "--engine", "tvm"), "unknown engine"),
-        (("--profile", "pixel-8-8gb", "--engine", "onnx-cuda"), "no numbers for engine"),
+        (
+            ("--profile", "pixel-8-8gb", "--engine", "onnx-cuda"),
+            "edgekv does not run it yet; use one of onnx, executorch",
+        ),
     ],
 )
 def test_a_request_that_makes_no_sense_is_one_line(config: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgekv.bundle import read_manifest
+from edgekv.contract import ENGINES, WEIGHTS
 from edgekv.device_profiles import kv_budget
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.work import BITS_PER_WEIGHT, weights_bytes
@@ -86,8 +87,10 @@ def read_shape(path: Path, *, engine: str = "onnx", weights: str = "int4", page_
         UsageError: it cannot be read, edgekv does not export it (the message names the key), or there is no such engine or
             weight type.
     """
-    if engine not in BITS_PER_WEIGHT or weights not in BITS_PER_WEIGHT[engine]:
-        raise UsageError(f"no weights {weights!r} for engine {engine!r}; engines are {', '.join(BITS_PER_WEIGHT)}")
+    if engine not in ENGINES or weights not in WEIGHTS:
+        raise UsageError(
+            f"no weights {weights!r} for engine {engine!r}; edgekv runs {', '.join(ENGINES)} with {', '.join(WEIGHTS)}"
+        )
     model = read_model_config(read_json_object(path), str(path))
     return Shape(Geometry.from_model(model), model.architecture, engine, weights, page_size)
 
@@ -141,6 +144,7 @@ class WeightlessApp:
             mode=KVMode.INT8 if settings.session else KVMode(settings.kv),
             run_pages=self._kernels.RUN_PAGES,
             selective=self._attend.selective,
+            drops=settings.allow_drop and not settings.session,
         )
         self._scratch = scratch
         self._store: BlankStore | None = None

@@ -6,15 +6,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edgekv.errors import UsageError
+from edgekv.bundle import read_manifest
+from edgekv.errors import BudgetError, UsageError
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.runtime.pages.policy import PageUse, Policy, make_policy
+from edgekv.runtime.pages.manager import PageManager
+from edgekv.runtime.pages.policy import PINNED_PAGES, PageUse, Policy, make_policy
 from edgekv.tiers import KVMode, Tier
 
 Bundle = Callable[..., Path]
@@ -87,6 +90,26 @@ def test_what_is_dropped_is_counted_and_each_later_need_of_it_too(policy: str, b
             for layer in dropped:
                 gone = np.flatnonzero(layer)
                 assert gone.tolist() == list(range(1, len(gone) + 1)), "the oldest went, without a gap"
+
+
+@pytest.mark.parametrize("kv", list(KVMode))
+@pytest.mark.parametrize("policy", NAMES)
+def test_dropping_goes_on_in_the_least_budget_and_a_smaller_one_is_refused_at_the_start(
+    policy: str, kv: KVMode, bundle: Bundle
+) -> None:
+    manifest = read_manifest(bundle("demo"))
+    least = PageManager.least_bytes(manifest.model.pages(manifest.page_size), PINNED_PAGES)
+    options = RunOptions(kv=kv, policy=policy, allow_drop=True, context=400, threads=2)
+    with Generator.open(bundle("demo"), replace(options, kv_budget=least)) as generator:
+        assert len(list(generator.tokens(TOKENS[:380], max_tokens=5))) == 5
+        counters = generator.report().pages
+        assert counters is not None
+        assert counters.pages_dropped > 0
+    with (
+        Generator.open(bundle("demo"), replace(options, kv_budget=least - 1)) as generator,
+        pytest.raises(BudgetError, match="3 that are never dropped"),
+    ):
+        generator.prefill(TOKENS[:380], max_tokens=5)
 
 
 def test_pages_that_carry_attention_outlive_random_ones_under_heavy(bundle: Bundle) -> None:
