@@ -284,7 +284,8 @@ def _by_tier(hot: int, warm: int, cold: int) -> dict[str, int]:
 
 def _largest(model: PlannedModel, budget: int, wanted: float) -> int:
     """Return the largest context of which the share ``wanted`` of the pages stays in RAM, in whole pages; 0 for none."""
-    pages, low, high = model.pages, 0, model.geometry.max_context // model.page_size
+    pages, low = model.pages, 0
+    high = model.geometry.max_context // model.page_size if budget > 0 else 0
 
     def stays(n_pages: int) -> bool:
         context = n_pages * pages.page_size
