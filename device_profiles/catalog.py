@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgekv.errors import ProfileError
+from edgekv.errors import FormatError, ProfileError
+from edgekv.schema import did_you_mean, plain_toml, read_whole, shown
 
-from .parse import did_you_mean, parse_profile
+from .parse import parse_profile
 from .schema import DeviceProfile
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 BUNDLED_DIR = Path(__file__).parent
 
@@ -101,15 +96,15 @@ def _find(name_or_path: str | os.PathLike[str], chain: tuple[Path, ...]) -> Path
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     """Read a file and merge it over the one that it extends."""
     try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = plain_toml(read_whole(path))
     except OSError as error:
         raise ProfileError(f"{path}: cannot be read ({error.strerror}); give a name or a .toml file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path}: is not valid TOML: {error}") from error
+    except FormatError as error:
+        raise ProfileError(f"{path}: {error}") from error
     if "extends" not in data:
         return data
     if not isinstance(data["extends"], str):
-        raise ProfileError(f"{path}: extends is {data['extends']!r}, not a text; write the name of a profile")
+        raise ProfileError(f"{path}: extends is {shown(data['extends'])}, not a text; write the name of a profile")
     chain = (*chain, path.resolve())
     base_path = _find(data["extends"], chain)
     base = _read(base_path, chain)

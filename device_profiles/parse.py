@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -10,12 +9,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgekv.errors import ProfileError, UsageError
+from edgekv.schema import did_you_mean, printable, shown
 from edgekv.sizes import format_bytes, parse_bytes
 
 from .schema import (
     CONFIDENCES,
     ENGINES,
     KINDS,
+    LARGEST,
     WEIGHTS,
     Compute,
     DeviceProfile,
@@ -29,15 +30,6 @@ from .schema import (
 
 _TOP = ("name", "title", "kind", "extends", "memory", "compute", "flash", "thermal")
 _PARTS = ("value", "source", "confidence")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``did you mean "..."?`` for a near miss; otherwise the known words, if they are few."""
-    words = list(known)
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    if near:
-        return f'did you mean "{near[0]}"?'
-    return f"use one of {', '.join(words)}." if len(words) <= 12 else ""
 
 
 def parse_profile(data: Mapping[str, Any], path: Path) -> DeviceProfile:
@@ -77,7 +69,7 @@ class _Reader:
         self.path = path
 
     def fail(self, where: str, problem: str, fix: str) -> NoReturn:
-        raise ProfileError(f"{self.path}: {where} {problem}; {fix}")
+        raise ProfileError(f"{self.path}: {printable(where)} {problem}; {fix}")
 
     def known(self, data: Mapping[str, Any], where: str, names: Iterable[str]) -> None:
         """Refuse a key that is not in ``names``."""
@@ -92,7 +84,7 @@ class _Reader:
         if key not in data:
             self.fail(f"[{where}]", "is missing", f"add the table [{where}]")
         if not isinstance(data[key], dict):
-            self.fail(where, f"is {data[key]!r}, not a table", f"write it as [{where}]")
+            self.fail(where, f"is {shown(data[key])}, not a table", f"write it as [{where}]")
         table: dict[str, Any] = data[key]
         return table
 
@@ -103,7 +95,7 @@ class _Reader:
             self.fail(where, "is missing", fix)
         value = data[key]
         if not isinstance(value, str) or not value.strip():
-            self.fail(where, f"is {value!r}, not a text", fix)
+            self.fail(where, f"is {shown(value)}, not a text", fix)
         return value
 
     def choice(self, data: Mapping[str, Any], key: str, where: str, choices: Iterable[str]) -> str:
@@ -112,7 +104,7 @@ class _Reader:
         if key not in data:
             self.fail(where, "is missing", f"add {key} = one of {', '.join(words)}")
         if data[key] not in words:
-            self.fail(where, f"is {data[key]!r}", did_you_mean(str(data[key]), words))
+            self.fail(where, f"is {shown(data[key])}", did_you_mean(str(data[key]), words))
         return str(data[key])
 
     def name(self, data: Mapping[str, Any]) -> str:
@@ -120,9 +112,9 @@ class _Reader:
         stem = self.path.stem
         name = self.text(data, "name", "", f'add name = "{stem}"')
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
-            self.fail("name", f"is {name!r}", "use lower-case letters, digits and single hyphens")
+            self.fail("name", f"is {shown(name)}", "use lower-case letters, digits and single hyphens")
         if name != stem:
-            self.fail("name", f"is {name!r} in a file named {self.path.name}", "rename one of the two")
+            self.fail("name", f"is {shown(name)} in a file named {self.path.name}", "rename one of the two")
         return name
 
     def engine(self, compute: Mapping[str, Any], engine: str) -> Compute:
@@ -155,19 +147,18 @@ class _Reader:
     def quantity(self, entry: Any, where: str, key: str, rule: Rule) -> Quantity[Any]:
         """Read ``{ value, source, confidence }``."""
         if not isinstance(entry, dict):
-            shown = f'"{entry}"' if isinstance(entry, str) else str(entry)
-            self.fail(where, "states no source and confidence", f"write {_written(key, shown)}")
+            self.fail(where, "states no source and confidence", f"write {_written(key, _as_toml(entry))}")
         self.known(entry, where, _PARTS)
         if "value" not in entry:
             self.fail(f"{where}.value", "is missing", f"write {_written(key, rule.example)}")
         value = self.number(entry["value"], where, rule)
         source = self.text(entry, "source", where, "say where the number is from, or how it was derived")
         confidence = entry.get("confidence")
-        if confidence not in CONFIDENCES:
-            problem = "is missing" if confidence is None else f"is {confidence!r}"
+        if not isinstance(confidence, str) or confidence not in CONFIDENCES:
+            problem = "is missing" if confidence is None else f"is {shown(confidence)}"
             meanings = ", ".join(f'"{word}" ({meaning})' for word, meaning in CONFIDENCES.items())
             self.fail(f"{where}.confidence", problem, f"use {meanings}")
-        return Quantity(value, rule.unit, source, str(confidence))
+        return Quantity(value, rule.unit, source, confidence)
 
     def number(self, value: Any, where: str, rule: Rule) -> int | float:
         """Read a number, or a size such as ``"7GB"`` or ``"10GB/s"``, within the rule's limits."""
@@ -177,9 +168,11 @@ class _Reader:
             try:
                 value = parse_bytes(size)
             except UsageError:
-                self.fail(where, f'is "{value}", not a size above zero', fix)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            self.fail(where, f"is {value!r}, not a number", fix)
+                self.fail(where, f"is {_as_toml(value)}, not a size above zero", fix)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == math.inf:
+            self.fail(where, f"is {shown(value)}, not a number", fix)
+        if abs(value) > LARGEST:
+            self.fail(where, f"is {shown(value)}, more than any device has", fix)
         if value < rule.low or value > rule.high or (value == rule.low and not rule.low_included):
             self.fail(where, f"is {value:g}", f"it must be {rule.limits} ({rule.unit})")
         if not rule.integer:
@@ -199,6 +192,10 @@ class _Reader:
             )
         if page & (page - 1):
             self.fail("memory.os_page_bytes", f"is {page}, not a power of two", 'write "4KiB" or "16KiB"')
+
+
+def _as_toml(value: object) -> str:
+    return shown(value).replace("'", '"') if isinstance(value, str) else shown(value)
 
 
 def _written(key: str, value: str) -> str:

@@ -51,6 +51,10 @@ class Quantity(Generic[Number]):
         return f"{value:,g} {self.unit}"
 
 
+#: No number of a profile is larger, in whatever unit: what is computed from it stays finite, and bytes fit 64 bits.
+LARGEST = 1e18
+
+
 @dataclass(frozen=True)
 class Rule:
     """What the value of a field must be; ``example`` is how the fix in an error message writes it."""

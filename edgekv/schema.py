@@ -40,6 +40,19 @@ Bytes = Annotated[int, Meta(ge=0, le=1 << 62)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 PositiveFinite = Annotated[float, Meta(gt=0, le=1e30)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+#: What msgspec calls a type, and people do.
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a table",
+    "null": "nothing",
+}
+_WORD = re.compile(rf"\b({'|'.join(_WORDS)})\b")
 
 
 def read_whole(path: Path, limit_bytes: int = LARGEST_BYTES) -> bytes:
@@ -73,7 +86,7 @@ def plain_json(data: bytes) -> Any:
     try:
         return msgspec.json.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(_first_line(error)) from error
+        raise FormatError(f"it is not valid JSON: {_first_line(error)}") from error
 
 
 def plain_toml(data: bytes) -> dict[str, Any]:
@@ -85,9 +98,9 @@ def plain_toml(data: bytes) -> dict[str, Any]:
     try:
         return tomllib.loads(data.decode())
     except UnicodeDecodeError as error:
-        raise FormatError("it is not UTF-8 text") from error
+        raise FormatError("it is not valid TOML: it is not UTF-8 text") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits is a bare ValueError
-        raise FormatError(_first_line(error)) from error
+        raise FormatError(f"it is not valid TOML: {_first_line(error)}") from error
 
 
 def checked(data: object, kind: type[T], where: str = "") -> T:
@@ -104,15 +117,27 @@ def checked(data: object, kind: type[T], where: str = "") -> T:
         return msgspec.convert(data, kind)
     except (msgspec.ValidationError, RecursionError) as error:
         problem, _, place = _first_line(error).partition(" - at `$")
-        problem, place = problem.replace("`", ""), place.rstrip("`")
+        place = place.rstrip("`")
         at = _dotted(where, place)
-        missing = re.fullmatch(r"Object missing required field (.*)", problem)
+        missing = re.fullmatch(r"Object missing required field `(.*)`", problem)
         if missing:
             raise FormatError(f"{_dotted(where, f'{place}.{missing[1]}')} is missing") from error
         expected = re.fullmatch(r"Expected (.*?)(, got .*)?", problem)
         if expected:
-            problem = f"{_value_at(data, place)}, it must be {expected[1]}"
-        raise FormatError(f"{at} {problem}".lstrip()) from error
+            wanted = _WORD.sub(lambda word: _WORDS[word[0]], expected[1].replace("`", "").replace(" | ", " or "))
+            raise FormatError(f"{at} {_value_at(data, place)}; it must be {wanted}".lstrip()) from error
+        raise FormatError(f"{at}: {problem}".lstrip(": ")) from error
+
+
+def shown(value: object) -> str:
+    """Return a value as an error names it: in one line that is not long."""
+    text = printable(repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def printable(text: str) -> str:
+    """Return a text in which nothing breaks the line or the terminal: a key of a file may be anything."""
+    return text if text.isprintable() else ascii(text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -132,7 +157,7 @@ def one_of(value: object, where: str, choices: Iterable[str]) -> None:
     """
     words = tuple(choices)
     if value not in words:
-        raise FormatError(f"{where} is {_short(value)}; it must be one of {', '.join(words)}")
+        raise FormatError(f"{where} is {shown(value)}; it must be one of {', '.join(words)}")
 
 
 def plain_name(name: str, where: str) -> str:
@@ -146,7 +171,7 @@ def plain_name(name: str, where: str) -> str:
     """
     outside = name in ("", ".", "..") or any(mark in name for mark in "/\\:")
     if outside or not name.isprintable() or len(name.encode()) > 255:
-        raise FormatError(f"{where} is {_short(name)}, not the plain name of a file in the folder")
+        raise FormatError(f"{where} is {shown(name)}, not the plain name of a file in the folder")
     return name
 
 
@@ -183,12 +208,13 @@ def _refuse_unknown(data: object, kind: Any, where: str) -> None:
                     _refuse_unknown(value, get_args(option)[1], _dotted(where, f".{key}"))
         elif isinstance(data, list) and get_origin(option) in (tuple, list):
             for index, value in enumerate(data):
-                _refuse_unknown(value, get_args(option)[0], f"{where}[{index}]")
+                _refuse_unknown(value, get_args(option)[0], _dotted(where, f"[{index}]"))
 
 
 def _dotted(where: str, place: str) -> str:
-    dotted = f"{where}{place}".lstrip(".")
-    return dotted if dotted.isprintable() else ascii(dotted)  # a key is whatever stands in the file
+    """Join what leads to a value; entries of lists are counted from 1, as people do."""
+    steps = re.sub(r"\[(\d+)\]", lambda index: f" {int(index[1]) + 1}", place)
+    return printable(f"{where}{steps}".lstrip("."))
 
 
 def _value_at(data: Any, place: str) -> str:
@@ -198,12 +224,7 @@ def _value_at(data: Any, place: str) -> str:
             data = data[key] if key else data[int(index)]
     except (KeyError, TypeError, IndexError):
         return "is something else"
-    return f"is {_short(data)}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"is {shown(data)}"
 
 
 def _first_line(error: BaseException) -> str:

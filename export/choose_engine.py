@@ -8,17 +8,34 @@ tokens, split form, INT8 pages. `make bench` prints the row of the machine that 
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+
+from edgekv.contract import OPERATORS, WEIGHTS
+from edgekv.schema import PositiveFinite, checked, one_of, plain_json
 
 MEASUREMENTS = "engines.json"
 #: What exporting for ExecuTorch imports.
 _EXECUTORCH = ("executorch", "torchao")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table: tokens/s of both engines, what ExecuTorch computed with, and on what machine that was."""
+
+    machine: str
+    weights: str
+    onnx: PositiveFinite
+    executorch: PositiveFinite
+    operators: str
+    on: str
+
+    def __post_init__(self) -> None:
+        one_of(self.weights, "weights", WEIGHTS)
+        one_of(self.operators, "operators", OPERATORS)
 
 
 @dataclass(frozen=True)
@@ -44,15 +61,18 @@ def machine_class() -> str:
     return machine
 
 
-def measurements() -> list[dict[str, Any]]:
+def measurements() -> list[Measurement]:
     """Return the rows of the table.
 
-    Each has machine, weights, onnx and executorch in tokens/s, the operators that executorch was measured with, and
-    what they were measured on.
+    Raises:
+        FormatError: it is damaged.
     """
-    text = (resources.files("edgekv.export") / MEASUREMENTS).read_text(encoding="utf-8")
-    rows: list[dict[str, Any]] = json.loads(text)
-    return rows
+    return parse_measurements((resources.files("edgekv.export") / MEASUREMENTS).read_bytes())
+
+
+def parse_measurements(data: bytes) -> list[Measurement]:
+    """Read the JSON of the table; see :func:`measurements`."""
+    return checked(plain_json(data), list[Measurement], "measurement")
 
 
 def default_engine(form: str, weights: str, machine: str | None = None) -> EngineChoice:
@@ -64,10 +84,10 @@ def default_engine(form: str, weights: str, machine: str | None = None) -> Engin
     machine = machine or machine_class()
     if form == "inline":
         return EngineChoice("onnx", "the inline form is for any ONNX Runtime")
-    row = next((row for row in measurements() if (row["machine"], row["weights"]) == (machine, weights)), None)
+    row = next((row for row in measurements() if (row.machine, row.weights) == (machine, weights)), None)
     if row is None:
         return EngineChoice("onnx", f"runs everywhere; nothing faster was measured on {machine} with {weights} weights")
-    speeds = {engine: float(row[engine]) for engine in ("onnx", "executorch")}
+    speeds = {"onnx": row.onnx, "executorch": row.executorch}
     fastest = max(speeds, key=lambda engine: speeds[engine])
     slower = min(speeds, key=lambda engine: speeds[engine])
     measured = f"{speeds[fastest]:.0f} tokens/s against {speeds[slower]:.0f} of {slower} on {machine}, {weights}"
@@ -75,7 +95,7 @@ def default_engine(form: str, weights: str, machine: str | None = None) -> Engin
         return EngineChoice(
             "onnx", f'executorch is faster ({measured}) but not installed: pip install "edgekv[export,executorch]"'
         )
-    operators = row["operators"] if fastest == "executorch" else None
+    operators = row.operators if fastest == "executorch" else None
     return EngineChoice(fastest, f"measured fastest: {measured}", operators)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 #: What people, bad disks and strangers put where something else belongs.
 SILLY: list[Any] = [
     None, True, False, "", "x", "../../etc/passwd", "/etc/passwd", "a/b", "..", ".", "a\0b", "\ud800", "ö" * 300,
+    "nan%", "inf%", "1e999%", "-5%", "60%", "nan", "0", "-1", "9" * 400, "1TB", "7 GB/s",
     -1, 0, 1, 2, 3, 7, 255, 4096, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30, -(2**63),
     0.0, -0.0, 0.5, 1.5, 1e-320, 1e300, float("nan"), float("inf"),
     [], [[]], [0], [None], [1] * 50, {}, {"a": 1}, {"": None},

@@ -3,11 +3,14 @@ never a value out of range, never memory for a number that somebody made up."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +19,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
 
 from edgekv.bundle import check_files, read_manifest
+from edgekv.device_profiles import catalog
+from edgekv.device_profiles import load as load_profile
+from edgekv.device_profiles.schema import Quantity
+from edgekv.emulator.play.scenario import load_scenario
 from edgekv.errors import BundleError, EdgeKVError
+from edgekv.export.choose_engine import parse_measurements
 from edgekv.runtime.generate import Generator, RunOptions
-from tests.mutation import faulty, faulty_json
+from edgekv.runtime.storage.wear import LEDGER, read_ledger
+from edgekv.verify.gate import parse_gate
+from tests.mutation import faulty, faulty_bytes, faulty_json
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 DATA = Path(__file__).parent / "data"
 MANIFEST: dict[str, Any] = json.loads((DATA / "bundle-1" / "manifest.json").read_text(encoding="utf-8"))
@@ -69,7 +84,7 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(DATA / "bundle-1", tmp_path / "model.edgekv"))
 
 
-@examples(300, 10_000)
+@examples(250, 5000)
 def test_a_manifest_with_a_fault_says_what_it_says_or_is_refused(folder: Path, count: int) -> None:
     def check(document: bytes) -> None:
         (folder / "manifest.json").write_bytes(document)
@@ -81,7 +96,7 @@ def test_a_manifest_with_a_fault_says_what_it_says_or_is_refused(folder: Path, c
     for_all(count, faulty_json(MANIFEST), check)
 
 
-@examples(40, 3000)
+@examples(40, 2000)
 def test_a_bundle_with_a_fault_in_its_manifest_generates_or_is_refused(folder: Path, count: int) -> None:
     """What gets past the manifest is held against the graphs, before a buffer is made for it."""
 
@@ -102,14 +117,14 @@ def test_a_bundle_with_a_fault_in_its_manifest_generates_or_is_refused(folder: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_layers": 10**12}, "model.n_layers is 1000000000000, it must be int <= 2147483648"),
+        ({"n_layers": 10**12}, "model.n_layers is 1000000000000; it must be a whole number <= 2147483648"),
         ({"n_layers": 2**30}, "model.windows has 2 entries for 1073741824 layers"),
         ({"vocab_size": 2**30}, "the embedding needs"),
         ({"hidden_size": 2**20}, "the embedding needs"),
         ({"n_kv_heads": 3}, "model.n_q_heads (4) is no multiple of n_kv_heads (3)"),
-        ({"head_dim": "16"}, "model.head_dim is '16', it must be int"),
-        ({"softmax_scale": -1}, "model.softmax_scale is -1, it must be float > 0"),
-        ({"windows": [0, -1]}, "model.windows[1] is -1, it must be int >= 0"),
+        ({"head_dim": "16"}, "model.head_dim is '16'; it must be a whole number"),
+        ({"softmax_scale": -1}, "model.softmax_scale is -1; it must be a number > 0"),
+        ({"windows": [0, -1]}, "model.windows 2 is -1; it must be a whole number >= 0"),
         ({"n_layer": 2}, 'model.n_layer is not a field; did you mean "n_layers"?'),
     ],
 )
@@ -163,3 +178,120 @@ def test_a_folder_a_pipe_or_a_huge_file_in_the_place_of_a_file_is_refused(folder
         stream.truncate(1 << 40)
     with pytest.raises(BundleError, match="larger than 16 MiB"):
         read_manifest(folder)
+
+
+def toml(data: dict[str, Any]) -> bytes:
+    """Write plain data as TOML; every table in line."""
+
+    def written(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{json.dumps(key)} = {written(one)}" for key, one in value.items()) + "}"
+        if isinstance(value, list):
+            return "[" + ", ".join(map(written, value)) + "]"
+        return repr(value) if isinstance(value, float) else json.dumps(value)
+
+    return "".join(f"{json.dumps(key)} = {written(value)}\n" for key, value in data.items()).encode()
+
+
+def faulty_toml(data: dict[str, Any]) -> SearchStrategy[bytes]:
+    """Return a strategy for a TOML document with one fault; what TOML cannot say (null) is a fault, too."""
+    return faulty(data).map(toml) | faulty_bytes(toml(data))
+
+
+SCENARIO: dict[str, Any] = {
+    "title": "a walk",
+    "app": {"kv_budget": "25%", "context": 900, "session": True, "restart_s": 0.5, "restarts": 2},
+    "turn": [{"prompt": "An operating system", "max_tokens": 9, "pause_s": 1.5}, {"prompt_tokens": 8, "repeat": 2}],
+    "event": [
+        {"kind": "memory-pressure", "at_s": 1, "limit": "60%", "duration_s": 4.0},
+        {"kind": "damage", "at_s": 2.5, "rate": 0.25},
+    ],
+}
+GATE: dict[str, Any] = {"identity": "always", "exact": {"mean_kld": 0.005, "top1": 1}, "partial": {"tasks": 0.95}}
+MEASUREMENTS = [
+    {
+        "machine": "x86-64",
+        "weights": "int4",
+        "onnx": 1.5,
+        "executorch": 2,
+        "operators": "edgekv",
+        "on": "a Xeon",
+    }
+]
+
+
+@examples(120, 4000)
+def test_a_scenario_with_a_fault_says_what_it_says_or_is_refused(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "scenario.toml"
+
+    def check(document: bytes) -> None:
+        path.write_bytes(document)
+        scenario = unless_refused(lambda: load_scenario(path))
+        if scenario is not None:
+            said = tomllib.loads(document.decode())
+            assert says(asdict(scenario.app), said.get("app", {}))
+            assert says([asdict(event) for event in scenario.events], said.get("event", []))
+            turns = [turn for turn in said["turn"] for _ in range(turn.get("repeat", 1))]
+            assert says([asdict(turn) for turn in scenario.turns], turns)
+
+    for_all(count, faulty_toml(SCENARIO), check)
+
+
+@examples(120, 4000)
+def test_a_gate_with_a_fault_says_what_it_says_or_is_refused(count: int) -> None:
+    def check(document: bytes) -> None:
+        gate = unless_refused(lambda: parse_gate("mine", document))
+        if gate is not None:
+            assert says(asdict(gate), tomllib.loads(document.decode()))
+
+    for_all(count, faulty_toml(GATE), check)
+
+
+@examples(120, 4000)
+def test_a_profile_with_a_fault_says_what_it_says_or_is_refused(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "raspberry-pi-5-8gb.toml"
+    whole = (Path(catalog.__file__).parent / path.name).read_bytes()
+
+    def check(document: bytes) -> None:
+        path.write_bytes(document)
+        profile = unless_refused(lambda: load_profile(path))
+        if profile is not None:
+            said = tomllib.loads(document.decode())
+            for place, entry in profile.entries().items():
+                if isinstance(entry, Quantity):
+                    stated = functools.reduce(lambda table, key: table[key], place.split("."), said)
+                    assert (stated["source"], stated["confidence"]) == (entry.source, entry.confidence)
+                    assert isinstance(stated["value"], str) or stated["value"] == entry.value
+                    assert 0 <= entry.value <= 1e18
+
+    for_all(count, faulty_toml(tomllib.loads(whole.decode())) | faulty_bytes(whole), check)
+
+
+@examples(120, 4000)
+def test_a_table_of_engines_with_a_fault_says_what_it_says_or_is_refused(count: int) -> None:
+    def check(document: bytes) -> None:
+        rows = unless_refused(lambda: parse_measurements(document))
+        if rows is not None:
+            assert says([asdict(row) for row in rows], json.loads(document))
+
+    for_all(count, faulty_json(MEASUREMENTS), check)
+
+
+@examples(120, 4000)
+def test_a_line_of_the_wear_ledger_with_a_fault_counts_as_what_it_says_or_as_damaged(
+    tmp_path: Path, count: int
+) -> None:
+    whole = (DATA / "session-1" / LEDGER).read_bytes()
+    lines = faulty(json.loads(whole)).map(lambda line: json.dumps(line).encode()) | faulty_bytes(whole.rstrip())
+
+    def check(line: bytes) -> None:
+        (tmp_path / LEDGER).write_bytes(whole + line[:127].ljust(127) + b"\n" + whole)
+        entries, damaged = read_ledger(tmp_path)
+        assert len(entries) + damaged == 3
+        assert all(0 <= entry.bytes_written < 2**63 for entry in entries)
+        if not damaged:
+            said = json.loads(line[:127])
+            entry = entries[1]
+            assert (entry.day, entry.run, entry.bytes_written) == (said["day"], said["run"], said["bytes"])
+
+    for_all(count, lines, check)

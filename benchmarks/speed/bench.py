@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def main() -> int:
     print(table)
     row = engine_row(results)
     if row:
-        print(f"\nthe row of this machine in export/engines.json: {json.dumps(row)}")
+        print(f"\nthe row of this machine in export/engines.json: {json.dumps(asdict(row))}")
         if options.record:
             record(row)
     (options.out / "benchmarks.svg").write_text(plot(results), encoding="utf-8")

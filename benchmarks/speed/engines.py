@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from edgekv.export.choose_engine import machine_class
+from edgekv.export.choose_engine import Measurement, machine_class, measurements
 
 from .contestants import OURS, OURS_EXECUTORCH, OURS_XNNPACK
 from .results import Results
@@ -17,7 +17,7 @@ TABLE = Path(__file__).resolve().parents[2] / "export" / "engines.json"
 CONTEXT = 2048
 
 
-def engine_row(results: Results) -> dict[str, Any] | None:
+def engine_row(results: Results) -> Measurement | None:
     """Return the row, None if one of the engines was not measured."""
     onnx = results.get(OURS, CONTEXT, "decode_tok_s")
     executorch = {
@@ -28,21 +28,16 @@ def engine_row(results: Results) -> dict[str, Any] | None:
     if onnx is None or not executorch:
         return None
     operators = max(executorch, key=lambda name: executorch[name])
-    return {
-        "machine": machine_class(),
-        "weights": "int4",
-        "onnx": onnx,
-        "executorch": executorch[operators],
-        "operators": operators,
-        "on": f"{_cpu()}, {os.cpu_count()} cores",
-    }
+    return Measurement(
+        machine_class(), "int4", onnx, executorch[operators], operators, f"{_cpu()}, {os.cpu_count()} cores"
+    )
 
 
-def record(row: dict[str, Any]) -> None:
+def record(row: Measurement) -> None:
     """Put a row into the table, in the place of one of the same machine class and weights."""
-    rows = json.loads(TABLE.read_text(encoding="utf-8"))
-    rows = [other for other in rows if (other["machine"], other["weights"]) != (row["machine"], row["weights"])]
-    TABLE.write_text(json.dumps([*rows, row], indent=1) + "\n", encoding="utf-8")
+    others = [other for other in measurements() if (other.machine, other.weights) != (row.machine, row.weights)]
+    rows = [asdict(one) for one in [*others, row]]
+    TABLE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def _cpu() -> str:

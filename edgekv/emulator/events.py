@@ -6,8 +6,12 @@ import heapq
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
 
 from edgekv.errors import UsageError
+from edgekv.schema import Bytes, Seconds, Share
 from edgekv.sizes import parse_bytes
 
 #: The kinds of events, what each does, and the fields that it needs.
@@ -32,13 +36,13 @@ class Event:
         UsageError: there is no such kind, or a field is missing or impossible.
     """
 
-    at_s: float
+    at_s: Seconds
     kind: str
-    limit: int | str | None = None
-    rate: float | None = None
-    share: float | None = None
-    duration_s: float | None = None
-    grace_s: float = 1.0
+    limit: Bytes | str | None = None
+    rate: Share | None = None
+    share: Share | None = None
+    duration_s: Annotated[float, Meta(gt=0, le=1e12)] | None = None
+    grace_s: Seconds = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -46,12 +50,6 @@ class Event:
         for name in KINDS[self.kind][1]:
             if getattr(self, name) is None:
                 raise UsageError(f"an event {self.kind!r} needs `{name}`: {KINDS[self.kind][0]}")
-        for name in ("rate", "share"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UsageError(f"`{name}` of the event {self.kind!r} is {value}; it must be between 0 and 1")
-        if self.at_s < 0 or self.grace_s < 0 or (self.duration_s is not None and self.duration_s <= 0):
-            raise UsageError(f"a time of the event {self.kind!r} is negative, or `duration_s` is zero")
         self.limit_bytes(1)
 
     def limit_bytes(self, whole_bytes: int) -> int:
@@ -65,9 +63,12 @@ class Event:
         if not self.limit.strip().endswith("%"):
             return parse_bytes(self.limit)
         try:
-            return int(whole_bytes * float(self.limit.strip()[:-1]) / 100)
-        except ValueError as error:
-            raise UsageError(f"not a share: {self.limit!r}; write it like 60%") from error
+            percent = float(self.limit.strip()[:-1])
+        except ValueError:
+            percent = -1.0
+        if not 0 <= percent <= 100:
+            raise UsageError(f"not a share: {self.limit!r}; write it like 60%")
+        return int(whole_bytes * percent / 100)
 
 
 class Agenda:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from edgekv.errors import UsageError
+from msgspec import Meta
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from edgekv.errors import FormatError, UsageError
+from edgekv.schema import checked, one_of, plain_toml, read_whole
 
 NAMED = ("strict", "standard")
 IDENTITY = ("always", "promised", "never")
+
+
+Limit = Annotated[float, Meta(ge=0, le=1e30)] | None
 
 
 @dataclass(frozen=True)
@@ -31,14 +29,14 @@ class Limits:
     positions with the same most likely token. ``tasks``: least share of the full cache's score on every task.
     """
 
-    perplexity_change: float | None = None
-    perplexity_rise: float | None = None
-    mean_kld: float | None = None
-    p99_kld: float | None = None
-    max_kld: float | None = None
-    stretch_kld: float | None = None
-    top1: float | None = None
-    tasks: float | None = None
+    perplexity_change: Limit = None
+    perplexity_rise: Limit = None
+    mean_kld: Limit = None
+    p99_kld: Limit = None
+    max_kld: Limit = None
+    stretch_kld: Limit = None
+    top1: Limit = None
+    tasks: Limit = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,20 @@ class Gate:
     identity: str
     exact: Limits
     partial: Limits
+
+
+@dataclass(frozen=True)
+class GateFile:
+    """What the TOML file of a gate holds: a :class:`Gate` without its name, which is the file's."""
+
+    identity: str = "promised"
+    exact: Limits = Limits()
+    partial: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        one_of(self.identity, "identity", IDENTITY)
+        if self.identity == "never" and self.exact == Limits():
+            raise FormatError("it limits nothing, so everything would pass; give [exact] limits or identity")
 
 
 @dataclass(frozen=True)
@@ -86,51 +98,25 @@ def load_gate(name: str) -> Gate:
         UsageError: no such gate or file, or a field that is unknown or no number.
     """
     if name in NAMED:
-        text = (resources.files("edgekv.verify") / "gates" / f"{name}.toml").read_text(encoding="utf-8")
-        return parse_gate(name, text)
+        return parse_gate(name, (resources.files("edgekv.verify") / "gates" / f"{name}.toml").read_bytes())
     path = Path(name)
     try:
-        return parse_gate(path.stem, path.read_text(encoding="utf-8"), where=str(path))
+        data = read_whole(path)
     except OSError as error:
         raise UsageError(
             f"there is no gate {name!r}, and no such file can be read ({error.strerror}); choose {' or '.join(NAMED)}, or give"
             " a TOML file as in docs/verify.md"
         ) from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not TOML: it is not UTF-8 text") from error
+    except FormatError as error:
+        raise UsageError(f"{path} is no gate: {error}") from error
+    return parse_gate(path.stem, data, where=str(path))
 
 
-def parse_gate(name: str, text: str, *, where: str = "") -> Gate:
-    """Read the text of a gate; see :func:`load_gate`."""
+def parse_gate(name: str, data: bytes, *, where: str = "") -> Gate:
+    """Read the TOML of a gate; see :func:`load_gate`."""
     where = where or f"the gate {name}"
     try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{where} is not TOML: {error}") from error
-    unknown = sorted(set(data) - {"identity", "exact", "partial"})
-    if unknown:
-        raise UsageError(
-            f"{where}: unknown field {unknown[0]!r}; a gate has identity, [exact] and [partial], and limits stand under the"
-            " last two"
-        )
-    identity = data.get("identity", "promised")
-    if identity not in IDENTITY:
-        raise UsageError(f"{where}: identity must be one of {', '.join(IDENTITY)}, not {identity!r}")
-    exact, partial = (_limits(where, part, data.get(part, {})) for part in ("exact", "partial"))
-    if identity == "never" and exact == Limits():
-        raise UsageError(f"{where} limits nothing, so everything would pass; give [exact] limits or identity")
-    return Gate(name, identity, exact, partial)
-
-
-def _limits(where: str, part: str, data: Any) -> Limits:
-    if not isinstance(data, dict):
-        raise UsageError(f"{where}: [{part}] must be a table of limits")
-    known = [field.name for field in fields(Limits)]
-    for key, value in data.items():
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            meant = f"; did you mean {close[0]}?" if close else ""
-            raise UsageError(f"{where}: unknown limit {part}.{key}{meant} (there are {', '.join(known)})")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise UsageError(f"{where}: {part}.{key} must be a number of at least 0, not {value!r}")
-    return Limits(**{key: float(value) for key, value in data.items()})
+        file = checked(plain_toml(data), GateFile)
+    except FormatError as error:
+        raise UsageError(f"{where}: {error}") from error
+    return Gate(name, file.identity, file.exact, file.partial)

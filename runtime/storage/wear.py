@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from pathlib import Path
 
-from edgekv.errors import StoreError, UsageError, WriteLimit
+from edgekv.errors import FormatError, StoreError, UsageError, WriteLimit
+from edgekv.schema import Bytes, Natural, from_json
 from edgekv.sizes import format_bytes
 from edgekv.spec import round_up
 
@@ -38,6 +39,20 @@ class Entry:
     run: str
     bytes_written: int
     batches: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """An entry as its line in the ledger holds it."""
+
+    day: str
+    run: str
+    bytes: Bytes
+    batches: Natural
+
+    def __post_init__(self) -> None:
+        if date.fromisoformat(self.day).isoformat() != self.day:
+            raise FormatError("day is written differently")
 
 
 @dataclass(frozen=True)
@@ -169,9 +184,9 @@ def _parse(data: bytes) -> tuple[list[Entry], int]:
     damaged = 0
     for start in range(0, len(data), LINE_BYTES):
         try:
-            fields = json.loads(data[start : start + LINE_BYTES])
-            day = date.fromisoformat(fields["day"]).isoformat()
-            entries.append(Entry(day, str(fields["run"]), int(fields["bytes"]), int(fields["batches"])))
-        except (ValueError, KeyError, TypeError):
+            line = from_json(data[start : start + LINE_BYTES], Line)
+        except FormatError:
             damaged += 1
+            continue
+        entries.append(Entry(line.day, line.run, line.bytes, line.batches))
     return entries, damaged

@@ -97,16 +97,16 @@ def test_two_processes_write_the_same_bytes(tiny: Path, config: Path, tmp_path: 
     ("text", "message"),
     [
         ("[[turn]]\nmax_tokens = 5", "turn 1: a turn needs one of prompt, prompt_file and prompt_tokens"),
-        ("[[turn]]\nprompt_tokens = 'x'", "prompt_tokens is 'x'; it must be int"),
+        ("[[turn]]\nprompt_tokens = 'x'", "turn 1.prompt_tokens is 'x'; it must be a whole number"),
         ("[[turn]]\nprompt_tokens = 5\n[[event]]\nat_s = 1\nkind = 'flood'", "event 1: unknown event 'flood'"),
         (
             "[[turn]]\nprompt_tokens = 5\n[[event]]\nat_s = 1\nkind = 'damage'",
             "event 1: an event 'damage' needs `rate`",
         ),
-        ("[[turn]]\nprompt_tokens = 5\n[[event]]\nkind = 'kill'", "event 1: at_s is missing"),
-        ("[[turn]]\nprompt_tokens = 5\n[app]\nbudget = 1", "app: unknown key 'budget'"),
+        ("[[turn]]\nprompt_tokens = 5\n[[event]]\nkind = 'kill'", "event 1.at_s is missing"),
+        ("[[turn]]\nprompt_tokens = 5\n[app]\nbudget = 1", 'app.budget is not a field; did you mean "kv_budget"?'),
         ("title = 'nothing'", "has no [[turn]]"),
-        ("[[turn]", "cannot read the scenario"),
+        ("[[turn]", "scenario.toml: it is not valid TOML: "),
     ],
 )
 def test_a_scenario_that_makes_no_sense_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:

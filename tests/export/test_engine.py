@@ -12,7 +12,7 @@ from edgekv.bundle import read_manifest
 from edgekv.cli.main import app
 from edgekv.contract import WEIGHTS
 from edgekv.export import choose_engine as engine
-from edgekv.export.choose_engine import default_engine, machine_class, measurements
+from edgekv.export.choose_engine import Measurement, default_engine, machine_class, measurements
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "executorch.md"
 
@@ -23,15 +23,15 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_installed")
-@pytest.mark.parametrize("row", measurements(), ids=lambda row: f"{row['machine']}, {row['weights']}")
-def test_the_engine_that_measured_faster_is_chosen_with_both_numbers(row: dict[str, object]) -> None:
-    machine, weights = str(row["machine"]), str(row["weights"])
+@pytest.mark.parametrize("row", measurements(), ids=lambda row: f"{row.machine}, {row.weights}")
+def test_the_engine_that_measured_faster_is_chosen_with_both_numbers(row: Measurement) -> None:
+    machine, weights = row.machine, row.weights
     assert weights in WEIGHTS
     choice = default_engine("split", weights, machine)
     other = {"onnx": "executorch", "executorch": "onnx"}[choice.engine]
-    speeds = {name: float(str(row[name])) for name in (choice.engine, other)}
+    speeds = {name: getattr(row, name) for name in (choice.engine, other)}
     assert speeds[choice.engine] >= speeds[other] > 0
-    assert choice.operators == (row["operators"] if choice.engine == "executorch" else None)
+    assert choice.operators == (row.operators if choice.engine == "executorch" else None)
     assert f"{speeds[choice.engine]:.0f} tokens/s against {speeds[other]:.0f} of {other} on {machine}" in choice.reason
 
 
@@ -43,7 +43,7 @@ def test_what_was_not_measured_gets_the_engine_that_runs_everywhere() -> None:
 
 
 def test_a_faster_engine_that_is_not_installed_is_named_with_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"machine": "abacus", "weights": "int4", "onnx": 1.0, "executorch": 2.0}
+    row = Measurement("abacus", "int4", 1.0, 2.0, "edgekv", "wood")
     monkeypatch.setattr(engine, "measurements", lambda: [row])
     monkeypatch.setattr(engine, "executorch_installed", lambda: False)
     choice = default_engine("split", "int4", "abacus")
@@ -63,8 +63,8 @@ def test_the_command_says_which_engine_it_took_and_why(checkpoint: Callable[[str
 def test_the_page_in_docs_shows_every_measurement() -> None:
     page = DOCUMENT.read_text(encoding="utf-8")
     for row in measurements():
-        speeds = f"{row['onnx']} | {row['executorch']} | {row['operators']}"
-        assert f"| {row['machine']} | {row['weights']} | {speeds} | {row['on']} |" in page
+        speeds = f"{row.onnx} | {row.executorch} | {row.operators}"
+        assert f"| {row.machine} | {row.weights} | {speeds} | {row.on} |" in page
 
 
 def test_this_machine_has_a_class() -> None:

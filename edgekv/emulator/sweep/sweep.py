@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import edgekv
-from edgekv.errors import EdgeKVError, EngineMissing, UsageError
+from edgekv.errors import EdgeKVError, EngineMissing, FormatError, UsageError
+from edgekv.schema import plain_json
 
 from ..device import Device
 from ..play.play import emulate_shape
@@ -143,14 +144,21 @@ def sweep(
 
 
 def _read_journal(path: Path) -> Iterator[Row]:
-    """Read the rows of a journal; the last line may have been cut short."""
+    """Read the rows of a journal that are whole; the others are computed again."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    columns = {"key", *(field.name for field in dataclasses.fields(Case)), *OUTCOME}
+    for line in path.read_bytes().splitlines():
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+            row = plain_json(line)
+        except FormatError:
+            continue
+        if (
+            isinstance(row, dict)
+            and set(row) == columns
+            and not any(isinstance(one, (dict, list)) for one in row.values())
+        ):
+            yield row
 
 
 def _results(client: Client, shape: Shape, cases: Sequence[Case]) -> Iterator[Row]:
