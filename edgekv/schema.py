@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import re
 import stat
 import sys
@@ -131,7 +132,7 @@ def checked(data: object, kind: type[T], where: str = "") -> T:
 
 def shown(value: object) -> str:
     """Return a value as an error names it: in one line that is not long."""
-    text = printable(repr(value))
+    text = printable(" ".join(repr(value.value if isinstance(value, enum.Enum) else value).split()))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import UsageError
+from edgekv.schema import shown
 from edgekv.sizes import parse_bytes
 from edgekv.tiers import KVMode, PressureMode
 
@@ -36,13 +37,6 @@ E = TypeVar("E", bound=enum.Enum)
 _LONGEST_NUMBER = 40
 #: Longest part of a path on the file systems that matter.
 _LONGEST_NAME_BYTES = 255
-
-
-def shown(value: object) -> str:
-    """Return a value as an error names it: on one line, cut, with its type where that is the mistake."""
-    text = repr(value.value) if isinstance(value, enum.Enum) else repr(value)
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @dataclass(frozen=True)

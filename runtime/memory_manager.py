@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import StoreError, UsageError
+from edgekv.schema import shown
 from edgekv.scratch import ScratchFolder
 from edgekv.settings import (
     ALLOW_DROP,
@@ -32,7 +33,6 @@ from edgekv.settings import (
     PAGE_SIZE,
     QUANTIZATION_ENABLED,
     Whole,
-    shown,
     whole_numbers,
 )
 from edgekv.spec import PageSpec

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgekv import settings
 from edgekv.errors import PromptTooLong, UsageError
+from edgekv.schema import shown
 from edgekv.tiers import KVMode, PressureMode
 
 from .storage.objects import PATIENCE_S
@@ -88,7 +89,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         settings.check_all(self, _RUN, optional=("kv_budget", "context", "offload", "flash_limit", "max_write_per_day"))
         if self.session is not None and not isinstance(self.session, SessionOptions):
-            raise UsageError(f"session must be SessionOptions or None, not {settings.shown(self.session)}")
+            raise UsageError(f"session must be SessionOptions or None, not {shown(self.session)}")
 
     @property
     def storage(self) -> OffloadOptions:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import UsageError
-from edgekv.settings import REPETITION_PENALTY, SEED, TEMPERATURE, TOP_K, TOP_P, check_all, shown
+from edgekv.schema import shown
+from edgekv.settings import REPETITION_PENALTY, SEED, TEMPERATURE, TOP_K, TOP_P, check_all
 
 _SETTINGS = (TEMPERATURE, TOP_K, TOP_P, REPETITION_PENALTY, SEED)
 
