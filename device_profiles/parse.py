@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +16,7 @@ from .schema import (
     ENGINES,
     KINDS,
     LARGEST,
+    NAME,
     WEIGHTS,
     Compute,
     DeviceProfile,
@@ -111,7 +111,7 @@ class _Reader:
         """Return the profile's name, which is also the file's."""
         stem = self.path.stem
         name = self.text(data, "name", "", f'add name = "{stem}"')
-        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        if not NAME.fullmatch(name):
             self.fail("name", f"is {shown(name)}", "use lower-case letters, digits and single hyphens")
         if name != stem:
             self.fail("name", f"is {shown(name)} in a file named {self.path.name}", "rename one of the two")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from edgekv.sizes import format_bytes
 
 Number = TypeVar("Number", int, float)
 
+#: The name of a profile, which is also its file's.
+NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 KINDS = ("phone", "board", "jetson", "laptop")
 #: onnx-cuda is ONNX Runtime with the CUDA execution provider; the other two compute on the CPU.
 ENGINES = ("executorch", "onnx", "onnx-cuda")

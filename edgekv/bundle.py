@@ -176,9 +176,14 @@ def read_manifest(folder: Path) -> Manifest:
         BundleError: no bundle, a newer format, or a damaged manifest.
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        raise BundleError(f"there is no {folder}; a bundle is made with: edgekv export SOURCE --out {folder}")
     if not path.is_file():
+        checkpoint = (folder / "config.json").is_file()
+        source, out = (folder, f"{folder}.edgekv") if checkpoint else ("SOURCE", folder)
         raise BundleError(
-            f"{folder} is not a bundle: it has no {MANIFEST}; make one with: edgekv export SOURCE --out {folder}"
+            f"{folder} is {'a checkpoint, not' if checkpoint else 'not'} a bundle: it has no {MANIFEST}; make one with: edgekv"
+            f" export {source} --out {out}"
         )
     try:
         data = plain_json(read_whole(file_within(folder, MANIFEST)))

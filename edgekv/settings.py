@@ -412,6 +412,7 @@ TOP_P = Real("top_p", 0, 1, above=True)
 REPETITION_PENALTY = Real("repetition_penalty", 0.01, 100)
 SEED = Whole("seed", 0, 2**63 - 1)
 
+WORD = Words("word")
 FILE = Place("file")
 SESSION = Place("session")
 BUNDLE = Place("bundle")
@@ -420,6 +421,7 @@ PROFILE = Words("profile")
 PROMPT = Words("prompt")
 SYSTEM = Words("system")
 STOP = Words("stop")
+PROMPT_TOKENS = Whole("prompt_tokens", 1, MOST_TOKENS)
 MAX_TOKENS = Whole("max_tokens", 1, MOST_TOKENS)
 PINNED = Whole("pin", 0, MOST_TOKENS)
 
@@ -451,6 +453,10 @@ OFFLOAD_DIR = Place("offload_dir")
 N_PAGES = Whole("n_pages", 1, 2**31 - 1)
 
 APP_LIMIT = Size("app_limit")
+HOURS_PER_DAY = Real("hours_per_day", 0.01, 24)
+WORKERS = Whole("workers", 1, 1024)
+VERIFY_TOKENS = Whole("tokens", 128, MOST_TOKENS)
+OLDER_THAN_H = Real("older_than", 0, 1_000_000)
 
 PREFIX_BYTES = Size("EDGEKV_PREFIX_BYTES")
 

@@ -139,7 +139,7 @@ def test_the_reader_of_the_output_may_go_away(bundle: Bundle) -> None:
         (["--prompt", "a", "--context", "99999"], ["99999", "8192"]),
         (["--prompt", "word " * 300, "--context", "100"], ["do not fit the context of 100", "--max-tokens"]),
         (["--prompt", "word " * 300, "--kv-budget", "4KiB"], ["too small", "raise --kv-budget"]),
-        (["--prompt-file", "/nowhere/at/all"], ["cannot read the prompt from /nowhere/at/all"]),
+        (["--prompt-file", "/nowhere/at/all"], ["cannot read --prompt-file /nowhere/at/all"]),
     ],
 )
 def test_a_mistake_in_the_arguments_is_one_line_and_exit_code_2(

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from edgekv import settings
+from edgekv.bundle import read_manifest
 from edgekv.device_profiles import load, user_dir
-from edgekv.device_profiles.schema import KINDS
-from edgekv.errors import ProfileError, UsageError
+from edgekv.device_profiles.schema import KINDS, NAME
+from edgekv.errors import UsageError
 
+from .files import check_writable, write_text
+from .options import option
+from .output import print_json, stderr
 from .profiles import show
 
 EPILOG = """
@@ -30,13 +34,14 @@ Examples:
 
 
 def calibrate_command(
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The profile to write. Default: among your profiles, under the host's name.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="The profile's name. Default: the file's, or the host's.")] = None,
-    bundle: Annotated[Path | None, typer.Option("--bundle", help="Also measure the engine with this bundle.")] = None,
-    folder: Annotated[Path | None, typer.Option("--dir", metavar="DIR", help="A folder on the drive to measure. Default: where `edgekv run` offloads to.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: as for `edgekv run`.")] = None,
-    kind: Annotated[str, typer.Option("--kind", help=", ".join(KINDS))] = "laptop",
+    out: Annotated[Path | None, option(settings.FILE, "--out", metavar="FILE", help="The profile to write. Default: among your profiles, under the host's name.")] = None,
+    name: Annotated[str | None, option(settings.WORD, "--name", help="The profile's name. Default: the file's, or the host's.")] = None,
+    bundle: Annotated[Path | None, option(settings.BUNDLE, "--bundle", help="Also measure the engine with this bundle.")] = None,
+    folder: Annotated[Path | None, option(settings.FILE, "--dir", metavar="DIR", help="A folder on the drive to measure. Default: where `edgekv run` offloads to.")] = None,
+    threads: Annotated[int | None, option(settings.THREADS, "--threads", help="Default: as for `edgekv run`.")] = None,
+    kind: Annotated[str, option(settings.WORD, "--kind", help=", ".join(KINDS))] = "laptop",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a profile.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the profile as JSON instead of a table.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not print the profile.")] = False,
 ) -> None:  # fmt: skip
     """Measure this machine in under a minute (memory, matrices, attention, drive) and write a profile."""
@@ -46,10 +51,15 @@ def calibrate_command(
     if kind not in KINDS:
         raise UsageError(f"unknown kind {kind!r}; use one of {', '.join(KINDS)}")
     path, name = _target(out, name)
+    if not NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is not the name of a profile; use lower-case letters, digits and hyphens")
     if path.exists() and not force:
         raise UsageError(f"{path} exists; choose another with --out or --name, or overwrite it with --force")
+    if bundle is not None:
+        read_manifest(bundle)
+    _make_folder(path)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
+    console = stderr()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
@@ -59,15 +69,22 @@ def calibrate_command(
         found = calibrate(folder or cache_home() / "offload", threads or default_threads(), bundle, progress)
     title = f"{platform.node() or 'this machine'}: {platform.machine()}, {found.threads} threads, {found.isa}"
     text = profile_toml(found, name=name, title=title, kind=kind, date=datetime.date.today().isoformat())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ProfileError(f"cannot write {path}: {error.strerror}; choose another with --out") from error
+    write_text(path, text, "--out")
     load(path)
-    if not quiet:
+    if as_json:
+        print_json(load(path).to_json())
+    elif not quiet:
         show(str(path))
     console.print(f"wrote {path}; use it with --profile {path if out else name}", highlight=False, soft_wrap=True)
+
+
+def _make_folder(path: Path) -> None:
+    """Say now, not after the measurements, that the profile cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; choose another with --out") from error
+    check_writable(path, "--out")
 
 
 def _target(out: Path | None, name: str | None) -> tuple[Path, str]:

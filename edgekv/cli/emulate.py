@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from edgekv.errors import EdgeKVError, UsageError
+from edgekv import settings
+from edgekv.errors import UsageError
 from edgekv.tiers import KVMode
+
+from .files import read_text, write_text
+from .options import argument, option
+from .output import print_json_line, stderr, stdout
 
 EPILOG = """
 Examples:
@@ -31,26 +34,26 @@ Examples:
 
 
 def emulate_command(
-    model: Annotated[Path, typer.Argument(help="A folder made by `edgekv export`, or the config.json of a Hugging Face model: then memory, flash and time are computed without weights, and no text comes out.")],
-    profile: Annotated[str, typer.Option("--profile", help="The device: a name (`edgekv profiles`) or a file.")],
-    scenario: Annotated[Path | None, typer.Option("--scenario", metavar="FILE", help="Turns and events, in TOML; docs/emulator.md. Default: one prompt.")] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="Read the prompt from a file.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", min=1, help="A prompt of so many tokens, drawn by the seed. Default: what --context leaves, or 512.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to generate at the most.")] = 128,
-    context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens in the conversation at the most. Default: what the turns need.")] = None,
-    kv_budget: Annotated[str | None, typer.Option("--kv-budget", metavar="SIZE|SHARE", help="As in `edgekv run`. Default: what the device leaves.")] = None,
-    kv: Annotated[KVMode | None, typer.Option("--kv", help="As in `edgekv run`.")] = None,
-    policy: Annotated[str | None, typer.Option("--policy", help="As in `edgekv run`.")] = None,
-    attend: Annotated[str | None, typer.Option("--attend", metavar="exact|selective[:LIMIT]", help="As in `edgekv run`.")] = None,
+    model: Annotated[Path, argument(settings.FILE, "MODEL", help="A folder made by `edgekv export`, or the config.json of a Hugging Face model: then memory, flash and time are computed without weights, and no text comes out.")],
+    profile: Annotated[str, option(settings.PROFILE, "--profile", help="The device: a name (`edgekv profiles`) or a file.")],
+    scenario: Annotated[Path | None, option(settings.FILE, "--scenario", metavar="FILE", help="Turns and events, in TOML; docs/emulator.md. Default: one prompt.")] = None,
+    prompt: Annotated[str | None, option(settings.PROMPT, "--prompt", "-p", help="The prompt.")] = None,
+    prompt_file: Annotated[Path | None, option(settings.FILE, "--prompt-file", "-f", help="Read the prompt from a file.")] = None,
+    prompt_tokens: Annotated[int | None, option(settings.PROMPT_TOKENS, "--prompt-tokens", help="A prompt of so many tokens, drawn by the seed. Default: what --context leaves, or 512.")] = None,
+    max_tokens: Annotated[int, option(settings.MAX_TOKENS, "--max-tokens", "-n", help="Tokens to generate at the most.")] = 128,
+    context: Annotated[int | None, option(settings.CONTEXT, "--context", help="Tokens in the conversation at the most. Default: what the turns need.")] = None,
+    kv_budget: Annotated[str | None, option(settings.KV_BUDGET, "--kv-budget", help="As in `edgekv run`. Default: what the device leaves.")] = None,
+    kv: Annotated[KVMode | None, option(settings.KV, "--kv", help="As in `edgekv run`.")] = None,
+    policy: Annotated[str | None, option(settings.POLICY, "--policy", help="As in `edgekv run`.")] = None,
+    attend: Annotated[str | None, option(settings.ATTEND, "--attend", metavar="exact|selective[:LIMIT]", help="As in `edgekv run`.")] = None,
     allow_drop: Annotated[bool | None, typer.Option("--allow-drop/--no-allow-drop", help="As in `edgekv run`.")] = None,
-    session: Annotated[Path | None, typer.Option("--session", metavar="FILE", help="As in `edgekv run`: the app keeps its conversation here and goes on with it after a kill.")] = None,
-    app_limit: Annotated[str | None, typer.Option("--app-limit", metavar="SIZE", help="What the system grants the app, instead of the profile's number.")] = None,
-    engine: Annotated[str, typer.Option("--engine", help="For a config.json: onnx or executorch.")] = "onnx",
-    weights: Annotated[str, typer.Option("--weights", help="For a config.json: int4, int8, fp16 or fp32.")] = "int4",
-    page_size: Annotated[int, typer.Option("--page-size", min=4, help="For a config.json: tokens per page.")] = 32,
-    seed: Annotated[int, typer.Option("--seed", help="Of drawn prompts and faults. Equal seeds give equal reports, to the byte.")] = 0,
-    report: Annotated[Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page with charts, complete in one file. Needs edgekv[report].")] = None,
+    session: Annotated[Path | None, option(settings.FILE, "--session", metavar="FILE", help="As in `edgekv run`: the app keeps its conversation here and goes on with it after a kill.")] = None,
+    app_limit: Annotated[int | None, option(settings.APP_LIMIT, "--app-limit", help="What the system grants the app, instead of the profile's number.")] = None,
+    engine: Annotated[str, option(settings.WORD, "--engine", help="For a config.json: onnx or executorch.")] = "onnx",
+    weights: Annotated[str, option(settings.WORD, "--weights", help="For a config.json: int4, int8, fp16 or fp32.")] = "int4",
+    page_size: Annotated[int, option(settings.PAGE_SIZE, "--page-size", help="For a config.json: tokens per page.")] = 32,
+    seed: Annotated[int, option(settings.SEED, "--seed", help="Of drawn prompts and faults. Equal seeds give equal reports, to the byte.")] = 0,
+    report: Annotated[Path | None, option(settings.FILE, "--report", metavar="FILE.html", help="Write a page with charts, complete in one file. Needs edgekv[report].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     jail: Annotated[bool, typer.Option("--jail", help="Also hold this process to the real memory that the device grants, by a cgroup or rlimit.")] = False,
 ) -> None:  # fmt: skip
@@ -68,7 +71,7 @@ def emulate_command(
     if scenario is not None:
         played = load_scenario(scenario)
     else:
-        text = _read(prompt_file) if prompt_file is not None else prompt
+        text = read_text(prompt_file, "--prompt-file") if prompt_file is not None else prompt
         drawn = None if text is not None else prompt_tokens or max((context or 0) - max_tokens, 0) or 512
         played = Scenario((Turn(prompt=text, prompt_tokens=drawn, max_tokens=max_tokens),))
     settings = {
@@ -80,7 +83,7 @@ def emulate_command(
     if jail:
         _in_jail(profile, app_limit)
         return
-    errors = Console(stderr=True)
+    errors = stderr()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -103,39 +106,24 @@ def emulate_command(
     if report is not None:
         from edgekv.emulator.report.html import to_html
 
-        _write(report, to_html(result))
+        write_text(report, to_html(result), "--report")
     if as_json:
-        print(json.dumps(result.to_json()))
+        print_json_line(result.to_json())
         return
-    console = Console()
+    console = stdout()
     for table in to_tables(result):
         console.print(table, end="\n\n", highlight=False)
     for sentence in sentences(result):
         console.print(sentence, highlight=False)
 
 
-def _in_jail(profile: str, app_limit: str | None) -> None:
+def _in_jail(profile: str, app_limit: int | None) -> None:
     """Run this very command again, without --jail, in one."""
     from edgekv.device_profiles import load
     from edgekv.jail import check, run_in_jail
-    from edgekv.sizes import parse_bytes
 
-    limit_bytes = parse_bytes(app_limit) if app_limit is not None else load(profile).memory.app_limit_bytes.value
+    limit_bytes = app_limit if app_limit is not None else load(profile).memory.app_limit_bytes.value
     arguments = [argument for argument in sys.argv[1:] if argument != "--jail"]
     sentence = run_in_jail([sys.executable, "-m", "edgekv", *arguments], limit_bytes)
     print(sentence, file=sys.stderr)
     check(sentence)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the prompt from {path}: {error}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EdgeKVError(f"cannot write {path}: {error.strerror}; give --report another path") from error

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from edgekv import settings
 from edgekv.sizes import format_bytes
+
+from .options import argument, option
+from .output import print_json, stderr
 
 
 def export_command(
-    source: Annotated[str, typer.Argument(help="A Hugging Face checkpoint folder, or `demo` for the bundled model.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's folder; it appears whole or not at all.")],
+    source: Annotated[
+        str,
+        argument(settings.WORD, "SOURCE", help="A Hugging Face checkpoint folder, or `demo` for the bundled model."),
+    ],
+    out: Annotated[
+        Path, option(settings.FILE, "--out", "-o", help="The bundle's folder; it appears whole or not at all.")
+    ],
     engine: Annotated[
         str | None,
-        typer.Option(
+        option(
+            settings.WORD,
             "--engine",
             metavar="onnx|executorch",
             help="What will run it. Default: the one that was measured faster on machines like this one.",
@@ -28,7 +36,8 @@ def export_command(
     ] = None,
     form: Annotated[
         str,
-        typer.Option(
+        option(
+            settings.WORD,
             "--form",
             metavar="split|inline",
             help="split: fast, for `edgekv run`. inline: one graph that any ONNX Runtime runs without our code.",
@@ -36,7 +45,8 @@ def export_command(
     ] = "split",
     weights: Annotated[
         str | None,
-        typer.Option(
+        option(
+            settings.WORD,
             "--weights",
             metavar="int4|int8|fp16|fp32",
             help="How weights are stored. Default: int4 from 100 million parameters on, fp32 below.",
@@ -44,7 +54,8 @@ def export_command(
     ] = None,
     operators: Annotated[
         str | None,
-        typer.Option(
+        option(
+            settings.WORD,
             "--operators",
             metavar="xnnpack|edgekv",
             help="What an ExecuTorch program computes with. xnnpack: runs everywhere, also in apps of your own. edgekv:"
@@ -52,7 +63,7 @@ def export_command(
         ),
     ] = None,
     page_size: Annotated[
-        int, typer.Option("--page-size", metavar="16|32|64|128", help="Tokens per page of the KV cache.")
+        int, option(settings.PAGE_SIZE, "--page-size", metavar="16|32|64|128", help="Tokens per page of the KV cache.")
     ] = 32,
     force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON on stdout.")] = False,
@@ -71,10 +82,10 @@ def export_command(
     from edgekv.export import export_model
     from edgekv.export.choose_engine import default_engine
 
-    console = Console(stderr=True)
+    console = stderr()
     start = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading the checkpoint", total=None)
         manifest = export_model(
             source,
@@ -88,7 +99,7 @@ def export_command(
             progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
         )
     if as_json:
-        typer.echo(json.dumps(manifest.to_json(), indent=1))
+        print_json(manifest.to_json())
         return
     model = manifest.model
     size_bytes = sum(entry["bytes"] for entry in manifest.files.values())

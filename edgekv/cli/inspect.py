@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edgekv import settings
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.contract import GraphSpec, TensorSpec, inline_spec, segment_spec
 from edgekv.sizes import format_bytes
 
+from .options import argument
+from .output import Facts, print_json, stdout
+
 
 def inspect_command(
-    bundle: Annotated[Path, typer.Argument(help="A folder made by `edgekv export`.")],
+    bundle: Annotated[Path, argument(settings.BUNDLE, "BUNDLE", help="A folder made by `edgekv export`.")],
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with the manifest.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -36,10 +38,11 @@ def inspect_command(
         check_files(bundle, manifest)
     facts = {**manifest.to_json(), "kv_bytes_per_token": kv_bytes_per_token(manifest)}
     if as_json:
-        typer.echo(json.dumps({**facts, "verified": verify}, indent=1))
+        print_json({**facts, "verified": verify})
         return
-    console = Console()
-    console.print(_geometry(manifest))
+    console = stdout()
+    _geometry(manifest).print(console)
+    console.print()
     console.print(_contract(manifest))
     console.print(_files(manifest))
     if verify:
@@ -67,10 +70,10 @@ def graph_specs(manifest: Manifest) -> list[tuple[str, GraphSpec]]:
     return [*rows, (graphs[-1], segment_spec(model, model.n_layers))]
 
 
-def _geometry(manifest: Manifest) -> Table:
+def _geometry(manifest: Manifest) -> Facts:
     model, cost = manifest.model, kv_bytes_per_token(manifest)
     windows = sorted(set(model.windows) - {0})
-    rows: list[tuple[str, Any]] = [
+    rows = [
         ("model", f"{model.architecture}, {model.n_layers} layers, hidden {model.hidden_size}, MLP {model.intermediate_size}"),
         ("attention", f"{model.n_q_heads} query heads, {model.n_kv_heads} KV heads, head_dim {model.head_dim}"),
         ("sliding window", ", ".join(map(str, windows)) if windows else "none"),
@@ -84,12 +87,10 @@ def _geometry(manifest: Manifest) -> Table:
         ("chat template", manifest.chat_template or "none"),
         ("versions", f"format {manifest.format_version}, contract {manifest.contract_version}, edgekv {manifest.edgekv_version}"),
     ]  # fmt: skip
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    facts = Facts()
     for name, value in rows:
-        table.add_row(name, escape(str(value)))
-    return table
+        facts.add_row(name, escape(value))
+    return facts
 
 
 def _contract(manifest: Manifest) -> Table:

@@ -8,12 +8,15 @@ from datetime import datetime, timedelta, timezone
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edgekv import settings
 from edgekv.errors import UsageError
 from edgekv.sizes import format_bytes
+
+from .options import argument, option
+from .output import print_json, stdout
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +25,7 @@ app = typer.Typer(
     epilog="Examples:  edgekv offload list s3://bucket/kv  |  edgekv offload rm s3://bucket/kv --older-than 24",
 )
 
-Url = Annotated[str, typer.Argument(metavar="URL", help="As given to `edgekv run --offload`.")]
+Url = Annotated[str, argument(settings.OFFLOAD, "URL", help="As given to `edgekv run --offload`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -35,13 +38,13 @@ def list_command(url: Url, as_json: Json = False) -> None:
 
     found = list_runs(url)
     if as_json:
-        typer.echo(json.dumps([{**asdict(run), "newest": run.newest.isoformat()} for run in found], indent=1))
+        print_json([{**asdict(run), "newest": run.newest.isoformat()} for run in found])
         return
     table = Table("run", "objects", "size", "last written", box=None, pad_edge=False)
     for run in found:
         written = run.newest.astimezone().strftime("%Y-%m-%d %H:%M")
         table.add_row(escape(run.name), str(run.objects), format_bytes(run.size_bytes), written)
-    Console().print(table if found else f"nothing of edgekv in {url}", soft_wrap=True)
+    stdout().print(table if found else f"nothing of edgekv in {url}", soft_wrap=True)
 
 
 @app.command(
@@ -55,7 +58,12 @@ def remove(
     ] = None,
     older_than: Annotated[
         float | None,
-        typer.Option("--older-than", metavar="HOURS", min=0, help="Remove the runs that wrote nothing for so long."),
+        option(
+            settings.OLDER_THAN_H,
+            "--older-than",
+            metavar="HOURS",
+            help="Remove the runs that wrote nothing for so long.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -39,8 +38,8 @@ def _printer(*, stderr: bool) -> Console:
 
 
 def print_json(data: object) -> None:
-    """Print data as JSON on stdout; a number that is not finite is null."""
-    print(json.dumps(_finite(data), indent=1, ensure_ascii=False))
+    """Print data as JSON on stdout; a number that is not finite is null. ASCII, so that any stream takes it."""
+    print(json.dumps(_finite(data), indent=1))
 
 
 def print_json_line(data: object) -> None:
@@ -48,12 +47,21 @@ def print_json_line(data: object) -> None:
     print(json.dumps(_finite(data)), flush=True)
 
 
-def print_facts(console: Console, rows: Iterable[tuple[str, str]]) -> None:
-    """Print names and values, one line each, which a terminal may wrap but a copy of it does not."""
-    rows = list(rows)
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, value in rows:
-        console.print(f"[bold]{escape(name.ljust(width))}[/bold]  {value}", soft_wrap=True)
+class Facts:
+    """Names and values, a line each: a terminal may wrap it, but what is copied from it is one line."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, str]] = []
+
+    def add_row(self, name: str, value: str) -> None:
+        """Add a line; the value may have markup of rich."""
+        self._rows.append((name, value))
+
+    def print(self, console: Console) -> None:
+        """Print the lines, their values below each other."""
+        width = max((len(name) for name, _ in self._rows), default=0)
+        for name, value in self._rows:
+            console.print(f"[bold]{escape(name.ljust(width))}[/bold]  {value}", soft_wrap=True)
 
 
 def _finite(data: Any) -> Any:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from edgekv import device_profiles
+from edgekv import device_profiles, settings
 from edgekv.device_profiles import DeviceProfile
 from edgekv.errors import ProfileError, UsageError
 from edgekv.plan import Plan, PlannedModel, Workload, advise, make_plan, read_model
@@ -22,6 +20,9 @@ from edgekv.plan.planner import SUSTAINED_S
 from edgekv.runtime.attention.select import attend_options
 from edgekv.sizes import format_bytes
 from edgekv.tiers import KVMode
+
+from .options import argument, option
+from .output import Facts, print_json, stdout
 
 #: Tokens of an answer, when --prompt does not say how much of the context is prompt.
 ANSWER = 256
@@ -42,22 +43,25 @@ Examples:
 
 
 def plan_command(
-    model: Annotated[Path, typer.Argument(help="A bundle, a Hugging Face folder, or a config.json; weights are not read.")],
-    profile: Annotated[str | None, typer.Option("--profile", metavar="NAME|FILE", help="The device; see `edgekv profiles`.")] = None,
+    model: Annotated[Path, argument(settings.FILE, "MODEL", help="A bundle, a Hugging Face folder, or a config.json; weights are not read.")],
+    profile: Annotated[str | None, option(settings.PROFILE, "--profile", metavar="NAME|FILE", help="The device; see `edgekv profiles`.")] = None,
     all_profiles: Annotated[bool, typer.Option("--all-profiles", help="One line for every device.")] = False,
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens in the sequence at the most.")] = 4096,
-    prompt: Annotated[int | None, typer.Option("--prompt", min=1, help=f"Tokens of it that are read before the first answer. Default: all but {ANSWER}, half at the least.")] = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="onnx or executorch. Default: the bundle's, or onnx.")] = None,
-    weights: Annotated[str | None, typer.Option("--weights", help="int4, int8, fp16 or fp32. Default: the bundle's, or what `edgekv export` would choose.")] = None,
-    attend: Annotated[str, typer.Option("--attend", metavar="exact|selective[:SHARE]", help="As for `edgekv run`.")] = "exact",
-    kv: Annotated[KVMode | None, typer.Option("--kv", help="As for `edgekv run`. Default: auto, or int8 where that is faster.")] = None,
-    hours_per_day: Annotated[float, typer.Option("--hours-per-day", min=0.01, max=24, help="How long it generates each day, for the life of the flash.")] = 1.0,
+    context: Annotated[int, option(settings.CONTEXT, "--context", help="Tokens in the sequence at the most.")] = 4096,
+    prompt: Annotated[int | None, option(settings.PROMPT_TOKENS, "--prompt", help=f"Tokens of it that are read before the first answer. Default: all but {ANSWER}, half at the least.")] = None,
+    engine: Annotated[str | None, option(settings.WORD, "--engine", help="onnx or executorch. Default: the bundle's, or onnx.")] = None,
+    weights: Annotated[str | None, option(settings.WORD, "--weights", help="int4, int8, fp16 or fp32. Default: the bundle's, or what `edgekv export` would choose.")] = None,
+    attend: Annotated[str, option(settings.ATTEND, "--attend", metavar="exact|selective[:SHARE]", help="As for `edgekv run`.")] = "exact",
+    kv: Annotated[KVMode | None, option(settings.KV, "--kv", help="As for `edgekv run`. Default: auto, or int8 where that is faster.")] = None,
+    hours_per_day: Annotated[float, option(settings.HOURS_PER_DAY, "--hours-per-day", help="How long it generates each day, for the life of the flash.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:  # fmt: skip
     """Say, before touching hardware, whether a model with a context fits a device, how fast it would be, and what flash takes."""
     if (profile is None) == (not all_profiles):
         raise UsageError("give --profile NAME or --all-profiles; `edgekv profiles` lists them")
     planned = read_model(model, engine=engine, weights=weights)
+    longest = planned.geometry.max_context
+    if context > longest:
+        raise UsageError(f"--context {context} is above what the model was made for, {longest}; lower it")
     if prompt is None:
         prompt = max(context - ANSWER, context // 2, 1)
     if prompt > context:
@@ -67,13 +71,13 @@ def plan_command(
         device = device_profiles.load(profile)
         plan, advice = make_plan(planned, device, workload), advise(planned, device, workload)
         if as_json:
-            print(json.dumps({"plan": _data(plan), "advice": {**asdict(advice), "plan": _data(advice.plan)}}, indent=2))
+            print_json({"plan": _data(plan), "advice": {**asdict(advice), "plan": _data(advice.plan)}})
         else:
-            Console().print(_describe(plan, device, advice))
+            _describe(plan, device, advice).print(stdout())
         return
     plans = _all(planned, workload)
     if as_json:
-        print(json.dumps([_data(plan) for plan in plans], indent=2))
+        print_json([_data(plan) for plan in plans])
     else:
         _print_matrix(planned, workload, plans)
 
@@ -90,7 +94,7 @@ def _wanted(attend: str, model: PlannedModel) -> float | None:
 def _all(model: PlannedModel, workload: Workload) -> list[Plan]:
     found, problems = device_profiles.load_many(device_profiles.names())
     if problems:
-        raise ProfileError("\n".join(map(str, problems)))
+        raise ProfileError("; ".join(map(str, problems)))
     return [make_plan(model, device, workload) for device in found if model.engine in device.compute]
 
 
@@ -113,10 +117,8 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
-def _describe(plan: Plan, device: DeviceProfile, advice: Advice) -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
+def _describe(plan: Plan, device: DeviceProfile, advice: Advice) -> Facts:
+    table = Facts()
     off = f"{plan.uncertainty:.0%}"
     table.add_row("model", escape(_title(plan.model)))
     table.add_row("device", escape(f"{device.name}: {device.title}"))
@@ -189,8 +191,8 @@ def _time(seconds: float) -> str:
 
 
 def _print_matrix(model: PlannedModel, workload: Workload, plans: list[Plan]) -> None:
-    console = Console()
-    console.width = max(console.width, MATRIX_WIDTH)  # a line per device, also through a pipe
+    console = stdout()
+    console.width = max(console.width, MATRIX_WIDTH)  # a line per device
     console.print(escape(f"{_title(model)}; {workload.context} tokens, prompt {workload.prompt}"), highlight=False)
     table = Table("profile", "fits", "first token", "tokens/s", "sustained", "±", "on flash", "life", "exact in RAM", box=None, pad_edge=False)  # fmt: skip
     for column in table.columns:

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edgekv import settings
 from edgekv.errors import UsageError
-from edgekv.sizes import format_bytes, parse_bytes
+from edgekv.sizes import format_bytes
+
+from .files import read_text
+from .options import argument, option
+from .output import print_json, stdout
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,18 +33,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
     epilog="Examples:  edgekv prefix add llama.edgekv --file book.txt  |  edgekv prefix add llama.edgekv --file system.txt --chat"
 )
 def add(
-    bundle: Annotated[Path, typer.Argument(help="A folder made by `edgekv export`.")],
-    file: Annotated[Path, typer.Option("--file", "-f", metavar="FILE", help="The text that prompts begin with.")],
+    bundle: Annotated[Path, argument(settings.BUNDLE, "BUNDLE", help="A folder made by `edgekv export`.")],
+    file: Annotated[
+        Path, option(settings.FILE, "--file", "-f", metavar="FILE", help="The text that prompts begin with.")
+    ],
     chat: Annotated[bool, typer.Option("--chat", help="The text is the system message of conversations.")] = False,
     kv_budget: Annotated[
-        str | None, typer.Option("--kv-budget", metavar="SIZE|SHARE", help="RAM for it while it is computed.")
+        str | None,
+        option(settings.KV_BUDGET, "--kv-budget", metavar="SIZE|SHARE", help="RAM for it while it is computed."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Default: the cores of this process, 4 at the most.")
+        int | None,
+        option(settings.THREADS, "--threads", help="Default: the cores of this process, 4 at the most."),
     ] = None,
     limit: Annotated[
-        str | None,
-        typer.Option(
+        int | None,
+        option(
+            settings.PREFIX_BYTES,
             "--limit",
             metavar="SIZE",
             help="All prefixes together; those not used for longest go. Default: $EDGEKV_PREFIX_BYTES or 2GiB.",
@@ -56,10 +65,7 @@ def add(
     from edgekv.runtime.text import Text
 
     manifest = read_manifest(bundle)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {file}: {error}") from error
+    text = read_text(file, "--file")
     tokenizer = Text.open(bundle, manifest)
     if chat:
         # What every conversation with this system message shares: two different first questions tell.
@@ -72,8 +78,7 @@ def add(
     else:
         tokens = tokenizer.encode(text)
     options = RunOptions(kv_budget=kv_budget, threads=threads or default_threads(), own_process=True)
-    size = parse_bytes(limit) if limit else None
-    path, kept = add_prefix(bundle, tokens, options, name=file.name, limit=size)
+    path, kept = add_prefix(bundle, tokens, options, name=file.name, limit=limit)
     if as_json:
         typer.echo(json.dumps({"id": path.name, "tokens": kept, "tokens_of_text": len(tokens)}))
     else:
@@ -88,14 +93,14 @@ def list_command(as_json: Json = False) -> None:
     found = prefixes.list_prefixes()
     if as_json:
         facts = [{"id": p.path.name, **asdict(p), "path": str(p.path)} for p in found]
-        typer.echo(json.dumps(facts, indent=1))
+        print_json(facts)
         return
     table = Table("id", "made from", "tokens", "on flash", "last used", "checkpoint", box=None, pad_edge=False)
     for p in found:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(p.used_at))
         size = format_bytes(p.bytes_on_flash)
         table.add_row(p.path.name, escape(p.name), str(p.tokens), size, used, p.checkpoint[:12])
-    Console().print(
+    stdout().print(
         table if found else "no prefixes; make one with: edgekv prefix add BUNDLE --file TEXT", soft_wrap=True
     )
 

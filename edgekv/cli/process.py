@@ -92,7 +92,7 @@ def exit_code(command: Callable[[], object]) -> int:
         code, line = 1, f"cannot write the output: {refused.strerror}"
     if line is not None:
         with contextlib.suppress(OSError):  # nobody listens: the code says it
-            print(f"edgekv: {line}", file=sys.stderr, flush=True)
+            print(f"edgekv: {' '.join(line.split())}", file=sys.stderr, flush=True)
     if refused is not None:  # what is still in a buffer would be tried again at the end of the process
         for stream in (sys.stdout, sys.stderr):
             if getattr(stream, "refused", None) is not None:

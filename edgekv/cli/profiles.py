@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from edgekv import device_profiles
 from edgekv.device_profiles import Quantity
 from edgekv.errors import ProfileError
+
+from .output import print_json, stdout
 
 app = typer.Typer(
     help="List, show, compare and check device profiles. Without a command: list.",
@@ -38,7 +37,7 @@ def list_profiles(as_json: Json = False) -> None:
     """List all profiles, bundled and your own."""
     found, problems = device_profiles.load_many(device_profiles.names())
     if as_json:
-        _print_json([profile.to_json() for profile in found])
+        print_json([profile.to_json() for profile in found])
     else:
         table = Table("name", "kind", "RAM", "limit", "beyond", "from", box=None, pad_edge=False)
         table.columns[0].no_wrap = True
@@ -47,7 +46,7 @@ def list_profiles(as_json: Json = False) -> None:
             limits = (str(memory.ram_bytes), str(memory.app_limit_bytes), memory.kill)
             origin = "you" if profile.path.parent == device_profiles.user_dir() else "edgekv"
             table.add_row(profile.name, profile.kind, *limits, origin)
-        Console().print(table)
+        stdout().print(table)
     _raise(problems)
 
 
@@ -58,7 +57,7 @@ def show(name: Name, as_json: Json = False) -> None:
     """Show every number of a profile with its source and confidence."""
     profile = device_profiles.load(name)
     if as_json:
-        _print_json(profile.to_json())
+        print_json(profile.to_json())
         return
     table = Table("field", "value", "confidence", "source", box=box.SIMPLE_HEAD)
     for column in table.columns[:3]:
@@ -73,7 +72,7 @@ def show(name: Name, as_json: Json = False) -> None:
             table.add_row(key.rpartition(".")[2], str(entry), entry.confidence, escape(entry.source))
         elif section:
             table.add_row(key.rpartition(".")[2], entry)
-    console = Console()
+    console = stdout()
     console.print(escape(f"{profile.name}: {profile.title} ({profile.kind})"))
     console.print(table)
 
@@ -88,29 +87,38 @@ def diff(
     a, b = device_profiles.load(first), device_profiles.load(second)
     rows = device_profiles.diff(a, b)
     if as_json:
-        _print_json([row._asdict() for row in rows])
+        print_json([row._asdict() for row in rows])
         return
     table = Table("field", a.name, b.name, box=box.SIMPLE_HEAD)
     table.columns[1].overflow = table.columns[2].overflow = "fold"
     table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(row.field, escape(row.first or "-"), escape(row.second or "-"))
-    Console().print(table if rows else f"{a.name} and {b.name} have the same values")
+    stdout().print(table if rows else f"{a.name} and {b.name} have the same values")
 
 
-@app.command(epilog="Examples:  edgekv profiles validate my-board.toml  |  edgekv profiles validate *.toml")
-def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Profile files.")]) -> None:
-    """Check profile files; exit 2 when one is wrong."""
-    found, problems = device_profiles.load_many(files)
-    for profile in found:
-        typer.echo(f"{profile.path}: ok")
-    _raise(problems)
-
-
-def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+@app.command(
+    epilog="Examples:  edgekv profiles validate my-board.toml  |  edgekv profiles validate *.toml --json  |  "
+    "edgekv profiles validate android-low-4gb"
+)
+def validate(
+    profiles: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Profiles: names or files.")],
+    as_json: Json = False,
+) -> None:
+    """Check profiles; exit 2 when one is wrong."""
+    checked = [(name, *device_profiles.load_many([name])) for name in profiles]
+    wrong = sum(bool(problems) for _, _, problems in checked)
+    if as_json:
+        print_json(
+            [{"profile": name, "problem": str(problems[0]) if problems else None} for name, _, problems in checked]
+        )
+    else:
+        for _, found, problems in checked:
+            print(problems[0] if problems else f"{found[0].path}: ok")
+    if wrong:
+        raise ProfileError(f"{wrong} of {len(checked)} profiles cannot be used")
 
 
 def _raise(problems: list[ProfileError]) -> None:
     if problems:
-        raise ProfileError("\n".join(map(str, problems)))
+        raise ProfileError("; ".join(map(str, problems)))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from edgekv import settings
 from edgekv.bundle import read_manifest
@@ -25,7 +24,7 @@ from .chat import converse, remembered
 from .files import read_text, write_text
 from .interrupt import Interrupted, Signals
 from .options import argument, option
-from .output import print_json_line, stderr
+from .output import Facts, print_json_line, stderr
 from .sessions import continued, session_facts, session_line, session_options
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ def run_command(
         if stats is not None:
             write_text(stats, json.dumps(_stats(generator)) + "\n", "--stats")
         if not quiet and not as_json:
-            console.print(_summary(generator))
+            _summary(generator).print(console)
 
 
 def _profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -> int:
@@ -245,11 +244,9 @@ def _stats(generator: Generator) -> dict[str, Any]:
     }
 
 
-def _summary(generator: Generator) -> Table:
+def _summary(generator: Generator) -> Facts:
     stats = generator.report()
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
+    table = Facts()
     table.add_row(
         "prompt",
         f"{stats.prefill_tokens} tokens, {stats.prefill_tokens_per_s:.0f}/s"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edgekv import settings
 from edgekv.errors import UsageError
 from edgekv.sizes import format_bytes
+
+from .options import option
+from .output import Facts, print_json, stdout
 
 if TYPE_CHECKING:
     from edgekv.runtime.generate import Generator
@@ -32,7 +34,7 @@ Encrypted = Annotated[
     bool, typer.Option("--encrypt", help="It is encrypted; the key is looked for as in `edgekv run`.")
 ]
 KeyFile = Annotated[
-    Path | None, typer.Option("--key-file", metavar="FILE", help="File with the key; implies --encrypt.")
+    Path | None, option(settings.FILE, "--key-file", metavar="FILE", help="File with the key; implies --encrypt.")
 ]
 
 
@@ -45,7 +47,7 @@ def list_sessions(
 
     found = [session_tools.describe(path) for path in session_tools.find_sessions(folder)]
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     table = Table("session", "tokens", "on flash", "shared", "saved", "", box=None, pad_edge=False)
     for column in table.columns[1:4]:
@@ -54,7 +56,7 @@ def list_sessions(
         sizes = format_bytes(facts["bytes_on_flash"]), format_bytes(facts["bytes_shared"])
         note = "encrypted" if facts.get("encrypted") else "damaged" if facts["problems"] else ""
         table.add_row(escape(facts["path"]), str(facts.get("tokens", "-")), *sizes, _when(facts["saved_at"]), note)
-    Console().print(table if found else f"no sessions in {folder}", soft_wrap=True)
+    stdout().print(table if found else f"no sessions in {folder}", soft_wrap=True)
 
 
 @app.command(epilog="Examples:  edgekv sessions show chat.kv  |  edgekv sessions show chat.kv --json | jq .tokens")
@@ -64,11 +66,9 @@ def show(session: File, encrypt: Encrypted = False, key_file: KeyFile = None, as
 
     facts = session_tools.describe(session, _secret(encrypt, key_file))
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    shown = Facts()
     key = facts.pop("key", {})
     for name, value in {**facts, **key}.items():
         if name.startswith("bytes_"):
@@ -77,8 +77,8 @@ def show(session: File, encrypt: Encrypted = False, key_file: KeyFile = None, as
             value = _when(value)
         elif isinstance(value, list):
             value = "; ".join(value) or "none"
-        table.add_row(name.replace("_", " "), escape(str(value)))
-    Console().print(table)
+        shown.add_row(name.replace("_", " "), escape(str(value)))
+    shown.print(stdout())
 
 
 @app.command(epilog="Examples:  edgekv sessions verify chat.kv  |  edgekv sessions verify ~/chats/*.kv --json")
@@ -101,7 +101,7 @@ def verify(
             state = f"ok, {usable} tokens" if not problems else f"damaged; the first {usable} tokens can be used{found}"
             typer.echo(f"{path}: {state}")
     if as_json:
-        _print_json(results)
+        print_json(results)
     if not all(result["ok"] for result in results):
         raise typer.Exit(1)
 
@@ -113,7 +113,7 @@ def compact(session: File, encrypt: Encrypted = False, key_file: KeyFile = None,
 
     before, after = session_tools.compact(session, _secret(encrypt, key_file))
     if as_json:
-        _print_json({"path": str(session), "bytes_before": before, "bytes_after": after})
+        print_json({"path": str(session), "bytes_before": before, "bytes_after": after})
     else:
         typer.echo(f"{session}: {format_bytes(before)} before, {format_bytes(after)} now")
 
@@ -135,11 +135,11 @@ def export(
     if target is not None:
         session_tools.copy(session, target, secret)
         if as_json:
-            _print_json(session_tools.describe(target, secret))
+            print_json(session_tools.describe(target, secret))
         else:
             typer.echo(f"{session} was copied to {target}")
     elif as_json:
-        _print_json(session_tools.contents(session, secret))
+        print_json(session_tools.contents(session, secret))
     else:
         raise UsageError("give the name of the copy, or --json to print tokens and messages")
 
@@ -158,7 +158,7 @@ def fork(
     secret = _secret(encrypt, key_file)
     session_tools.fork(session, target, secret)
     if as_json:
-        _print_json(session_tools.describe(target, secret))
+        print_json(session_tools.describe(target, secret))
     else:
         typer.echo(f"{target} begins as {session} and shares its pages")
 
@@ -172,7 +172,7 @@ def remove(
 
     freed = {str(path): session_tools.remove(path) for path in sessions}
     if as_json:
-        _print_json([{"path": path, "bytes_freed": size} for path, size in freed.items()])
+        print_json([{"path": path, "bytes_freed": size} for path, size in freed.items()])
         return
     for path, size in freed.items():
         typer.echo(f"{path}: removed, {format_bytes(size)} freed")
@@ -275,7 +275,3 @@ def _secret(encrypt: bool, key_file: Path | None) -> bytes | None:
 
 def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
-def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=1, ensure_ascii=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from edgekv import settings
 from edgekv.sizes import format_bytes
+
+from .options import option
+from .output import print_json, stdout
 
 EPILOG = """
 Examples:
@@ -37,7 +40,11 @@ def stats_command(
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option("--profile", help="Device whose flash it is: projects the years of life; see `edgekv profiles`."),
+        option(
+            settings.PROFILE,
+            "--profile",
+            help="Device whose flash it is: projects the years of life; see `edgekv profiles`.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -46,9 +53,9 @@ def stats_command(
 
     facts = _facts(folder or cache_home() / "offload", profile)
     if as_json:
-        typer.echo(json.dumps(facts, indent=1))
+        print_json(facts)
         return
-    console = Console()
+    console = stdout()
     table = Table("day (UTC)", "runs", "written", "batch", box=None, pad_edge=False)
     for day in facts["days"][-SHOWN_DAYS:]:
         batch = day["bytes_written"] / max(day["batches"], 1)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from edgekv import settings
 from edgekv.errors import UsageError
+
+from .files import write_text
+from .options import argument, option
+from .output import print_json_line, stderr, stdout
 
 EPILOG = """
 Examples:
@@ -25,21 +28,21 @@ Examples:
 
 
 def sweep_command(
-    model: Annotated[Path, typer.Argument(help="The config.json of a Hugging Face model, or a bundle, of which only the shape is used.")],
-    profiles: Annotated[str, typer.Option("--profiles", metavar="A,B|all", help="Devices: names or files.")],
-    contexts: Annotated[str, typer.Option("--contexts", metavar="N,N", help="Tokens, prompt and answer together.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the table goes: .csv or .parquet. Cases that it holds are not run again.")],
-    policies: Annotated[str, typer.Option("--policies", metavar="A,B", help="lru, heavy, window, random.")] = "lru",
-    budgets: Annotated[str, typer.Option("--budgets", metavar="A,B", help="KV budgets, as in `edgekv run`; device is what the device leaves.")] = "device",
-    attends: Annotated[str, typer.Option("--attends", metavar="A,B", help="exact, selective:25%, ...")] = "exact",
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to generate in each case.")] = 64,
-    engine: Annotated[str, typer.Option("--engine", help="For a config.json: onnx or executorch.")] = "onnx",
-    weights: Annotated[str, typer.Option("--weights", help="For a config.json: int4, int8, fp16 or fp32.")] = "int4",
-    page_size: Annotated[int, typer.Option("--page-size", min=4, help="For a config.json: tokens per page.")] = 32,
-    seed: Annotated[int, typer.Option("--seed", help="Equal seeds give equal tables.")] = 0,
-    page: Annotated[Path | None, typer.Option("--page", metavar="FILE.html", help="Also write a page that compares the cases, complete in one file.")] = None,
-    scheduler: Annotated[str | None, typer.Option("--scheduler", metavar="ADDRESS", help="A dask scheduler, such as tcp://10.0.0.5:8786, whose workers have edgekv. Default: processes on this machine.")] = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes on this machine. Default: its cores.")] = None,
+    model: Annotated[Path, argument(settings.FILE, "MODEL", help="The config.json of a Hugging Face model, or a bundle, of which only the shape is used.")],
+    profiles: Annotated[str, option(settings.WORD, "--profiles", metavar="A,B|all", help="Devices: names or files.")],
+    contexts: Annotated[str, option(settings.WORD, "--contexts", metavar="N,N", help="Tokens, prompt and answer together.")],
+    out: Annotated[Path, option(settings.FILE, "--out", metavar="FILE", help="Where the table goes: .csv or .parquet. Cases that it holds are not run again.")],
+    policies: Annotated[str, option(settings.WORD, "--policies", metavar="A,B", help="lru, heavy, window, random.")] = "lru",
+    budgets: Annotated[str, option(settings.WORD, "--budgets", metavar="A,B", help="KV budgets, as in `edgekv run`; device is what the device leaves.")] = "device",
+    attends: Annotated[str, option(settings.WORD, "--attends", metavar="A,B", help="exact, selective:25%, ...")] = "exact",
+    max_tokens: Annotated[int, option(settings.MAX_TOKENS, "--max-tokens", "-n", help="Tokens to generate in each case.")] = 64,
+    engine: Annotated[str, option(settings.WORD, "--engine", help="For a config.json: onnx or executorch.")] = "onnx",
+    weights: Annotated[str, option(settings.WORD, "--weights", help="For a config.json: int4, int8, fp16 or fp32.")] = "int4",
+    page_size: Annotated[int, option(settings.PAGE_SIZE, "--page-size", help="For a config.json: tokens per page.")] = 32,
+    seed: Annotated[int, option(settings.SEED, "--seed", help="Equal seeds give equal tables.")] = 0,
+    page: Annotated[Path | None, option(settings.FILE, "--page", metavar="FILE.html", help="Also write a page that compares the cases, complete in one file.")] = None,
+    scheduler: Annotated[str | None, option(settings.WORD, "--scheduler", metavar="ADDRESS", help="A dask scheduler, such as tcp://10.0.0.5:8786, whose workers have edgekv. Default: processes on this machine.")] = None,
+    workers: Annotated[int | None, option(settings.WORKERS, "--workers", help="Processes on this machine. Default: its cores.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as one JSON list instead of a table.")] = False,
 ) -> None:  # fmt: skip
     """Emulate every combination of devices, contexts, policies and budgets, without weights. Interrupted, it goes on where it was."""
@@ -56,7 +59,7 @@ def sweep_command(
     shape = (
         read_shape(model, engine=engine, weights=weights, page_size=page_size) if model.is_file() else shape_of(model)
     )
-    errors = Console(stderr=True)
+    errors = stderr()
     columns = (TextColumn("emulating"), BarColumn(), MofNCompleteColumn(), TextColumn("cases"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("sweep", total=len(cases))
@@ -69,12 +72,9 @@ def sweep_command(
         rows = sweep(shape, cases, out, scheduler=scheduler, workers=workers, progress=advance)
     errors.print(f"{len(cases)} cases, {before[0]} of them done before; {out}", style="dim", highlight=False)
     if page is not None:
-        try:
-            page.write_text(to_html(f"{model.name}: {len(chosen)} devices", rows), encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot write {page}: {error.strerror}; give --page another path") from error
+        write_text(page, to_html(f"{model.name}: {len(chosen)} devices", rows), "--page")
     if as_json:
-        print(json.dumps(rows))
+        print_json_line(rows)
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in HEADINGS:
@@ -82,7 +82,7 @@ def sweep_command(
     for row in rows:
         *numbers, why = cells(row)
         table.add_row(*numbers, why.partition(":")[0])  # the rest is in the table that was written
-    console = Console()
+    console = stdout()
     console.width = max(console.width, 200)  # a line per case; a pager or a wide window shows it whole
     console.print(table)
 

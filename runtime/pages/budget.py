@@ -55,7 +55,9 @@ def resolve_budget(kv_budget: int | str | None, spec: PageSpec, context: int) ->
     Raises:
         UsageError: it is not a size or a share.
     """
-    return KV_BUDGET.size_bytes(kv_budget, spec.fp16_cache_bytes(context)) if kv_budget is not None else None
+    if kv_budget is None or isinstance(kv_budget, int):
+        return kv_budget
+    return KV_BUDGET.size_bytes(kv_budget, spec.fp16_cache_bytes(context))
 
 
 def plan_budget(

@@ -84,17 +84,25 @@ def test_diff_prints_only_what_differs() -> None:
     assert rows[1]["field"] == "memory.ram_bytes"
 
 
-def test_validate_says_ok_or_raises_one_line_per_wrong_file(write_profile: Callable[..., Path]) -> None:
+def test_validate_takes_names_and_files_alike() -> None:
+    result = call("validate", "android-low-4gb")
+    assert result.exit_code == 0
+    assert result.stdout.endswith("android-low-4gb.toml: ok\n")
+    result = call("validate", "android-low-5gb", "--json")
+    assert json.loads(result.stdout)[0]["problem"].startswith("no profile is named 'android-low-5gb'")
+
+
+def test_validate_says_ok_or_what_is_wrong_in_one_line_per_file(write_profile: Callable[..., Path]) -> None:
     good = write_profile(name="good")
     result = call("validate", str(good))
     assert result.exit_code == 0
     assert result.stdout == f"{good}: ok\n"
     bad, worse = write_profile(("[flash]", "[flesh]"), name="bad"), write_profile(("0.05", "5"), name="worse")
     result = call("validate", str(bad), str(good), str(worse))
-    assert result.stdout == f"{good}: ok\n"
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == [str(bad), str(good), str(worse)]
     assert isinstance(result.exception, ProfileError)
     assert result.exception.exit_code == 2
-    assert [line.split(":")[0] for line in str(result.exception).splitlines()] == [str(bad), str(worse)]
+    assert str(result.exception) == "2 of 3 profiles cannot be used"
 
 
 @pytest.mark.parametrize("command", [(), ("list",), ("show",), ("diff",), ("validate",)])

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import edgekv
+from edgekv.device_profiles import load
 from edgekv.errors import EdgeKVError, EngineMissing, FormatError, UsageError
 from edgekv.schema import plain_json
+from edgekv.settings import ATTEND, KV_BUDGET, POLICY, Setting
 
 from ..device import Device
 from ..play.play import emulate_shape
@@ -69,8 +71,17 @@ def all_cases(
     """Return every combination.
 
     Raises:
-        UsageError: a context leaves no room for a prompt.
+        UsageError: a context leaves no room for a prompt, or a policy, budget or share of pages is none.
+        ProfileError: there is no such profile.
     """
+    for profile in profiles:
+        load(profile)
+    choices: list[tuple[Sequence[str], Setting[Any]]] = [
+        (policies, POLICY), (attends, ATTEND), ([budget for budget in budgets if budget != "device"], KV_BUDGET),
+    ]  # fmt: skip
+    for words, setting in choices:
+        for word in words:
+            setting.read(word)
     if min(contexts) <= max_tokens:
         raise UsageError(f"a context of {min(contexts)} leaves no prompt beside {max_tokens} tokens to generate")
     combined = itertools.product(profiles, contexts, policies, budgets, attends)
