@@ -75,6 +75,18 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(config: Path, shape: Shape
     assert rows[13] == run_case(shape, cases[13])  # a worker's row is that of a plain call
 
 
+def test_ctrl_c_in_a_terminal_ends_a_sweep_and_its_workers_in_one_line(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "edgekv", "sweep", str(config), "--profiles", "all", "--contexts", "2048,4096"]
+    command += ["--workers", "1", "-n", "400", "--out", str(tmp_path / "sweep.csv")]
+    with subprocess.Popen(command, start_new_session=True, stdout=-1, stderr=-1, text=True) as process:
+        journal = tmp_path / "sweep.csv.partial"
+        while process.poll() is None and not (journal.exists() and journal.read_text(encoding="utf-8")):
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        assert process.communicate() == ("", "edgekv: interrupted\n")
+    assert process.returncode == 130
+
+
 def test_a_table_comes_back_as_it_was_written(shape: Shape, tmp_path: Path) -> None:
     cases = all_cases(["android-low-4gb"], [512], ["lru"], ["device", "1KiB"], ["exact"], max_tokens=8, seed=0)
     rows = [run_case(shape, case) for case in cases]

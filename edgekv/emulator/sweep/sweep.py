@@ -7,9 +7,11 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,8 +203,13 @@ def _client(scheduler: str | None, workers: int) -> Iterator[Client]:
                 ) from error
             yield client
         return
-    with (
-        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
-        Client(cluster) as client,
-    ):
+    # Ctrl-C goes to every process of a terminal. It is for this one: the others inherit that it is blocked (by the thread that
+    # starts them, unless it starts the tracker first, which unblocks it).
+    ensure_running()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        cluster = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=50)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    with cluster, Client(cluster) as client:
         yield client
