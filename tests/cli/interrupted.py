@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import edgekv.cli.main
-import edgekv.runtime.engines.onnx
+import edgekv.runtime.engines.onnx.options
 import edgekv.runtime.generate  # noqa: F401
 from edgekv.__main__ import main
 
