@@ -208,7 +208,13 @@ def _client(scheduler: str | None, workers: int) -> Iterator[Client]:
     ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        cluster = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=50)
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            dashboard_address=None,
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # its port: two sweeps would tell of 8787 otherwise
+            silence_logs=50,
+        )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     with cluster, Client(cluster) as client:
