@@ -30,22 +30,36 @@ HUNG_S = 60.0
 
 
 @dataclass(frozen=True)
+class Moment:
+    """When a signal is sent: once the main thread has used so many seconds of a processor and so many bytes were said."""
+
+    seconds: float
+    said: int
+
+
+@dataclass(frozen=True)
 class Ended:
-    """How a run ended. ``before``: its text when the signal came. ``seconds``: of the processor, from then to the end."""
+    """How a run ended.
+
+    ``before``: its text when the signal came. ``silent``: seconds of a processor that its main thread used before it spoke.
+    ``seconds``: of a processor that all its threads used from the signal to the end.
+    """
 
     code: int
     before: str
     text: str
     errors: str
+    silent: float
     seconds: float
 
 
-def run(folder: Path, arguments: list[str], number: signal.Signals | None = None, after_s: float = 0.0) -> Ended:
-    """Be the parent of a run, and send it a signal after some time."""
+def run(folder: Path, arguments: list[str], moment: Moment | None = None) -> Ended:
+    """Be the parent of a run, and interrupt it at a moment."""
     out, errors = folder / "out.txt", folder / "err.txt"
-    out.unlink(missing_ok=True)
+    out.write_text("")
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell, wherever this test runs
         for path, descriptor in ((out, 1), (errors, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.argv = ["edgekv", *arguments]
@@ -56,26 +70,35 @@ def run(folder: Path, arguments: list[str], number: signal.Signals | None = None
             code = end.code
         sys.stdout.flush()
         os._exit(code if isinstance(code, int) else 0)
-    text, used = "", 0.0
-    if number is not None:
-        time.sleep(after_s)
-        os.kill(child, signal.SIGSTOP)
-        text, used = out.read_text() if out.exists() else "", cpu_seconds(child)
-        os.kill(child, number)
-        os.kill(child, signal.SIGCONT)
-    deadline = time.monotonic() + HUNG_S
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = main_thread_seconds(child)
+    text, used, silent = "", 0.0, 0.0
+    deadline = time.monotonic() + HUNG_S
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        lasted, said = main_thread_seconds(child) - began, out.stat().st_size
+        if not said:
+            silent = lasted
+        if moment is not None and lasted >= moment.seconds and said >= moment.said:
+            os.kill(child, signal.SIGSTOP)
+            text, used = out.read_text(), cpu_seconds(child)
+            os.kill(child, signal.SIGINT)
+            os.kill(child, signal.SIGCONT)
+            moment = None
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
-        time.sleep(0.002)
+        time.sleep(0.0005)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime - used
-    return Ended(os.waitstatus_to_exitcode(ended[1]), text, out.read_text(), errors.read_text(), seconds)
+    return Ended(os.waitstatus_to_exitcode(ended[1]), text, out.read_text(), errors.read_text(), silent, seconds)
+
+
+def main_thread_seconds(process: int) -> float:
+    """Return the processor time of the main thread of a process: a clock that does not run while others have the processor."""
+    return int(Path(f"/proc/{process}/schedstat").read_text().split()[0]) / 1e9
 
 
 def cpu_seconds(process: int) -> float:
-    """Return the processor time that a process has used."""
+    """Return the processor time of all threads of a process."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -100,16 +123,14 @@ def check(bundle: str, folder: Path, count: int, seed: int) -> dict[str, object]
         "2",
     ]
     begin = [*common, "-f", str(prompt), "-n", str(TOKENS)]
-    started = time.monotonic()
     whole = run(folder, begin)
-    lasts = time.monotonic() - started
     assert whole.code == 0, whole.errors
     chance = random.Random(seed)
     faults, codes, said = [], [0, 0], [0, 0]
     for index in range(count):
         shutil.rmtree(session, ignore_errors=True)
-        after_s = chance.uniform(0, lasts)
-        ended = run(folder, begin, signal.SIGINT, after_s)
+        in_prompt = Moment(chance.uniform(0, whole.silent), 0)
+        ended = run(folder, begin, in_prompt if index % 2 else Moment(0, chance.randrange(1, len(whole.text))))
         codes[ended.code == 130] += 1
         if ended.code == 0 and ended.before.strip() == whole.text.strip():
             continue  # all was said before the signal came
@@ -129,7 +150,7 @@ def check(bundle: str, folder: Path, count: int, seed: int) -> dict[str, object]
             and (goes_on.startswith(whole.text.removesuffix("\n")))
         )
         if not fine:
-            faults.append({"run": index, "after_s": after_s, "ended": repr(ended), "resumed": repr(resumed)})
+            faults.append({"run": index, "ended": repr(ended), "resumed": repr(resumed)})
     return {"finished": codes[0], "interrupted": codes[1], "silent": said[0], "spoke": said[1], "faults": faults}
 
 
