@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import StoreError, UsageError
+from edgekv.model_config import read_cache_shape
 from edgekv.schema import shown
 from edgekv.scratch import ScratchFolder
 from edgekv.settings import (
@@ -44,11 +45,6 @@ from .storage.flash import FlashStore
 from .storage.wear import WearLedger
 
 Float = NDArray[np.float32]
-
-#: Names that a model configuration may use, in order of preference (Hugging Face's first).
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_attention_heads", "num_heads", "n_head")
-_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 
 
 class MemoryManager:
@@ -104,19 +100,16 @@ class MemoryManager:
         """Allocate the cache for a model.
 
         Args:
-            model_config: a mapping or an object with the number of layers, of KV heads, and the head size, under
-                the names that Hugging Face configurations use (``num_hidden_layers``, ``num_key_value_heads``,
-                ``head_dim`` or ``hidden_size`` and ``num_attention_heads``) or ``num_layers``, ``num_kv_heads``.
+            model_config: a Hugging Face configuration, as an object or as what its config.json holds, also of a model that
+                sees or hears besides; or a mapping with ``num_layers``, ``num_kv_heads`` and ``head_dim``.
 
         Raises:
-            UsageError: the configuration lacks a number. BudgetError: the budget is too small for this shape.
+            UsageError: the configuration lacks a number, or keys and values of the model are not of one size; the message
+                names the key. BudgetError: the budget is too small for this shape.
             StoreError: the offload folder cannot be used.
         """
-        n_heads = _look_up(model_config, _HEADS, required=False)
-        head_dim = _look_up(model_config, ("head_dim",), required=False)
-        if not head_dim:
-            head_dim = _look_up(model_config, ("hidden_size", "n_embd")) // (n_heads or _look_up(model_config, _HEADS))
-        spec = PageSpec(_look_up(model_config, _LAYERS), _look_up(model_config, _KV_HEADS), head_dim, self.page_size)
+        shape = read_cache_shape(model_config)
+        spec = PageSpec(shape.n_layers, shape.n_kv_heads, shape.head_dim, self.page_size)
         self.close()
         if self._options.compress:
             self._store = self._open_store(spec)
@@ -265,16 +258,6 @@ class MemoryManager:
 
 
 _TIER_NAMES = ("HOT", "WARM", "COLD", "REMOTE", "DROPPED", "FREE")
-
-
-def _look_up(config: Mapping[str, Any] | object, names: Sequence[str], *, required: bool = True) -> int:
-    for name in names:
-        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-        if value is not None:
-            return int(value)
-    if required:
-        raise UsageError(f"model_config has none of {', '.join(names)}")
-    return 0
 
 
 def _as_float32(array: Any, name: str, shape: tuple[int, int, int]) -> Float:

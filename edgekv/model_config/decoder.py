@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from edgekv.errors import ConfigError
 from edgekv.model_config.architectures import ARCHITECTURES, Architecture
 from edgekv.model_config.rope import RopeSettings, read_rope
-from edgekv.model_config.values import Values, shown
+from edgekv.model_config.values import MAX_LAYERS, Values
+from edgekv.schema import shown
 from edgekv.spec import MAX_HEAD_DIM
 
-_MAX_LAYERS = 10_000
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -66,7 +66,7 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
     values = Values(config, source, page.defaults)
     if values.get("hidden_act") not in ("silu", "swish"):
         raise values.refusal("hidden_act", "this activation is not supported, edgekv exports silu decoders")
-    n_layers = values.count("num_hidden_layers", most=_MAX_LAYERS)
+    n_layers = values.count("num_hidden_layers", most=MAX_LAYERS)
     hidden, n_heads = values.count("hidden_size"), values.count("num_attention_heads")
     if page.heads_divide_width and hidden % n_heads:
         raise values.refusal("hidden_size", f"it must be a multiple of num_attention_heads ({n_heads})")

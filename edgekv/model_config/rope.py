@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgekv.errors import ConfigError
-from edgekv.model_config.values import Values, shown
+from edgekv.model_config.values import Values
+from edgekv.schema import shown
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 #: What the settings of any type hold; transformers ignores what the chosen one does not read.

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 from edgekv.errors import ConfigError
+from edgekv.schema import shown
 
 T = TypeVar("T")
 
 #: What a key that is left out reads as.
 _ABSENT = object()
-#: A larger number is no size of a model, and none of its settings.
-_MAX_COUNT, _MAX_NUMBER = 2**31 - 1, 1e30
+#: Larger numbers are no model: of layers, of anything else, and in settings.
+MAX_LAYERS, MAX_COUNT, _MAX_NUMBER = 10_000, 2**31 - 1, 1e30
 #: Where a configuration of several models in one keeps the one that writes text.
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "decoder", "generator")
 
@@ -45,7 +46,7 @@ class Values:
         """Return the keys of a mapping."""
         return [str(key) for key in self.config] if isinstance(self.config, Mapping) else []
 
-    def count(self, *keys: str, default: int | None = None, most: int = _MAX_COUNT) -> int:
+    def count(self, *keys: str, default: int | None = None, most: int = MAX_COUNT) -> int:
         """Return the positive whole number of the first key that has a value.
 
         Raises:
@@ -67,7 +68,7 @@ class Values:
     def whole(self, key: str) -> int:
         """Return a whole number of any sign."""
         value = self.get(key)
-        if not _is_whole(value) or abs(value) > _MAX_COUNT:
+        if not _is_whole(value) or abs(value) > MAX_COUNT:
             raise self.refusal(key, "it must be a whole number")
         return value
 
@@ -162,12 +163,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} does not hold a JSON object; download it again")
     return data
-
-
-def shown(value: object) -> str:
-    """Return a value for a message, in one short line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _is_whole(value: object) -> TypeGuard[int]:

@@ -152,6 +152,41 @@ def test_a_hugging_face_configuration_gives_the_shape(small: MemoryManager) -> N
     manager.close()
 
 
+def test_a_configuration_of_text_and_images_gives_the_shape_of_its_decoder() -> None:
+    """As Gemma 3 4B has it: what is left out is not written down anywhere in the file."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    with MemoryManager(max_memory_mb=64) as manager:
+        manager.initialize_kv_cache(
+            {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}}
+        )
+        assert (manager.cache.spec.n_layers, manager.cache.spec.n_kv_heads, manager.cache.spec.head_dim) == (34, 4, 256)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_layers": 2**31 - 1, "num_kv_heads": 2, "head_dim": 32}, "num_layers is 2147483647"),
+        (
+            {"num_layers": "4", "num_kv_heads": 2, "head_dim": 32},
+            "num_layers is '4'; it must be a positive whole number",
+        ),
+        ({"num_layers": 4, "num_kv_heads": 2, "head_dim": 512}, "head_dim 512 is above 256"),
+        ({"num_layers": 4, "num_kv_heads": 2, "head_dim": 30}, "must be multiples of 4"),
+        ({"num_layers": 4, "head_dim": 32}, "none of num_attention_heads"),
+        (None, "none of"),
+        (7, "none of"),
+        ("llama", "none of"),
+    ],
+)
+def test_a_configuration_without_a_shape_is_refused_and_the_cache_stays(
+    small: MemoryManager, config: object, message: str
+) -> None:
+    before = small.cache
+    with pytest.raises(UsageError, match=message):
+        small.initialize_kv_cache(config)
+    assert small.cache is before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
