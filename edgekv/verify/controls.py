@@ -177,13 +177,3 @@ class _ShiftedForward:
 
     def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
         return self._inner.step(tokens, positions + self._by, rows)
-
-
-def all_controls(n_layers: int, prefill: int) -> list[Control]:
-    """Return one of each for a model of so many layers and a text whose first ``prefill`` tokens go in chunks."""
-    return [
-        FlippedBit(layer=n_layers // 2),
-        DroppedPage(layer=n_layers // 2),
-        SwappedScales(),
-        ShiftedRope(start=prefill),
-    ]

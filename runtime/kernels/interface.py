@@ -237,18 +237,6 @@ class Kernels(Protocol):
     def write_hot(self, page: Bytes | int, slot: int, k: Float, v: Float, page_size: int) -> None:
         """Write tokens, k and v [n, n_kv_heads, head_dim], into a HOT page from ``slot`` on, saturating."""
 
-    def write_hot_many(self, pages: Addresses, slot: int, k: Float, v: Float, page_size: int) -> None:
-        """:meth:`write_hot` across pages: the first from ``slot`` on, the next ones from their start."""
-
-    def gather_int8(
-        self, pool: Any, refs: Refs, keys: Int8, key_scales: Half, values: Int8, value_scales: Half
-    ) -> None:
-        """Copy pages to plain INT8 arrays, quantising HOT ones; dead slots become zeros.
-
-        keys and values [n, n_kv_heads, page_size, head_dim], key_scales [n, n_kv_heads, head_dim], value_scales
-        [n, n_kv_heads, page_size].
-        """
-
     def page_bounds(self, refs: Refs, low: Half, high: Half, page_size: int) -> None:
         """Smallest and largest decoded key per page, head and channel over the live slots, rounded outwards.
 

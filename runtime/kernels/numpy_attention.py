@@ -19,13 +19,11 @@ from .interface import Float, Int64, Refs
 from .numpy_pages import RowReader as RowReader
 from .numpy_pages import check_array, check_refs, decode_page, live_slots
 from .numpy_pages import checksums as checksums
-from .numpy_pages import gather_int8 as gather_int8
 from .numpy_pages import pack_warm as pack_warm
 from .numpy_pages import pack_warm_many as pack_warm_many
 from .numpy_pages import page_bounds as page_bounds
 from .numpy_pages import read_bandwidth as read_bandwidth
 from .numpy_pages import write_hot as write_hot
-from .numpy_pages import write_hot_many as write_hot_many
 
 RUN_PAGES = 8
 #: Scores are clamped to this, so that a masked score stays below every real one without an infinity.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgekv import codec
 from edgekv.spec import RECORD_CHECKED_FROM, RECORD_HEAD_BYTES, RECORD_HEADER_BYTES, PageSpec
 
-from .interface import KIND_HOT, KIND_WARM, PAGE_REF, Addresses, Bytes, Float, Half, Int8, Int64, Refs
+from .interface import KIND_HOT, KIND_WARM, PAGE_REF, Addresses, Bytes, Float, Half, Int64, Refs
 
 HALF_LIMIT = np.float32(65504)
 
@@ -67,47 +67,6 @@ def write_hot(page: Bytes | int, slot: int, k: Float, v: Float, page_size: int) 
     values = to[spec.elements :].reshape(n_kv_heads, page_size, head_dim)
     keys[:, :, slot : slot + n] = np.clip(k, -HALF_LIMIT, HALF_LIMIT).transpose(1, 2, 0)
     values[:, slot : slot + n] = np.clip(v, -HALF_LIMIT, HALF_LIMIT).transpose(1, 0, 2)
-
-
-def write_hot_many(pages: Addresses, slot: int, k: Float, v: Float, page_size: int) -> None:
-    """:func:`write_hot` across pages: the first from ``slot`` on, the next ones from their start."""
-    check_array("pages", pages, np.uint64, (len(pages),))
-    n = _tokens(k, v)[0]
-    if not 0 <= slot < page_size or slot + n > len(pages) * page_size:
-        raise ValueError("the tokens do not fit into the pages")
-    done = 0
-    for page in pages.tolist():
-        if done == n:
-            break
-        stop = min(n, done + page_size - slot)
-        write_hot(page, slot, k[done:stop], v[done:stop], page_size)
-        done, slot = stop, 0
-
-
-def gather_int8(pool: Any, refs: Refs, keys: Int8, key_scales: Half, values: Int8, value_scales: Half) -> None:
-    """Copy pages to plain INT8 arrays, quantising HOT ones; dead slots become zeros."""
-    check_refs(refs)
-    n_kv_heads, page_size, head_dim = keys.shape[1:]
-    spec = PageSpec(1, n_kv_heads, head_dim, page_size)
-    check_array("keys", keys, np.int8, (len(refs), n_kv_heads, page_size, head_dim), writable=True)
-    check_array("values", values, np.int8, keys.shape, writable=True)
-    check_array("key_scales", key_scales, np.float16, (len(refs), n_kv_heads, head_dim), writable=True)
-    check_array("value_scales", value_scales, np.float16, (len(refs), n_kv_heads, page_size), writable=True)
-    packed = np.empty(spec.warm_bytes, np.uint8)
-    for index, ref in enumerate(refs):
-        live = live_slots(ref, page_size)
-        if not live.any():
-            for array in (keys, key_scales, values, value_scales):
-                array[index] = 0
-            continue
-        page = _ref_bytes(ref, spec)
-        if ref["kind"] == KIND_HOT:
-            _pack(page, packed, spec, live)
-            page = packed
-        k, k_scales, v, v_scales = codec.unpack_warm_codes(page, n_kv_heads, head_dim, page_size)
-        keys[index] = np.where(live[:, None], k, 0)
-        values[index] = np.where(live[:, None], v, 0)
-        key_scales[index], value_scales[index] = k_scales, np.where(live, v_scales, np.float16(0))
 
 
 def page_bounds(refs: Refs, low: Half, high: Half, page_size: int) -> None:

@@ -44,44 +44,6 @@ void write_hot(const Kernels& kernels, const Geometry& g, uint8_t* page, int slo
     }
 }
 
-void gather_int8(const Kernels& kernels, const Geometry& g, const PageRef& ref, int8_t* keys, uint16_t* key_scales,
-                 int8_t* values, uint16_t* value_scales, uint8_t* packed) {
-    const Mask128 live = g.live(ref);
-    const size_t all = g.elements(), n_heads = g.n_kv_heads;
-    if (!live.any()) {
-        std::memset(keys, 0, all);
-        std::memset(values, 0, all);
-        std::memset(key_scales, 0, n_heads * g.dim * 2);
-        std::memset(value_scales, 0, n_heads * g.page * 2);
-        return;
-    }
-    const uint8_t* page = bytes_of(ref);
-    if (ref.kind == kHot) {
-        kernels.pack_warm(g, page, packed, live);
-        page = packed;
-    }
-    const int8_t* codes = reinterpret_cast<const int8_t*>(page);
-    std::memcpy(key_scales, page + 2 * all, n_heads * g.dim * 2);
-    std::memcpy(value_scales, page + 2 * all + n_heads * g.dim * 2, n_heads * g.page * 2);
-    for (size_t h = 0; h < n_heads; ++h) {
-        const size_t head = h * g.dim * g.page;
-        for (int i = 0; i < g.page; ++i) {
-            int8_t* k = keys + head + static_cast<size_t>(i) * g.dim;
-            int8_t* v = values + head + static_cast<size_t>(i) * g.dim;
-            if (!live.test(i)) {
-                std::memset(k, 0, g.dim);
-                std::memset(v, 0, g.dim);
-                value_scales[h * g.page + i] = 0;
-                continue;
-            }
-            const int8_t* from = codes + head + 4 * i;
-            for (int c = 0; c < g.dim; c += 4) std::memcpy(k + c, from + static_cast<size_t>(c) * g.page, 4);
-            from = codes + all + head + static_cast<size_t>(i / 4) * g.dim * 4 + i % 4;
-            for (int c = 0; c < g.dim; ++c) v[c] = from[4 * c];
-        }
-    }
-}
-
 void page_bounds(const Geometry& g, const PageRef& ref, uint16_t* low, uint16_t* high) {
     const Mask128 live = g.live(ref);
     const int n = g.n_kv_heads * g.dim;

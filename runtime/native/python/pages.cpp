@@ -113,56 +113,6 @@ void write_hot_page(nb::handle page, int slot, nb::handle k, nb::handle v, int p
     write_hot(kernels(), g, to.data(), slot, keys.data(), values.data(), n);
 }
 
-void write_hot_many(nb::handle pages, int slot, nb::handle k, nb::handle v, int page_size) {
-    View<uint64_t> addresses(pages, "pages", {-1});
-    View<float> keys(k, "k", {-1, -1, -1});
-    View<float> values(v, "v", {keys.shape(0), keys.shape(1), keys.shape(2)});
-    const Geometry g = make_geometry(static_cast<int>(keys.shape(1)), 1, static_cast<int>(keys.shape(2)), page_size, 0);
-    const int64_t n = keys.shape(0);
-    if (slot < 0 || slot >= page_size || slot + n > addresses.shape(0) * page_size) {
-        throw nb::value_error("the tokens do not fit into the pages");
-    }
-    for (int64_t i = 0; i < addresses.shape(0); ++i) {
-        if (!addresses.data()[i] || addresses.data()[i] & 1) {
-            throw nb::value_error("pages must be even addresses, not 0");
-        }
-    }
-    const Kernels& kernel = kernels();
-    nb::gil_scoped_release released;
-    const size_t token = static_cast<size_t>(g.n_kv_heads) * g.dim;
-    int64_t page = 0;
-    for (int64_t done = 0; done < n; ++page) {
-        const int count = static_cast<int>(n - done < page_size - slot ? n - done : page_size - slot);
-        write_hot(kernel, g, reinterpret_cast<uint8_t*>(static_cast<uintptr_t>(addresses.data()[page])), slot,
-                  keys.data() + done * token, values.data() + done * token, count);
-        done += count;
-        slot = 0;
-    }
-}
-
-void gather_pages(ThreadPool& pool, nb::handle refs, nb::handle keys, nb::handle key_scales, nb::handle values,
-                  nb::handle value_scales) {
-    RefsView view(refs);
-    const int64_t n = view.size();
-    View<int8_t> k(keys, "keys", {n, -1, -1, -1}, true);
-    const int64_t heads = k.shape(1), page = k.shape(2), dim = k.shape(3);
-    View<int8_t> v(values, "values", {n, heads, page, dim}, true);
-    View<uint16_t> ks(key_scales, "key_scales", {n, heads, dim}, true);
-    View<uint16_t> vs(value_scales, "value_scales", {n, heads, page}, true);
-    const Geometry g =
-        make_geometry(static_cast<int>(heads), 1, static_cast<int>(dim), static_cast<int>(page), 0);
-    const Kernels& kernel = kernels();
-    const size_t room = (g.warm_bytes() + 63) / 64 * 64;
-    bool hot = false;
-    for (int64_t i = 0; i < n; ++i) hot |= view.data()[i].kind == kHot;
-    std::vector<uint8_t> packed(hot ? room * pool.size() : 0);
-    nb::gil_scoped_release released;
-    pool.run(static_cast<int>(n), [&](int i, int thread) {
-        gather_int8(kernel, g, view.data()[i], k.data() + i * g.elements(), ks.data() + i * heads * dim,
-                    v.data() + i * g.elements(), vs.data() + i * heads * page, packed.data() + thread * room);
-    });
-}
-
 void bounds(nb::handle refs, nb::handle low, nb::handle high, int page_size) {
     RefsView view(refs);
     const int64_t n = view.size();
@@ -294,10 +244,6 @@ void bind_pages(nb::module_& m) {
           nb::arg("n_slots"), nb::arg("n_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"));
     m.def("write_hot", &write_hot_page, nb::arg("page"), nb::arg("slot"), nb::arg("k"), nb::arg("v"),
           nb::arg("page_size"));
-    m.def("write_hot_many", &write_hot_many, nb::arg("pages"), nb::arg("slot"), nb::arg("k"), nb::arg("v"),
-          nb::arg("page_size"));
-    m.def("gather_int8", &gather_pages, nb::arg("pool"), nb::arg("refs"), nb::arg("keys"), nb::arg("key_scales"),
-          nb::arg("values"), nb::arg("value_scales"));
     nb::class_<PyRowReader>(m, "RowReader")
         .def(nb::init<int, nb::object, const char*>(), nb::arg("depth"), nb::arg("pool") = nb::none(),
              nb::arg("how") = "")

@@ -110,48 +110,6 @@ def test_tokens_are_written_where_the_layout_says(
 
 
 @both
-def test_tokens_run_on_into_the_next_pages(kernels: Kernels) -> None:
-    spec = PageSpec(1, 2, 32, 16)
-    rng = np.random.default_rng(0)
-    k, v = (rng.standard_normal((40, 2, 32), np.float32) for _ in range(2))
-    pages = np.zeros((4, spec.hot_bytes), np.uint8)
-    addresses = np.array([page.ctypes.data for page in pages], np.uint64)
-    kernels.write_hot_many(addresses, 10, k, v, 16)
-    keys = np.concatenate([codec.unpack_hot(page, 2, 32, 16)[0] for page in pages], axis=1)
-    np.testing.assert_array_equal(keys[:, 10:50], k.astype(np.float16).transpose(1, 0, 2))
-    assert not keys[:, :10].any()
-    assert not keys[:, 50:].any()
-    with pytest.raises(ValueError, match="do not fit"):
-        kernels.write_hot_many(addresses, 10, np.zeros((55, 2, 32), np.float32), np.zeros((55, 2, 32), np.float32), 16)
-
-
-@both
-@quick
-@given(spec=specs, seed=st.integers(0, 2**32 - 1), kind=st.sampled_from([KIND_HOT, KIND_WARM]), data=st.data())
-def test_gathered_pages_are_the_codes_with_dead_slots_zero(
-    kernels: Kernels, spec: PageSpec, seed: int, kind: int, data: st.DataObject
-) -> None:
-    live = np.array(data.draw(st.lists(st.booleans(), min_size=spec.page_size, max_size=spec.page_size)))
-    page = hot_page(spec, seed)
-    dead_as_zero = page.copy().view(np.float16)
-    dead_as_zero[: spec.elements].reshape(spec.n_kv_heads, spec.head_dim, -1)[:, :, ~live] = 0
-    dead_as_zero[spec.elements :].reshape(spec.n_kv_heads, spec.page_size, -1)[:, ~live] = 0
-    warm = packed_by_codec(spec, page if kind else dead_as_zero.view(np.uint8), spec.page_size)
-    k, k_scales, v, v_scales = codec.unpack_warm_codes(warm, spec.n_kv_heads, spec.head_dim, spec.page_size)
-    refs = np.repeat(one_ref(warm if kind else page, kind, live, spec.page_size), 2)
-    refs["data"][1] = 0
-    shape = (2, spec.n_kv_heads, spec.page_size)
-    codes: list[Any] = [np.full((*shape, spec.head_dim), 99, np.int8) for _ in range(2)]
-    scales: list[Any] = [np.full((*shape[:2], spec.head_dim), 9, np.float16), np.full(shape, 9, np.float16)]
-    kernels.gather_int8(kernels.ThreadPool(2), refs, codes[0], scales[0], codes[1], scales[1])
-    np.testing.assert_array_equal(codes[0][0], np.where(live[:, None], k, 0))
-    np.testing.assert_array_equal(codes[1][0], np.where(live[:, None], v, 0))
-    np.testing.assert_array_equal(scales[1][0], np.where(live, v_scales, 0))
-    np.testing.assert_array_equal(scales[0][0], k_scales if live.any() else 0)
-    assert not any(array[1].any() for array in (*codes, *scales))
-
-
-@both
 @quick
 @given(spec=specs, seed=st.integers(0, 2**32 - 1), kind=st.sampled_from([KIND_HOT, KIND_WARM]), data=st.data())
 def test_bounds_enclose_the_live_keys_as_tightly_as_fp16_can(
