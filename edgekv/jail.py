@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.errors import EdgeKVError, UsageError
+from edgekv.host import group_paths
 from edgekv.sizes import format_bytes
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -98,7 +99,7 @@ def _joiner(group: Path) -> Callable[[], None]:
 def _version_2(limit_bytes: int) -> Iterator[tuple[Path, Callable[[], int]]]:
     if not (CGROUPS / "cgroup.controllers").exists():
         raise OSError("no cgroup v2")
-    with _group(delegated(CGROUPS, _own_path("0::"))) as group:
+    with _group(delegated(CGROUPS, _own_path(version=2))) as group:
         (group / "memory.max").write_text(str(limit_bytes))
         with contextlib.suppress(OSError):
             (group / "memory.swap.max").write_text("0")
@@ -127,7 +128,7 @@ def delegated(root: Path, own: str) -> Path:
 @contextmanager
 def _version_1(limit_bytes: int) -> Iterator[tuple[Path, Callable[[], int]]]:
     parent = CGROUPS / "memory"
-    own = parent / _own_path(":memory:").lstrip("/")
+    own = parent / _own_path(version=1).lstrip("/")
     with _group(own if own.is_dir() else parent) as group:
         (group / "memory.limit_in_bytes").write_text(str(limit_bytes))
         with contextlib.suppress(OSError):
@@ -145,11 +146,10 @@ def _group(parent: Path) -> Iterator[Path]:
         group.rmdir()
 
 
-def _own_path(marker: str) -> str:
-    for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
-        if marker in line:
-            return line.split(":", 2)[2]
-    return "/"
+def _own_path(*, version: int) -> str:
+    """Return the path of this process's group in the hierarchy of that version that counts memory."""
+    fits = (path for number, names, path in group_paths() if ("memory" in names if version == 1 else number == "0"))
+    return next(fits, "/")
 
 
 def _number(path: Path) -> int:

@@ -12,9 +12,9 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 from edgekv.contract import OPERATORS, WEIGHTS
+from edgekv.host import processor_features
 from edgekv.schema import PositiveFinite, checked, one_of, plain_json
 
 MEASUREMENTS = "engines.json"
@@ -51,13 +51,13 @@ def machine_class() -> str:
     """Name the class of this machine: its architecture and the widest integer products that it has."""
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
-        features = _cpu_features()
+        features = processor_features()
         for flag, name in (("avx512_vnni", "AVX-512 VNNI"), ("avx2", "AVX2")):
             if flag in features:
                 return f"x86-64, {name}"
         return "x86-64"
     if machine in ("aarch64", "arm64"):
-        return "arm64, dotprod" if sys.platform == "darwin" or "asimddp" in _cpu_features() else "arm64"
+        return "arm64, dotprod" if sys.platform == "darwin" or "asimddp" in processor_features() else "arm64"
     return machine
 
 
@@ -102,12 +102,3 @@ def default_engine(form: str, weights: str, machine: str | None = None) -> Engin
 def executorch_installed() -> bool:
     """Whether exporting for ExecuTorch is possible here."""
     return all(importlib.util.find_spec(name) for name in _EXECUTORCH)
-
-
-def _cpu_features() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return set()
-    found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return set(found.partition(":")[2].split())

@@ -13,18 +13,10 @@ import statistics
 import time
 from pathlib import Path
 
+from benchmarks.speed import timing
 from edgekv.bundle import read_manifest
 from edgekv.runtime.engines.choose import open_segments
 from edgekv.runtime.generate import cache_home
-
-
-def resident_bytes() -> dict[str, int]:
-    fields = {}
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name in ("VmRSS", "RssAnon", "RssFile", "VmHWM"):
-            fields[name] = int(value.split()[0]) * 1024
-    return fields
 
 
 def main() -> None:
@@ -59,7 +51,7 @@ def main() -> None:
             "best_seconds": min(times),
             "tokens_per_s": rows / median,
             "first_step_s": first,
-            **resident_bytes(),
+            **{name: timing.memory_mb(name) for name in ("VmRSS", "RssAnon", "RssFile", "VmHWM")},  # in MB of 2**20
         }
         print(
             json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in result.items()})

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from edgekv.export.choose_engine import Measurement, machine_class, measurements
+from edgekv.host import processor
 
 from .contestants import OURS, OURS_EXECUTORCH, OURS_XNNPACK
 from .results import Results
@@ -28,8 +29,14 @@ def engine_row(results: Results) -> Measurement | None:
     if onnx is None or not executorch:
         return None
     operators = max(executorch, key=lambda name: executorch[name])
+    name = processor().get("model name", platform.processor())
     return Measurement(
-        machine_class(), "int4", onnx, executorch[operators], operators, f"{_cpu()}, {os.cpu_count()} cores"
+        machine_class(),
+        "int4",
+        onnx,
+        executorch[operators],
+        operators,
+        f"{name}, {os.cpu_count()} cores",
     )
 
 
@@ -38,12 +45,3 @@ def record(row: Measurement) -> None:
     others = [other for other in measurements() if (other.machine, other.weights) != (row.machine, row.weights)]
     rows = [asdict(one) for one in [*others, row]]
     TABLE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.processor())

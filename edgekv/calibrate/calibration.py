@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgekv.host import control_groups
 from edgekv.plan.model import read_model
 from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.kernels.interface import KIND_HOT
@@ -121,14 +122,5 @@ def _memory() -> tuple[int, int, bool]:
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.split()[1].isdigit()}
     available = kib["MemAvailable"] * 1024
-    return ram, min(available, _cgroup_limit(), ram), kib.get("SwapTotal", 0) > 0
-
-
-def _cgroup_limit() -> int:
-    """Return the limit of this process's control group (v2), or more than any RAM."""
-    try:
-        group = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition(":")[2]
-        text = Path(f"/sys/fs/cgroup{group}/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        return 1 << 62
-    return int(text) if text.isdigit() else 1 << 62
+    limits = [limit for _, limit in filter(None, (group.used_and_limit() for group in control_groups()))]
+    return ram, min(available, ram, *limits), kib.get("SwapTotal", 0) > 0

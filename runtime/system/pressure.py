@@ -7,22 +7,18 @@ the kernel is asked between tokens.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-PROC = Path("/proc")
+from edgekv.host import PROC, control_groups
 
 #: Share of a limit that is kept free: the kernel's own reclaim begins before the limit is reached.
 MARGIN = 1 / 16
 #: Some task stalled for 150 ms within 2 s. Windows of whole 2 s need no privilege.
 TRIGGER = b"some 150000 2000000\0"
-#: A limit above this is none.
-UNLIMITED = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -61,37 +57,6 @@ class Calm:
         """Do nothing."""
 
 
-@dataclass(frozen=True)
-class ControlGroup:
-    """A control group with a limit on memory; the names of its files."""
-
-    folder: Path
-    usage: str
-    limits: tuple[str, ...]
-    cached: bytes
-
-    def used_and_limit(self) -> tuple[int, int] | None:
-        """Return what is used, without file pages that were not read of late, and the limit in force, or None without one."""
-        limits = [limit for limit in map(self._number, self.limits) if limit is not None and limit < UNLIMITED]
-        used = self._number(self.usage)
-        if not limits or used is None:
-            return None
-        return used - self._cached_bytes(), min(limits)
-
-    def _number(self, name: str) -> int | None:
-        try:
-            return int((self.folder / name).read_bytes())
-        except (OSError, ValueError):  # no such file, or "max"
-            return None
-
-    def _cached_bytes(self) -> int:
-        with contextlib.suppress(OSError):
-            for line in (self.folder / "memory.stat").read_bytes().splitlines():
-                if line.startswith(self.cached):
-                    return int(line.split()[1])
-        return 0
-
-
 class SystemPressure:
     """The pressure on this process: its control groups, and stalls of its group or, without one, of the system."""
 
@@ -128,36 +93,6 @@ class SystemPressure:
         if self._stalls is not None:
             os.close(self._stalls)
             self._stalls = None
-
-
-def control_groups() -> Iterator[ControlGroup]:
-    """Yield the control groups of this process that account for memory, its own first, then those above it."""
-    try:
-        mounts = (PROC / "self" / "mountinfo").read_text(encoding="utf-8").splitlines()
-        places = (PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for place in places:
-        number, controllers, path = place.split(":", 2)
-        kind: str
-        files: tuple[str, tuple[str, ...], bytes]
-        if number == "0":
-            kind, files = "cgroup2", ("memory.current", ("memory.high", "memory.max"), b"inactive_file ")
-        elif "memory" in controllers.split(","):
-            kind, files = "cgroup", ("memory.usage_in_bytes", ("memory.limit_in_bytes",), b"total_inactive_file ")
-        else:
-            continue
-        for mount in mounts:
-            fields, _, rest = mount.partition(" - ")
-            system, _, options = rest.split(" ", 2)
-            if system == kind and (kind == "cgroup2" or "memory" in options.split(",")):
-                root, top = fields.split(" ")[3:5]
-                inside = path[len(root) :] if root != "/" and path.startswith(root) else path
-                folder = Path(top) / inside.strip("/")
-                while folder != Path(top).parent:
-                    if (folder / files[0]).exists():
-                        yield ControlGroup(folder, *files)
-                    folder = folder.parent
 
 
 def _open_stalls(folders: list[Path]) -> int | None:

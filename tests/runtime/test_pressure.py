@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from edgekv.errors import BudgetError, UsageError
+from edgekv.host import control_groups
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.machine import Host
 from edgekv.runtime.memory_manager import MemoryManager
-from edgekv.runtime.system.pressure import Reading, SystemPressure, control_groups
+from edgekv.runtime.system.pressure import Reading, SystemPressure
 from edgekv.tiers import KVMode, PressureMode, Tier
 
 Bundle = Callable[..., Path]

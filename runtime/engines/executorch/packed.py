@@ -16,6 +16,7 @@ from pathlib import Path
 
 from edgekv.bundle import Manifest
 from edgekv.errors import FormatError
+from edgekv.host import processor
 from edgekv.schema import plain_json, read_whole
 
 _log = logging.getLogger(__name__)
@@ -26,13 +27,9 @@ _MAX_PATH_BYTES = 255
 
 def cpu_identity() -> str:
     """Return what decides how weights are packed: machine, model and features of the CPU."""
-    lines: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "flags", "Features", "CPU implementer", "CPU part"):
-                lines.setdefault(key.strip(), value.strip())
-    return f"{platform.system()} {platform.machine()} {platform.processor()} {sorted(lines.items())}"
+    names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    words = {name: value for name, value in processor().items() if name in names}
+    return f"{platform.system()} {platform.machine()} {platform.processor()} {sorted(words.items())}"
 
 
 class PackedCache:
