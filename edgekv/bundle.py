@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 import edgekv
 from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, OPERATORS, WEIGHTS
 from edgekv.errors import BundleError, FormatError, UsageError
+from edgekv.files import make_own_folder, read_own, replace_own
 from edgekv.schema import Bytes, Positive, checked, file_within, one_of, plain_json, plain_name, read_whole
 from edgekv.spec import ModelSpec
 
@@ -237,14 +238,14 @@ def check_files(folder: Path, manifest: Manifest, *, stamp: Path | None = None) 
             raise BundleError(f"{folder}: {name} differs from its sha256; copy the bundle again, or export it again")
     if stamp is not None:
         try:
-            stamp.parent.mkdir(parents=True, exist_ok=True)
-            stamp.write_text(json.dumps(seen), encoding="utf-8")
+            make_own_folder(stamp.parent)
+            replace_own(stamp, json.dumps(seen).encode())
         except OSError:
             pass  # a read-only home only costs the hashing next time
 
 
 def _read_stamp(stamp: Path) -> Any:
     try:
-        return plain_json(read_whole(stamp))
+        return plain_json(read_own(stamp))
     except (OSError, FormatError):
         return None

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgekv.errors import UsageError
+from edgekv.errors import StoreError, UsageError
+from edgekv.files import make_own_folder, reason
+from edgekv.scratch import HIDDEN, ScratchFolder
 
 from .generate import Generator
 from .options import RunOptions, SessionOptions
 from .sessions.prefixes import key_name, limit_bytes, prefix_name, prefix_root, shrink
+from .sessions.tools import verify
 
 
 def add_prefix(
     folder: Path, tokens: Sequence[int], options: RunOptions, *, name: str = "", limit: int | None = None
 ) -> tuple[Path, int]:
-    """Compute a prefix with a bundle and keep it; one that is there already is only marked as used.
+    """Compute a prefix with a bundle and keep it; one that is there already, and whole, is only marked as used.
 
     Args:
         folder: the bundle. name: shown by ``edgekv prefix list``. limit: bytes of all prefixes at the most.
@@ -30,27 +33,51 @@ def add_prefix(
         UsageError: it is shorter than a page, or larger than the limit. StoreError: it could not be written.
     """
     limit = limit_bytes() if limit is None else limit
-    prefix_root().mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=prefix_root(), prefix=".new-") as scratch:
-        made = Path(scratch) / "prefix.kv"
-        with Generator.open(folder, replace(options, session=SessionOptions(made, 0))) as generator:
-            manifest = generator.manifest
-            whole = len(tokens) // manifest.page_size * manifest.page_size
-            if not whole:
-                raise UsageError(
-                    f"a prefix of {len(tokens)} tokens does not fill a page of {manifest.page_size}; nothing would be saved"
-                )
-            path = prefix_root() / key_name(manifest) / prefix_name(manifest, tokens[:whole])
-            if path.exists():
-                os.utime(path)
-                return path, whole
-            generator.prefill(tokens[:whole], max_tokens=0)
-            assert generator.session is not None
-            generator.session.notes["name"] = name
-        size = sum(file.stat().st_blocks * 512 for file in made.iterdir())
-        if size > limit:
-            raise UsageError(f"this prefix takes {size} bytes, above the limit of {limit}; raise it with --limit")
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.rename(made, path)
+    root = prefix_root()
+    try:
+        make_own_folder(root)
+        with ScratchFolder(root, HIDDEN) as scratch:
+            made = scratch.path / "prefix.kv"
+            with Generator.open(folder, replace(options, session=SessionOptions(made, 0))) as generator:
+                manifest = generator.manifest
+                whole = len(tokens) // manifest.page_size * manifest.page_size
+                if not whole:
+                    raise UsageError(
+                        f"a prefix of {len(tokens)} tokens does not fill a page of {manifest.page_size}; nothing would be saved"
+                    )
+                path = root / key_name(manifest) / prefix_name(manifest, tokens[:whole])
+                if _holds(path, whole):
+                    return path, whole
+                generator.prefill(tokens[:whole], max_tokens=0)
+                assert generator.session is not None
+                generator.session.notes["name"] = name
+            size = sum(file.stat().st_blocks * 512 for file in made.iterdir())
+            if size > limit:
+                raise UsageError(f"this prefix takes {size} bytes, above the limit of {limit}; raise it with --limit")
+            make_own_folder(path.parent)
+            if not _holds(path, whole):
+                _put(scratch, made, path, whole)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write the prefixes {root}: {reason(error)}; let $XDG_CACHE_HOME name a folder that can be written"
+        ) from error
     shrink(limit, keep=path)
     return path, whole
+
+
+def _put(scratch: ScratchFolder, made: Path, path: Path, whole: int) -> None:
+    try:
+        scratch.put(made, path)
+    except OSError:
+        if not _holds(path, whole):  # else another process computed the same, and was first
+            raise
+
+
+def _holds(path: Path, whole: int) -> bool:
+    """Say whether a prefix is there with all its tokens, and mark it as used."""
+    with contextlib.suppress(StoreError, UsageError, OSError):
+        problems, usable = verify(path)
+        if not problems and usable >= whole:
+            os.utime(path)
+            return True
+    return False

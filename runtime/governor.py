@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgekv.errors import EdgeKVError, UsageError
-from edgekv.scratch import ScratchFolder
 from edgekv.settings import KV_BUDGET, Mode
 from edgekv.sizes import format_bytes
 from edgekv.spec import RECORD_HEADER_BYTES
@@ -85,7 +84,6 @@ class Governor:
         self._attender = attender
         self._pressure: Pressure = machine.pressure() if options.pressure == PressureMode.AUTO else Calm()
         self._store: PageStore | None = None
-        self._scratch: ScratchFolder | None = None
         self._staging = plan.budget_bytes - plan.arena_bytes if not plan.fits else 0
         #: Reclaim leaves the text as it is: pages are INT8 already, and there is flash to send them to.
         self._safe = plan.compress_at_seal and (manager.store is not None or not options.allow_drop)
@@ -155,8 +153,6 @@ class Governor:
         self._pressure.close()
         if self._store is not None:
             self._store.close()
-        if self._scratch is not None:
-            self._scratch.remove()
 
     def _refill(self) -> None:
         """Bring pages back from flash while there is room, those that would leave last first."""
@@ -172,7 +168,7 @@ class Governor:
         """Give the page manager a store, if the run was opened without one and may have one."""
         manager = self._manager
         if manager.store is None and (self._options.offload is not None or not self._options.allow_drop):
-            self._store, self._scratch = open_offload(self._options.storage, manager.spec, self._machine.medium)
+            self._store = open_offload(self._options.storage, manager.spec, self._machine.medium)
             manager.store = self._store
             if self._attender is not None:
                 self._staging += self._attender.stream(self._store)

@@ -8,6 +8,7 @@ them that were pruned are pruned again.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -26,15 +27,14 @@ from .sessions.index import from_ranges
 from .sessions.prefixes import find_prefix
 from .sessions.restore import common_prefix
 from .sessions.session import Session
-from .storage.objects import is_url
 
 
 class SessionKeeper:
     """Keeps the sequence of one generator in a session.
 
     Raises (from the constructor):
-        UsageError: fp16 pages, dropping or an object store were asked for. StoreLocked, SessionMismatch, SessionError: see
-            :meth:`Session.open`.
+        UsageError: fp16 pages, dropping or another place for pages were asked for. StoreLocked, SessionMismatch, SessionError:
+            see :meth:`Session.open`.
     """
 
     def __init__(
@@ -44,12 +44,14 @@ class SessionKeeper:
             raise UsageError("a session keeps INT8 pages: run it with --kv auto or int8")
         if options.allow_drop:
             raise UsageError("a session keeps every page: run it without --allow-drop")
-        if is_url(options.offload):
-            raise UsageError("a session keeps its pages in its own files: run it without --offload URL")
         self._manifest = manifest
         self._now = machine.now
         if prefix is None:
             assert options.session is not None
+            if options.offload is not None:
+                raise UsageError("a session keeps its pages in its own files: run it without --offload")
+            if options.encrypt_offload and options.session.secret is None:
+                raise UsageError("a session keeps its pages in its own files: encrypt it, with a secret of its own")
             limit = settings.MAX_WRITE_PER_DAY.optional(options.max_write_per_day)
             limited = replace(options.session, max_bytes_per_day=limit)
             prefix = Session.open(limited, manifest, medium=machine.medium)
@@ -152,14 +154,14 @@ def with_prefix(
         fresh: nothing is in the cache yet.
     """
     empty = keeper is None or (keeper.session.read_only is None and not keeper.session.tokens)
-    elsewhere = options.allow_drop or is_url(options.offload)  # pages that begin in a session stay in its files
-    if not (fresh and empty and options.prefixes) or options.kv == KVMode.FP16 or elsewhere:
+    if not (fresh and empty and options.prefixes) or options.kv == KVMode.FP16 or options.allow_drop:
         return keeper
     found = find_prefix(manifest, prompt)
     if found is None or keeper is None:
         return keeper if found is None else SessionKeeper(options, manifest, found, machine)
     try:
-        keeper.session.graft(found)
+        with contextlib.suppress(StoreError):  # then the prompt is computed, and saving says what is wrong
+            keeper.session.graft(found)
     finally:
         found.close()
     return keeper

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.errors import StoreError, UsageError
+from edgekv.errors import UsageError
 from edgekv.model_config import read_cache_shape
 from edgekv.schema import shown
 from edgekv.scratch import ScratchFolder
@@ -42,7 +42,8 @@ from .kernels.choose import load_kernels
 from .pages.cache import KVCache
 from .pages.policy import CacheOptions, make_policy
 from .storage.flash import FlashStore
-from .storage.wear import WearLedger
+from .storage.interface import PageStore
+from .storage.open import OffloadOptions, open_offload
 
 Float = NDArray[np.float32]
 
@@ -93,8 +94,7 @@ class MemoryManager:
         self._offload_dir = OFFLOAD_DIR.optional(offload_dir)
         self._max_write_per_day = MAX_WRITE_PER_DAY.optional(max_write_per_day)
         self._cache: KVCache | None = None
-        self._store: FlashStore | None = None
-        self._scratch: ScratchFolder | None = None
+        self._store: PageStore | None = None
 
     def initialize_kv_cache(self, model_config: Mapping[str, Any] | object) -> None:
         """Allocate the cache for a model.
@@ -119,21 +119,11 @@ class MemoryManager:
             self.close()
             raise
 
-    def _open_store(self, spec: PageSpec) -> FlashStore:
+    def _open_store(self, spec: PageSpec) -> PageStore:
         if self._offload_dir is None:
-            self._scratch = ScratchFolder(None, "edgekv-")
-            return FlashStore(self._scratch.path, spec)
-        folder = self._offload_dir
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"cannot write the offload folder {folder}: {error.strerror}") from error
-        wear = WearLedger(folder, self._max_write_per_day)
-        try:
-            return FlashStore(folder, spec, wear=wear)
-        except StoreError:
-            wear.close()
-            raise
+            scratch = ScratchFolder(None, "edgekv-")
+            return FlashStore(scratch.path, spec, scratch=scratch)
+        return open_offload(OffloadOptions(self._offload_dir, max_write_per_day=self._max_write_per_day), spec)
 
     @property
     def cache(self) -> KVCache:
@@ -237,9 +227,6 @@ class MemoryManager:
         if self._store is not None:
             self._store.close()
             self._store = None
-        if self._scratch is not None:
-            self._scratch.remove()
-            self._scratch = None
 
     def __enter__(self) -> MemoryManager:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgekv.bundle import Manifest
@@ -28,7 +28,8 @@ from .pages.cache import KVCache
 from .pages.policy import CacheOptions, make_policy
 from .sessions.session import Session
 from .storage.interface import PageStore
-from .storage.open import open_offload
+from .storage.layered import OverlaidStore
+from .storage.open import check_offload, open_offload
 from .system.process import cache_home
 
 
@@ -59,8 +60,9 @@ def check_options(options: RunOptions, form: str) -> None:
     """Refuse, before anything is loaded, what a bundle of this form could not do.
 
     Raises:
-        UsageError: ``attend`` or ``policy`` is not understood, or not for this form.
+        UsageError: ``attend`` or ``policy`` is not understood, or not for this form; options contradict each other.
     """
+    check_offload(options.storage)
     attend_options(options.attend, form)
     make_policy(options.policy)
 
@@ -117,11 +119,17 @@ def prepare_cache(
         drops=options.allow_drop and options.offload is None and session is None,
     )
     with contextlib.ExitStack() as release:
-        store: PageStore | None = session.store if session is not None else None
-        if store is None and not plan.fits and (options.offload is not None or not options.allow_drop):
-            store, scratch = open_offload(options.storage, spec, machine.medium)
-            if scratch is not None:
-                release.callback(scratch.remove)
+        store: PageStore | None = None
+        if session is not None and session.read_only is None:
+            store = session.store
+        elif session is not None:
+            storage = replace(options.storage, encrypt_offload=options.encrypt_offload or session.encrypted)
+            over = store = OverlaidStore(session.store, lambda: open_offload(storage, spec, machine.medium))
+            release.callback(over.close)
+            if not plan.fits:
+                over.open()
+        elif not plan.fits and (options.offload is not None or not options.allow_drop):
+            store = open_offload(options.storage, spec, machine.medium)
             release.callback(store.close)
         cache_options = CacheOptions(
             budget_bytes=plan.arena_bytes,

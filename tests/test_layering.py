@@ -13,7 +13,7 @@ from tools.import_graph import ROOT, circles, graph, imports, modules
 #: From low to high; each may import what stands before it.
 FLOORS = (
     ("edgekv.errors", "edgekv.host", "edgekv.tiers", "edgekv.sizes", "edgekv.spec", "edgekv.codec", "edgekv.seam",
-     "edgekv.contract", "edgekv.bundle", "edgekv.jail", "edgekv.model_config", "edgekv.schema",
+     "edgekv.contract", "edgekv.bundle", "edgekv.jail", "edgekv.model_config", "edgekv.schema", "edgekv.files",
      "edgekv.scratch", "edgekv.settings"),
     ("edgekv.device_profiles",),
     ("edgekv.runtime", "edgekv.export"),

@@ -45,7 +45,13 @@ class Baseline:
         lane = Lane(
             parent,
             dataclasses.replace(
-                options, policy=self.policy, kv=kv, kv_budget=budget_bytes, allow_drop=True, offload=None
+                options,
+                policy=self.policy,
+                kv=kv,
+                kv_budget=budget_bytes,
+                allow_drop=True,
+                offload=None,
+                flash_limit=None,
             ),
             context,
         )

@@ -121,7 +121,14 @@ class ShortLane(Lane):
 def reference_options(options: RunOptions) -> RunOptions:
     """Return the options of the full fp16 cache: nothing compressed, offloaded, dropped or left out."""
     return dataclasses.replace(
-        options, kv=KVMode.FP16, kv_budget=None, allow_drop=False, policy="lru", offload=None, attend="exact"
+        options,
+        kv=KVMode.FP16,
+        kv_budget=None,
+        allow_drop=False,
+        policy="lru",
+        offload=None,
+        flash_limit=None,
+        attend="exact",
     )
 
 

@@ -19,12 +19,13 @@ from typing import Any
 from edgekv.bundle import Manifest
 from edgekv.codec import CODEC_VERSION
 from edgekv.errors import SessionError, SessionMismatch, StoreLocked, UsageError
+from edgekv.files import create_file, make_folder, open_file, reason
 from edgekv.scratch import ScratchFolder
 from edgekv.spec import PageSpec
 
 from ..storage.cipher import SALT_BYTES, Cipher
 from ..storage.segments import segment_paths, sync_folder
-from ..storage.wear import LEDGER
+from ..storage.wear import LEDGER, WearLedger
 from .index import BACKUP, DAMAGED, INDEX, SessionIndex, State
 
 if sys.platform != "win32":
@@ -40,19 +41,23 @@ def is_session(path: Path) -> bool:
     return path.is_dir() and ((path / INDEX).exists() or (path / BACKUP).exists())
 
 
-def make_folder(path: Path) -> None:
+def make_session(path: Path) -> None:
     """Make the folder of a new session, readable by its owner only; an existing session is left as it is.
 
     Raises:
         UsageError: something else is there. SessionError: it cannot be made.
     """
-    if path.exists():
-        # A session whose first commit never came may hold any of its files.
-        if not path.is_dir() or any(not p.name.startswith((LOCK, "index.", "pages-", LEDGER)) for p in path.iterdir()):
-            raise UsageError(f"{path} exists and is not a session; choose another name for --session")
+    if is_session(path):
         return
     try:
-        path.mkdir(mode=0o700, parents=True)
+        if path.exists():
+            # A session whose first commit never came may hold any of its files.
+            if not path.is_dir() or any(
+                not p.name.startswith((LOCK, "index.", "pages-", LEDGER)) for p in path.iterdir()
+            ):
+                raise UsageError(f"{path} exists and is not a session; choose another name for --session")
+            return
+        make_folder(path)
         sync_folder(path.parent)
     except OSError as error:
         raise SessionError(f"cannot make the session {path}: {error.strerror}; choose another place") from error
@@ -62,14 +67,14 @@ def take_lock(path: Path) -> int | None:
     """Keep other processes out of a session; returns the handle, or None on a medium that cannot be written.
 
     Raises:
-        StoreLocked: another process has it open.
+        StoreLocked: another process has it open. SessionError: it cannot be used, or is another user's.
     """
     try:
-        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = open_file(path / LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         if error.errno in _READ_ONLY:
             return None
-        raise SessionError(f"cannot open the session {path}: {error.strerror}") from error
+        raise SessionError(f"cannot open the session {path}: {reason(error)}") from error
     if sys.platform != "win32":
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,8 +196,8 @@ def write_backup(path: Path) -> None:
     """Copy the index, which is closed and whole, beside itself."""
     temporary = path / f"{BACKUP}.tmp"
     with contextlib.suppress(OSError):  # a backup that cannot be written costs nothing now
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "wb") as stream:
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(create_file(temporary), "wb") as stream:
             stream.write((path / INDEX).read_bytes())
             stream.flush()
             os.fsync(stream.fileno())
@@ -290,14 +295,35 @@ def _short(value: object) -> str:
     return text[:12] if len(text) == 64 else text
 
 
-def share_segments(source: Path, target: Path) -> None:
-    """Give ``target`` the page files of ``source``: by hard links, whose number the file system counts, or as copies."""
-    for path in segment_paths(source).values():
-        try:
-            os.link(path, target / path.name)
-        except OSError:
-            shutil.copyfile(path, target / path.name)
-            os.chmod(target / path.name, 0o600)
+def share_segments(source: Path, target: Path, wear: WearLedger | None = None) -> None:
+    """Give ``target`` the page files of ``source``: by hard links, whose number the file system counts, or as copies.
+
+    Args:
+        wear: counts what is copied, and may refuse it.
+
+    Raises:
+        WriteLimit, OSError: they cannot be shared; ``target`` has none of them.
+    """
+    made: list[Path] = []
+    try:
+        for path in segment_paths(source).values():
+            made.append(target / path.name)
+            try:
+                os.link(path, made[-1])
+            except OSError:
+                _copy(path, made[-1], wear)
+    except BaseException:
+        for path in made:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _copy(source: Path, target: Path, wear: WearLedger | None) -> None:
+    with os.fdopen(open_file(source, os.O_RDONLY), "rb") as pages:
+        if wear is not None:
+            wear.reserve(os.fstat(pages.fileno()).st_size)
+        with os.fdopen(create_file(target), "wb") as copy:
+            shutil.copyfileobj(pages, copy)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ All but ``meta`` are ciphertext in an encrypted session.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -31,6 +32,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from edgekv.errors import SessionError
+from edgekv.files import open_file, reason
 from edgekv.spec import PageSpec
 
 from ..storage.cipher import Cipher
@@ -123,9 +125,11 @@ class SessionIndex:
     def __init__(self, path: Path, *, create: bool = False) -> None:
         self.path = path
         self.cipher: Cipher | None = None
-        if create:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         self._db = sqlite3.connect(":memory:")
+        try:
+            _check_own(path, create=create)
+        except OSError as error:
+            raise SessionError(f"cannot open the index {path}: {reason(error)}") from error
         try:
             self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None)
             # The lock of the session keeps others out; without shared memory this works on any file system.
@@ -245,6 +249,14 @@ class SessionIndex:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def _check_own(path: Path, *, create: bool) -> None:
+    """Refuse files of SQLite that are links or another user's; ``create``: make the first if it is not there."""
+    os.close(open_file(path, os.O_RDWR | (os.O_CREAT if create else 0)))
+    for suffix in ("-wal", "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            os.close(open_file(path.with_name(path.name + suffix), os.O_RDWR))
 
 
 def _read_tail(value: bytes) -> Tail:

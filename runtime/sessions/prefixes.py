@@ -11,13 +11,14 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.bundle import Manifest
 from edgekv.errors import SessionError, SessionMismatch, StoreError, UsageError
+from edgekv.files import is_own_folder
+from edgekv.scratch import HIDDEN, ScratchFolder
 from edgekv.settings import PREFIX_BYTES
 
 from ..options import SessionOptions
@@ -57,27 +58,38 @@ def limit_bytes() -> int:
 
 
 def list_prefixes() -> list[Prefix]:
-    """Return all prefixes, the last used first; damaged ones with 0 tokens."""
+    """Return all prefixes, the last used first; damaged ones with 0 tokens.
+
+    Raises:
+        StoreError: the folder cannot be read.
+    """
     found = []
-    for path in prefix_root().glob("*/*") if prefix_root().is_dir() else ():
-        if path.name.startswith("."):
-            continue
-        try:
+    try:
+        paths = [path for folder in _folders(prefix_root()) for path in _folders(folder)]
+    except OSError as error:
+        raise StoreError(f"cannot read the prefixes {prefix_root()}: {error.strerror}") from error
+    for path in paths:
+        with contextlib.suppress(SessionError, SessionMismatch, FileNotFoundError):  # removed meanwhile
             state = read_state(path, None)
-        except (SessionError, SessionMismatch):
-            continue
-        size = state.meta["pages"]["page_size"] if state.meta else 0
-        found.append(
-            Prefix(
-                path,
-                len(state.rows) * size,
-                sum(file.stat().st_blocks * 512 for file in path.iterdir()),
-                path.stat().st_mtime,
-                state.meta["key"]["checkpoint"] if state.meta else "",
-                str(state.notes.get("name", "")),
+            found.append(
+                Prefix(
+                    path,
+                    len(state.rows) * (state.meta["pages"]["page_size"] if state.meta else 0),
+                    sum(file.stat().st_blocks * 512 for file in path.iterdir()),
+                    path.stat().st_mtime,
+                    state.meta["key"]["checkpoint"] if state.meta else "",
+                    str(state.notes.get("name", "")),
+                )
             )
-        )
     return sorted(found, key=lambda prefix: -prefix.used_at)
+
+
+def _folders(path: Path) -> list[Path]:
+    """Return the folders in one, none if it is not there; what is hidden is only on its way."""
+    try:
+        return sorted(entry for entry in path.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+    except FileNotFoundError:
+        return []
 
 
 def find_prefix(manifest: Manifest, prompt: Sequence[int]) -> Session | None:
@@ -87,7 +99,8 @@ def find_prefix(manifest: Manifest, prompt: Sequence[int]) -> Session | None:
     """
     size = manifest.page_size
     folder = prefix_root() / key_name(manifest)
-    if len(prompt) <= size or not folder.is_dir():
+    # Keys and values that others may have changed could make a model say anything.
+    if len(prompt) <= size or not (is_own_folder(prefix_root()) and is_own_folder(folder)):
         return None
     start = chain(b"", prompt[:size]).hex()
     best: tuple[int, Path] | None = None
@@ -122,26 +135,28 @@ def shrink(limit: int, keep: Path | None = None) -> list[Path]:
         if total <= limit:
             break
         if prefix.path != keep:
-            remove_prefix(prefix.path)
             total -= prefix.bytes_on_flash
-            gone.append(prefix.path)
+            if remove_prefix(prefix.path):
+                gone.append(prefix.path)
     return gone
 
 
-def remove_prefix(path: Path) -> None:
-    """Remove a prefix; sessions that began with it keep its pages.
+def remove_prefix(path: Path) -> bool:
+    """Remove a prefix, unless another process was first; sessions that began with it keep its pages.
 
     Raises:
-        UsageError: there is none. StoreError: it cannot be removed.
+        UsageError: it is no prefix. StoreError: it cannot be removed.
     """
-    if path.parent.parent != prefix_root() or not path.is_dir():
+    if path.parent.parent != prefix_root():
         raise UsageError(f"there is no prefix {path.name}; edgekv prefix list shows them")
     try:
-        gone = path.with_name(f".{path.name}")
-        os.rename(path, gone)
-        shutil.rmtree(gone)
+        with ScratchFolder(prefix_root(), HIDDEN) as scratch:
+            path.rename(scratch.path / path.name)
+    except FileNotFoundError:
+        return False
     except OSError as error:
         raise StoreError(f"cannot remove the prefix {path.name}: {error.strerror}") from error
+    return True
 
 
 def key_name(manifest: Manifest) -> str:

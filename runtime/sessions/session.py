@@ -18,6 +18,7 @@ import numpy as np
 
 from edgekv.bundle import Manifest
 from edgekv.errors import SessionError, StoreError, UsageError
+from edgekv.files import make_folder
 from edgekv.scratch import HIDDEN, ScratchFolder
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 from edgekv.tiers import Tier
@@ -34,7 +35,7 @@ from .folder import (
     check_key,
     is_session,
     make_cipher,
-    make_folder,
+    make_session,
     open_index,
     read_state,
     session_key,
@@ -82,8 +83,6 @@ class Session:
         self._index = index
         self._lock = lock
         self._spec = store.spec
-        self._spill: ScratchFolder | None = None
-        self._limit: int | None = None
         #: The committed rows that the cache holds; those of ``_state`` are what the index holds.
         self._rows: list[Row] = []
 
@@ -106,7 +105,7 @@ class Session:
             if not is_session(path):
                 raise UsageError(f"{path} is not a session; edgekv sessions list DIR shows those of a folder")
         else:
-            make_folder(path)
+            make_session(path)
         lock = take_lock(path) if save else None
         index: SessionIndex | None = None
         try:
@@ -123,14 +122,13 @@ class Session:
             if manifest is not None:
                 check_key(path, state.meta["key"], session_key(manifest))
             cipher = index.cipher if index is not None else make_cipher(state.meta, path, options.secret)
-            spill = ScratchFolder(None, "edgekv-") if lock is None else None
             store = SegmentStore(
                 path,
                 PageSpec(**state.meta["pages"]),
                 cipher,
-                spill.path if spill else None,
                 medium,
                 WearLedger(path, options.max_bytes_per_day) if lock is not None else None,
+                write=lock is not None,
             )
         except BaseException:
             if index is not None:
@@ -139,8 +137,6 @@ class Session:
                 os.close(lock)
             raise
         session = cls(path, state, store, index, lock, read_only)
-        session._spill = spill
-        session._limit = options.max_bytes_per_day
         session._adopt()
         return session
 
@@ -273,7 +269,7 @@ class Session:
         if path.exists():
             raise UsageError(f"{path} exists already; choose another name for the fork")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with ScratchFolder(path.parent, HIDDEN) as scratch:
                 made = scratch.path / path.name
                 made.mkdir(mode=0o700)
@@ -332,15 +328,14 @@ class Session:
         if self._state.rows or segment_paths(self.path) or self._cipher is not None or other._cipher is not None:
             return
         try:
-            share_segments(other.path, self.path)
+            share_segments(other.path, self.path, self.store.wear)
         except OSError as error:
             raise SessionError(f"cannot make the session {self.path}: {error.strerror}") from error
-        self.store.close()
-        wear = WearLedger(self.path, self._limit)
-        self.store = SegmentStore(self.path, self._spec, medium=self.store.medium, wear=wear)
+        self.store.open_segments()
         tail = Tail(len(other._state.rows), chain=other._state.rows[-1].chain.hex(), pruned=other._state.tail.pruned)
-        self._state = State(self._state.meta, self.notes, list(other._state.rows), tail)
-        self._index.commit(self._state, 0, 0)
+        state = State(self._state.meta, self.notes, list(other._state.rows), tail)
+        self._index.commit(state, 0, 0)
+        self._state = state
         self._adopt()
 
     def abandon(self) -> None:
@@ -365,9 +360,11 @@ class Session:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-        if self._spill is not None:
-            self._spill.remove()
-            self._spill = None
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether tokens, keys and values are ciphertext."""
+        return self._cipher is not None
 
     @property
     def _cipher(self) -> Cipher | None:

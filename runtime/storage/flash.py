@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import CorruptPage, StoreError, StoreLocked
+from edgekv.files import make_folder, open_file, reason
+from edgekv.scratch import ScratchFolder
 from edgekv.spec import PageSpec
 from edgekv.tiers import Tier
 
-from ..system.files import make_folder, open_file
 from .cipher import Cipher
 from .interface import StoreCounters
 from .medium import SYSTEM, Medium
@@ -39,7 +40,7 @@ class FlashStore:
 
     Args:
         wear: counts what is written, and may refuse it; the store closes it.
-        cipher: encrypts the pages.
+        cipher: encrypts the pages. scratch: removed when the store is closed.
 
     Raises (from the constructor):
         StoreLocked: another process uses the folder.
@@ -56,12 +57,14 @@ class FlashStore:
         medium: Medium = SYSTEM,
         wear: WearLedger | None = None,
         cipher: Cipher | None = None,
+        scratch: ScratchFolder | None = None,
     ) -> None:
         self.folder = folder
         self.spec = spec
         self.counters = StoreCounters()
         self.cipher = cipher
         self._wear = wear
+        self._scratch = scratch
         self._lock = lock_folder(folder)
         kind = FileKind(
             spec,
@@ -150,11 +153,13 @@ class FlashStore:
         return Tier.COLD
 
     def close(self) -> None:
-        """Close the file and the lock; the space goes back to the file system."""
+        """Close the file, the lock and the ledger; the space goes back to the file system."""
         self.file.close()
         os.close(self._lock)
         if self._wear is not None:
             self._wear.close()
+        if self._scratch is not None:
+            self._scratch.remove()
 
 
 def lock_folder(folder: Path) -> int:
@@ -181,7 +186,4 @@ def lock_folder(folder: Path) -> int:
 
 def unusable(folder: Path, error: OSError) -> StoreError:
     """Return what a folder that cannot be written means to a user."""
-    file = f" ({Path(error.filename).name})" if error.errno is None and error.filename else ""
-    return StoreError(
-        f"cannot write the offload folder {folder}{file}: {error.strerror}; choose another with --offload DIR"
-    )
+    return StoreError(f"cannot write the offload folder {folder}: {reason(error)}; choose another with --offload DIR")

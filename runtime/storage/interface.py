@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,11 +33,19 @@ class StoreCounters:
     remote_bytes_read: int = 0
     records_reread: int = 0  #: read again, since they were damaged on the way
 
+    def __add__(self, other: StoreCounters) -> StoreCounters:
+        """Return what two stores have done together."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return StoreCounters(*(getattr(self, name) + getattr(other, name) for name in names))
+
 
 class PageStore(Protocol):
     """Where offloaded pages go."""
 
-    counters: StoreCounters
+    @property
+    def counters(self) -> StoreCounters:
+        """What it has done so far."""
+        ...
 
     def write(self, tags: list[int], pages: list[Bytes]) -> list[int]:
         """Store pages, in one batch, and return their record indices."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekv.errors import StoreError, UsageError
+from edgekv.errors import UsageError
+from edgekv.files import make_folder
 from edgekv.scratch import ScratchFolder
 from edgekv.settings import FLASH_LIMIT, MAX_WRITE_PER_DAY
 from edgekv.spec import PageSpec
 
-from ..system.files import make_folder
 from ..system.process import cache_home
 from .cipher import Cipher
 from .flash import FlashStore, unusable
@@ -33,50 +34,50 @@ class OffloadOptions:
     encrypt_offload: bool = False
 
 
-def open_offload(
-    options: OffloadOptions, spec: PageSpec, medium: Medium = SYSTEM
-) -> tuple[PageStore, ScratchFolder | None]:
-    """Open the flash tier of one run, or the object store below it, and return it with the folder to clean up, if any.
+def check_offload(options: OffloadOptions) -> None:
+    """Refuse, before anything is opened, options that contradict each other.
+
+    Raises:
+        UsageError: the message says which.
+    """
+    if options.flash_limit is not None and not is_url(options.offload):
+        raise UsageError("--flash-limit says what stays on flash before the object store; give --offload URL with it")
+
+
+def open_offload(options: OffloadOptions, spec: PageSpec, medium: Medium = SYSTEM) -> PageStore:
+    """Open the flash tier of one run, or the object store below it.
 
     Raises:
         StoreLocked, StoreError: folder or object store cannot be used. EngineMissing: no package for it, or for encryption.
         UsageError: the options contradict each other.
     """
+    check_offload(options)
     if not is_url(options.offload):
-        if options.flash_limit is not None:
-            raise UsageError(
-                "--flash-limit says what stays on flash before the object store; give --offload URL with it"
-            )
         return _open_flash(options, spec, Path(options.offload) if options.offload is not None else None, medium)
     cipher = Cipher.ephemeral() if options.encrypt_offload else None
     remote = ObjectStore(str(options.offload), spec, cipher=cipher, patience_s=options.offload_patience_s)
     if options.flash_limit is None:
-        return remote, None
-    limit = FLASH_LIMIT.check(options.flash_limit)
+        return remote
     try:
-        flash, scratch = _open_flash(options, spec, None, medium)
-    except StoreError:
+        flash = _open_flash(options, spec, None, medium)
+    except BaseException:
         remote.close()
         raise
-    return LayeredStore(flash, remote, limit // spec.record_bytes), scratch
+    return LayeredStore(flash, remote, FLASH_LIMIT.check(options.flash_limit) // spec.record_bytes)
 
 
-def _open_flash(
-    options: OffloadOptions, spec: PageSpec, chosen: Path | None, medium: Medium
-) -> tuple[PageStore, ScratchFolder | None]:
-    folder, scratch = chosen or cache_home() / "offload", None
-    beside = folder
-    try:
-        make_folder(folder)
-        if chosen is None:
-            scratch = ScratchFolder(folder, "run-")
-            folder = scratch.path
-    except OSError as error:
-        raise unusable(folder, error) from error
-    wear = WearLedger(beside, MAX_WRITE_PER_DAY.optional(options.max_write_per_day))
-    try:
-        cipher = Cipher.ephemeral() if options.encrypt_offload else None  # the key is in no file
-        return FlashStore(folder, spec, medium, wear, cipher), scratch
-    except BaseException:
-        wear.close()
-        raise
+def _open_flash(options: OffloadOptions, spec: PageSpec, chosen: Path | None, medium: Medium) -> PageStore:
+    beside = chosen or cache_home() / "offload"
+    cipher = Cipher.ephemeral() if options.encrypt_offload else None  # the key is in no file
+    with contextlib.ExitStack() as undo:
+        scratch = None
+        try:
+            make_folder(beside)
+            if chosen is None:
+                scratch = undo.enter_context(ScratchFolder(beside, "run-"))
+        except OSError as error:
+            raise unusable(beside, error) from error
+        wear = undo.enter_context(WearLedger(beside, MAX_WRITE_PER_DAY.optional(options.max_write_per_day)))
+        store = FlashStore(scratch.path if scratch else beside, spec, medium, wear, cipher, scratch)
+        undo.pop_all()
+        return store

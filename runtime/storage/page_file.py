@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import StoreError, StoreFull, WriteLimit
+from edgekv.files import create_file, open_again, open_file
 from edgekv.spec import RECORD_ALIGN_BYTES, PageSpec
 
 from ..system.buffers import aligned_rows
-from ..system.files import create_file, open_again, open_file
 from .cipher import Cipher
 from .medium import SYSTEM, Medium
 from .reads import Reads

@@ -75,6 +75,10 @@ class Wanted:
         """What the records begin with [n, RECORD_HEAD_BYTES] uint8, the checksum left out."""
         return _heads(self.records, self.tags, self.payload_bytes)
 
+    def shifted(self, base: int) -> Wanted:
+        """Return the same records as a store names them whose numbers lie ``base`` lower."""
+        return Wanted([record - base for record in self.records], self.tags, self.payload_bytes)
+
 
 def open_record(row: Bytes, record: int, tag: int, payload_bytes: int, cipher: Cipher | None) -> bool:
     """Check one record and decrypt it in place; returns whether it is what :func:`pack_record` wrote there."""

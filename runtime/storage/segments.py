@@ -44,8 +44,8 @@ class SegmentStore:
     """The records of one session folder.
 
     Args:
-        spill: where new records go instead; for sessions that cannot be written. They are not kept.
         wear: counts what is written, and may refuse it; the store closes it.
+        write: False for a session that is only read.
 
     Raises (from the constructor):
         StoreError: a file cannot be opened.
@@ -56,17 +56,18 @@ class SegmentStore:
         folder: Path,
         spec: PageSpec,
         cipher: Cipher | None = None,
-        spill: Path | None = None,
         medium: Medium = SYSTEM,
         wear: WearLedger | None = None,
+        *,
+        write: bool = True,
     ) -> None:
         self.folder = folder
         self.medium = medium
         self.spec = spec
         self.counters = StoreCounters()
         self.cipher = cipher
-        self._spill = spill
-        self._wear = wear
+        self._write = write
+        self.wear = wear
         self._kind = FileKind(
             spec,
             f"the session {folder}",
@@ -82,14 +83,38 @@ class SegmentStore:
         self._released: set[int] = set()
         self._dirty: set[int] = set()
         self._failed = False
+        #: No new segment has the number of one that is gone, while the index still refers to it.
+        self._last_number = 0
         try:
-            for number, path in segment_paths(folder).items():
-                segment = self._segments[number] = PageFile.open(path, self._kind, number << 32, write=spill is None)
-                if spill is None and not segment.shared:
-                    self._writable.add(number)
-        except OSError as error:
+            self.open_segments()
+        except StoreError:
             self.close()
-            raise StoreError(f"cannot open the pages of the session {folder}: {error.strerror}") from error
+            raise
+
+    def open_segments(self) -> None:
+        """Open the segments of the folder that are not open yet.
+
+        Raises:
+            StoreError: a file cannot be opened.
+        """
+        try:
+            paths = segment_paths(self.folder)
+        except OSError as error:
+            raise StoreError(f"cannot open the session {self.folder}: {error.strerror}") from error
+        for number, path in paths.items():
+            if number in self._segments:
+                continue
+            try:
+                segment = PageFile.open(path, self._kind, number << 32, write=self._write)
+            except OSError as error:
+                raise StoreError(
+                    f"cannot open the pages of the session {self.folder}: {path.name}: {error.strerror}; a file that is moved"
+                    " away counts as damaged: what is before it is reused, the rest computed again"
+                ) from error
+            self._segments[number] = segment
+            self._last_number = max(self._last_number, number)
+            if self._write and not segment.shared:
+                self._writable.add(number)
 
     # -- records -----------------------------------------------------------------------------------------------
 
@@ -97,6 +122,7 @@ class SegmentStore:
         """Take over records that the index refers to; all others are free."""
         self._checks = dict(zip(records, checks, strict=True))
         self._committed = set(self._checks)
+        self._last_number = max((self._last_number, *(record >> 32 for record in self._committed)))
         self._keep_committed()
 
     def check_of(self, record: int) -> int:
@@ -242,9 +268,9 @@ class SegmentStore:
         for segment in self._segments.values():
             segment.close()
         self._segments = {}
-        if self._wear is not None:
-            self._wear.close()
-            self._wear = None
+        if self.wear is not None:
+            self.wear.close()
+            self.wear = None
 
     def _keep_committed(self) -> None:
         for number in self._writable:
@@ -264,16 +290,16 @@ class SegmentStore:
         return max(self._writable, default=0) or self._open_segment()
 
     def _open_segment(self) -> int:
-        number = max(self._segments, default=0) + 1
-        folder = self._spill or self.folder
-        path = folder / f"pages-{number:08d}.bin"
+        number = self._last_number + 1
+        if not self._write:
+            raise StoreError(f"{self._kind.name} is only read")
         try:
-            segment = PageFile.create(path, self._kind, number << 32, keep=self._spill is None)
-            if self._spill is None:
-                sync_folder(folder)
+            segment = PageFile.create(self.folder / f"pages-{number:08d}.bin", self._kind, number << 32)
+            sync_folder(self.folder)
         except OSError as error:
             raise StoreError(f"cannot write to {self._kind.name}: {error.strerror}") from error
         self._segments[number] = segment
+        self._last_number = number
         self._writable.add(number)
         return number
 

@@ -18,11 +18,10 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 
 from edgekv.errors import FormatError, StoreError, UsageError, WriteLimit
+from edgekv.files import open_file
 from edgekv.schema import Bytes, Natural, from_json
 from edgekv.sizes import format_bytes
 from edgekv.spec import round_up
-
-from ..system.files import open_file
 
 if sys.platform != "win32":
     import fcntl

@@ -89,7 +89,7 @@ class BundleApp:
             policy=settings.policy,
             attend=settings.attend,
             allow_drop=settings.allow_drop,
-            offload=None if settings.allow_drop else scratch / "offload",
+            offload=None if settings.allow_drop or session is not None else scratch / "offload",
             prefill_chunk=settings.prefill_chunk,
             prefixes=False,
             session=SessionOptions(session, settings.checkpoint_tokens) if session is not None else None,

@@ -7,18 +7,24 @@ depends on, so that another version or source makes another file.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata, resources
 from pathlib import Path
 
 from edgekv.errors import EngineMissing
+from edgekv.files import make_own_folder, open_file
 from edgekv.scratch import ScratchFolder
+
+_log = logging.getLogger(__name__)
 
 SOURCES = ("shim.cpp", "operators.cpp")
 
@@ -50,8 +56,12 @@ def version() -> str:
         return "unknown"
 
 
-def build_shim(package: Path, cache: Path) -> Path:
-    """Compile the shim unless it is in ``cache``; returns its path.
+@contextlib.contextmanager
+def built_shim(package: Path, cache: Path) -> Iterator[Path]:
+    """Compile the shim unless it is in ``cache``; gives its path, which may be gone after the block.
+
+    It is code: it is only taken from a file and a folder that nobody else could have written. Without such a folder it is
+    compiled for this process alone.
 
     Raises:
         NoShim: there is no compiler, or it failed.
@@ -61,8 +71,18 @@ def build_shim(package: Path, cache: Path) -> Path:
     made_for = f"{version()} {package} {platform.machine()}".encode()
     key = hashlib.sha256(b"".join(sources.values()) + made_for).hexdigest()[:16]
     path = cache / "executorch" / f"shim-{version()}-{key}.so"
-    if path.is_file():
-        return path
+    kept = True
+    try:
+        make_own_folder(path.parent)
+        os.close(open_file(path, os.O_RDONLY, own=True))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _log.warning("edgekv: %s is not used: %s", error.filename or path, error.strerror)
+        kept = error.filename == str(path)
+    else:
+        yield path
+        return
     compiler = _compiler()
     if compiler is None:
         raise NoShim(
@@ -70,18 +90,17 @@ def build_shim(package: Path, cache: Path) -> Path:
             " or name one in CXX"
         )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with ScratchFolder(path.parent, "build-") as scratch:
+        with ScratchFolder(path.parent if kept else None, "edgekv-") as scratch:
             for name, text in sources.items():
                 (scratch.path / name).write_bytes(text)
-            _compile(compiler, package, scratch.path)
-            os.replace(scratch.path / "shim.so", path)
+            made = _compile(compiler, package, scratch.path)
+            made.chmod(0o600)
+            yield made.replace(path) if kept else made
     except OSError as error:
         raise NoShim(f"the ExecuTorch engine cannot be written to {path.parent}: {error.strerror}") from error
-    return path
 
 
-def _compile(compiler: str, package: Path, folder: Path) -> None:
+def _compile(compiler: str, package: Path, folder: Path) -> Path:
     include = package / "include"
     command = [
         compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-DC10_USING_CUSTOM_GENERATED_MACROS",
@@ -93,6 +112,7 @@ def _compile(compiler: str, package: Path, folder: Path) -> None:
     if result.returncode:
         errors = [line for line in result.stderr.splitlines() if "error" in line] or ["no message"]
         raise NoShim(f"compiling the ExecuTorch engine against executorch {version()} failed: {errors[0].strip()}")
+    return folder / "shim.so"
 
 
 def _compiler() -> str | None:

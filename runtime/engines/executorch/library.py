@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgekv.contract import Dim, GraphSpec
 from edgekv.errors import EngineError
 
-from .build import build_shim, package_folder, version
+from .build import built_shim, package_folder, version
 
 MAX_DIMS = 8
 DELEGATE = "XnnpackBackend"
@@ -37,7 +37,8 @@ def load_library(cache: Path) -> Library:
         EngineMissing: executorch is not installed. NoShim: it cannot be compiled. EngineError: it cannot be loaded.
     """
     package = package_folder()
-    return Library(package, build_shim(package, cache))
+    with built_shim(package, cache) as shim:
+        return Library(package, shim)
 
 
 class TensorStruct(ctypes.Structure):

@@ -10,14 +10,16 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import platform
 import weakref
 from pathlib import Path
 
 from edgekv.bundle import Manifest
 from edgekv.errors import FormatError
+from edgekv.files import make_own_folder, open_file, read_own, replace_own
 from edgekv.host import processor
-from edgekv.schema import plain_json, read_whole
+from edgekv.schema import plain_json
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class PackedCache:
     def __init__(self, cache: Path, manifest: Manifest, version: str) -> None:
         graph = manifest.files[manifest.graphs[0]]["sha256"]
         key = hashlib.sha256(f"{graph} {manifest.weights} {version} {cpu_identity()}".encode()).hexdigest()[:24]
-        self.path = (cache / "packed" / f"{key}.bin").resolve()
+        self.path = (cache / "packed").resolve() / f"{key}.bin"
         self._note = self.path.with_suffix(".json")
 
     def open(self) -> Path | None:
@@ -49,8 +51,9 @@ class PackedCache:
         if len(str(self.path).encode()) > _MAX_PATH_BYTES:
             return None
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and _state(self.path) != _read(self._note):
+            make_own_folder(self.path.parent)
+            state = _state(self.path)
+            if os.path.lexists(self.path) and (state is None or state != _read(self._note)):
                 _log.warning("edgekv: %s is not as it was written; the weights are packed again", self.path)
                 self.path.unlink()
         except OSError:
@@ -61,19 +64,22 @@ class PackedCache:
 
 def _write_note(path: Path, note: Path) -> None:
     with contextlib.suppress(OSError):
+        path.chmod(0o600)
         state = _state(path)
         if state is not None and state != _read(note):
-            note.write_text(json.dumps(state), encoding="utf-8")
+            replace_own(note, json.dumps(state).encode())
 
 
 def _state(path: Path) -> list[int] | None:
     with contextlib.suppress(OSError):
-        status = path.stat()
+        handle = open_file(path, os.O_RDONLY, own=True)
+        status = os.fstat(handle)
+        os.close(handle)
         return [status.st_size, status.st_mtime_ns]
     return None
 
 
 def _read(note: Path) -> object:
     with contextlib.suppress(OSError, FormatError):
-        return plain_json(read_whole(note))
+        return plain_json(read_own(note))
     return None

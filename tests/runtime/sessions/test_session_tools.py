@@ -195,7 +195,7 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatc
 
 def test_offloaded_pages_of_a_run_are_unreadable_without_the_key_of_its_process(tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
-    store, scratch = open_offload(RunOptions(offload=tmp_path, encrypt_offload=True).storage, SPEC)
+    store = open_offload(RunOptions(offload=tmp_path, encrypt_offload=True).storage, SPEC)
     pages = list(np.random.default_rng(0).integers(0, 256, (3, SPEC.warm_bytes), np.uint8))
     records = store.write([0, 1, 2], pages)
     out = aligned_rows(3, SPEC.record_bytes)
@@ -205,5 +205,4 @@ def test_offloaded_pages_of_a_run_are_unreadable_without_the_key_of_its_process(
     on_flash = os.pread(store.file.handle, 3 * SPEC.record_bytes, 0)
     assert not any(page.tobytes()[:64] in on_flash for page in pages)
     store.close()
-    assert scratch is None
     assert sorted(left.name for left in tmp_path.iterdir()) == ["lock", "wear.jsonl"]

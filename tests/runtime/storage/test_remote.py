@@ -214,15 +214,13 @@ def test_when_flash_takes_no_more_today_pages_go_on_to_the_object_store(
     options = RunOptions(
         offload=f"file://{tmp_path}/objects", flash_limit="1MiB", max_write_per_day=8 * SPEC.record_bytes
     )
-    store, scratch = open_offload(options.storage, SPEC)
+    store = open_offload(options.storage, SPEC)
     assert isinstance(store, LayeredStore)
     written = pages(30)
     records = [r for at in range(0, 30, 5) for r in store.write(list(range(at, at + 5)), written[at : at + 5])]
     assert [store.tier(record) for record in records] == [Tier.COLD] * 5 + [Tier.REMOTE] * 25
     np.testing.assert_array_equal(read(store, records, list(range(30))), np.stack(written))
     store.close()
-    assert scratch is not None
-    scratch.remove()
 
 
 @pytest.mark.parametrize(
