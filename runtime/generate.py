@@ -28,7 +28,7 @@ from .kernels.choose import load_kernels
 from .kernels.interface import Kernels
 from .machine import HOST, Machine
 from .options import RunOptions as RunOptions
-from .options import check_length, planned_context, verified_stamp
+from .options import answer_room, check_length, planned_context, verified_stamp
 from .pages.budget import BudgetPlan
 from .pages.cache import KVCache
 from .prepare import Prepared, Segments, check_options, load_dense, prepare_cache
@@ -140,7 +140,7 @@ class Generator:
 
         Raises:
             UsageError: an argument has another type or is out of range, such as a token beyond the vocabulary.
-            PromptTooLong: the prompt and max_tokens exceed the context. BudgetError: the budget is too small.
+            PromptTooLong: the prompt leaves no room in the context. BudgetError: the budget is too small.
             OutOfPages, StoreError: no room, or flash failed; the text so far is right.
         """
         tokens = self.text.encode(PROMPT.check(prompt)) if isinstance(prompt, str) else self._ids(prompt)
@@ -150,6 +150,7 @@ class Generator:
         for token in self.tokens(tokens, max_tokens=max_tokens, sampling=sampling, pin=pin, progress=progress):
             yield stream.push(token)
             if stream.stopped:
+                self.stats.finish_reason = "stop"
                 return
         yield stream.flush()
 
@@ -162,23 +163,31 @@ class Generator:
         pin: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Iterator[int]:
-        """Generate tokens; ends at ``max_tokens`` or before an end-of-sequence token. See :meth:`stream`."""
+        """Generate tokens; ends at ``max_tokens``, where the context ends, or before an end-of-sequence token.
+
+        ``stats.finish_reason`` then says which. See :meth:`stream`.
+        """
         sampling = sampling or SamplingOptions()
         sampler = Sampler(sampling)
         self.stats.seed = sampler.seed if sampling.temperature else None
         stop_tokens = self.manifest.model.eos_token_ids
+        self.stats.finish_reason, self.stats.context_full = None, False
         logits = self.prefill(prompt, max_tokens=MAX_TOKENS.check(max_tokens), pin=pin, progress=progress)
         sequence = list(prompt)
+        count = answer_room(self.options.context or self.manifest.model.max_context, max(len(prompt), 1), max_tokens)
         try:
-            for count in range(max_tokens):
+            for left in reversed(range(count)):
                 token = sampler.choose(logits, sequence)
                 if token in stop_tokens:
+                    self.stats.finish_reason = "stop"
                     return
                 sequence.append(token)
                 if self._keeper is not None:
                     self._keeper.sequence = sequence
+                if not left:
+                    self.stats.finish_reason, self.stats.context_full = "length", count < max_tokens
                 yield token
-                if count + 1 == max_tokens:
+                if not left:
                     return
                 started = self._machine.now()
                 logits = self.step([token])
@@ -320,7 +329,7 @@ class Generator:
         A sequence that becomes longer than its cache was made for starts over with a new one (or from its session).
 
         Raises:
-            PromptTooLong: more than the context. BudgetError, StoreError: see :func:`prepare_cache`.
+            PromptTooLong: the prompt leaves no room in it. BudgetError, StoreError: see :func:`prepare_cache`.
         """
         context = planned_context(self.options, self.manifest.model.max_context, prompt_tokens, max_tokens)
         if self.prepared is not None:

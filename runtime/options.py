@@ -116,20 +116,30 @@ def verified_stamp(bundle: Path) -> Path:
 
 
 def planned_context(options: RunOptions, max_context: int, prompt_tokens: int, max_tokens: int) -> int:
-    """Return the tokens that a cache must be able to hold.
+    """Return the tokens that a cache must be able to hold: a prompt and as much of an answer as fits.
 
     Raises:
-        PromptTooLong: more than the context, or than the model was made for.
+        PromptTooLong: the prompt leaves no room, or the context is more than the model was made for.
     """
     limit = options.context or max_context
     if limit > max_context:
         raise PromptTooLong(f"--context {limit} is above what the model was made for, {max_context}")
-    if prompt_tokens + max_tokens > limit:
+    return options.context or prompt_tokens + answer_room(limit, prompt_tokens, max_tokens)
+
+
+def answer_room(context: int, prompt_tokens: int, max_tokens: int) -> int:
+    """Return how many tokens of an answer fit behind a prompt, ``max_tokens`` at the most.
+
+    Raises:
+        PromptTooLong: not one of them does.
+    """
+    room = context - prompt_tokens
+    if room < min(max_tokens, 1):
         raise PromptTooLong(
-            f"a prompt of {prompt_tokens} tokens and {max_tokens} to generate do not fit the context of {limit};"
-            " shorten the prompt, lower --max-tokens" + (" or raise --context" if limit < max_context else "")
+            f"a prompt of {prompt_tokens} tokens {'does not fit' if room < 0 else 'leaves no room for an answer in'} the context"
+            f" of {context}; shorten the prompt or raise --context"
         )
-    return options.context or prompt_tokens + max_tokens
+    return min(max_tokens, room)
 
 
 def check_length(options: RunOptions, max_context: int, n_tokens: int) -> None:

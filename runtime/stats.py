@@ -21,6 +21,10 @@ class RunStats:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     seed: int | None = None  #: of the last answer; None where it was greedy
+    finish_reason: str | None = (
+        None  #: of the last answer: ``stop`` (end of sequence, stop string), ``length``; None: cut off
+    )
+    context_full: bool = False  #: the last answer ended where the context does
     peak_rss_bytes: int = 0
     bytes_written: int = 0
     bytes_read: int = 0

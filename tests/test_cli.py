@@ -137,7 +137,7 @@ def test_the_reader_of_the_output_may_go_away(bundle: Bundle) -> None:
         (["--prompt", "a", "--policy", "fifo"], ["--policy must be one of lru", "not 'fifo'"]),
         (["--prompt", "a", "--profile", "toaster"], ["toaster"]),
         (["--prompt", "a", "--context", "99999"], ["99999", "8192"]),
-        (["--prompt", "word " * 300, "--context", "100"], ["do not fit the context of 100", "--max-tokens"]),
+        (["--prompt", "word " * 300, "--context", "100"], ["does not fit the context of 100", "--context"]),
         (["--prompt", "word " * 300, "--kv-budget", "4KiB"], ["too small", "raise --kv-budget"]),
         (["--prompt-file", "/nowhere/at/all"], ["cannot read --prompt-file /nowhere/at/all"]),
     ],

@@ -90,14 +90,12 @@ def _take_turn(
     said: list[str] = []
     try:
         tokens = generator.text.encode_chat(messages)
-        room = context - len(tokens)
-        if room < 1:
+        if len(tokens) >= context:
             raise PromptTooLong(
                 f"with this message the conversation has {len(tokens)} tokens, and its context is {context}: shorten it, begin"
                 f" another conversation with /new, or raise --context"
             )
-        before = generator.stats.decode_tokens
-        answer(tokens, min(max_tokens, room), said)
+        answer(tokens, max_tokens, said)
     except Interrupted:
         if said:
             messages.append({"role": "assistant", "content": "".join(said)})
@@ -107,7 +105,7 @@ def _take_turn(
         raise
     messages.append({"role": "assistant", "content": "".join(said)})
     generator.save()
-    if room < max_tokens and generator.stats.decode_tokens - before + 1 >= room:
+    if generator.stats.context_full:
         console.print(f"the context of {context} tokens is full: /new begins another conversation", style="yellow")
 
 

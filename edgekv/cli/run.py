@@ -255,7 +255,8 @@ def _summary(generator: Generator) -> Facts:
     if generator.session is not None:
         table.add_row("session", session_line(generator))
     table.add_row("engine", f"{generator.engine}, {generator.manifest.weights} weights")
-    table.add_row("generated", f"{stats.decode_tokens + 1} tokens, {stats.decode_tokens_per_s:.1f}/s")
+    full = "; the context is full, raise --context for more" if stats.context_full else ""
+    table.add_row("generated", f"{stats.decode_tokens + 1} tokens, {stats.decode_tokens_per_s:.1f}/s{full}")
     table.add_row("peak memory", f"{format_bytes(stats.peak_rss_bytes)} (whole process, as the OS counts it)")
     if stats.cache is not None and generator.budget is not None:
         tiers = ", ".join(f"{format_bytes(size)} {tier}" for tier, size in stats.cache.bytes_by_tier.items() if size)

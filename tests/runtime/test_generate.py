@@ -13,6 +13,7 @@ import torch
 
 from edgekv.errors import BudgetError, CorruptPage, PromptTooLong, StoreFull
 from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.runtime.options import SessionOptions
 from edgekv.runtime.sampling import SamplingOptions
 from edgekv.runtime.storage.flash import FlashStore
 from edgekv.tiers import KVMode, Tier
@@ -119,12 +120,40 @@ def test_equal_seeds_give_equal_text(bundle: Bundle) -> None:
     assert text(3) == text(3) != text(4)
 
 
-def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(bundle: Bundle) -> None:
+@pytest.mark.parametrize("count", [64, 65])
+def test_a_prompt_that_leaves_no_room_in_the_context_is_refused_with_the_numbers(bundle: Bundle, count: int) -> None:
     with (
         Generator.open(bundle("demo"), RunOptions(context=64)) as generator,
-        pytest.raises(PromptTooLong, match=r"60 tokens and 10 .* context of 64"),
+        pytest.raises(PromptTooLong, match=rf"{count} tokens .* context of 64"),
     ):
-        next(generator.tokens(prompt(60), max_tokens=10))
+        next(generator.tokens(prompt(count), max_tokens=10))
+
+
+@pytest.mark.parametrize("form", ["split", "inline"])
+@pytest.mark.parametrize("session", [False, True])
+def test_an_answer_ends_where_the_context_does_and_says_so(
+    bundle: Bundle, form: str, session: bool, tmp_path: Path
+) -> None:
+    kept = SessionOptions(tmp_path / "session") if session else None
+    with Generator.open(bundle("demo", form=form), RunOptions(context=64, session=kept)) as generator:
+        said = list(generator.tokens(prompt(60), max_tokens=10))
+        stats = generator.report()
+        assert (len(said), stats.finish_reason, stats.context_full) == (4, "length", True)
+        assert said == list(generator.tokens(prompt(60), max_tokens=4))
+        assert (stats.finish_reason, stats.context_full) == ("length", False)
+        assert len(list(generator.tokens(prompt(63), max_tokens=256))) == 1
+
+
+def test_the_reason_why_an_answer_ended_is_told(bundle: Bundle) -> None:
+    with Generator.open(bundle("demo")) as generator:
+        text = "".join(generator.stream("It was a dark night", max_tokens=12))
+        assert generator.stats.finish_reason == "length"
+        "".join(generator.stream("It was a dark night", max_tokens=12, stop=text.split()[1]))
+        assert generator.stats.finish_reason == "stop"
+        stream = generator.stream("It was a dark night", max_tokens=12)
+        next(stream)
+        del stream
+        assert generator.stats.finish_reason is None
 
 
 def test_a_budget_below_one_page_per_layer_says_what_is_needed(bundle: Bundle) -> None:

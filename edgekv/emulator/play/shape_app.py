@@ -18,11 +18,12 @@ from edgekv.contract import ENGINES, WEIGHTS
 from edgekv.device_profiles import kv_budget
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.work import BITS_PER_WEIGHT, weights_bytes
-from edgekv.errors import PromptTooLong, UsageError
+from edgekv.errors import UsageError
 from edgekv.model_config import read_json_object, read_model_config
 from edgekv.runtime.attention.attend import Attender
 from edgekv.runtime.decoder.base import Rows
 from edgekv.runtime.decoder.split import SplitForward
+from edgekv.runtime.options import answer_room
 from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan, plan_budget
 from edgekv.runtime.pages.cache import KVCache
 from edgekv.runtime.pages.policy import CacheOptions, make_policy
@@ -209,8 +210,7 @@ class WeightlessApp:
         held = self._held
         self._said = max(held - self._request, 0) if self._settings.session else 0
         total = self._request + self._said
-        if self._request + self._max_tokens > self._context:
-            raise PromptTooLong(f"{self._request + self._max_tokens} tokens do not fit the context of {self._context}")
+        self._max_tokens = answer_room(self._context, self._request, self._max_tokens)
         while held < total:
             count = min(self._settings.prefill_chunk, total - held)
             self._step(held, count, "last" if held + count == total else "none")
