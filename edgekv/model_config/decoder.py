@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from edgekv.errors import ConfigError
 from edgekv.model_config.architectures import ARCHITECTURES, Architecture
 from edgekv.model_config.rope import RopeSettings, read_rope
-from edgekv.model_config.values import MAX_LAYERS, Values
+from edgekv.model_config.values import MAX_COUNT, MAX_LAYERS, Values
 from edgekv.schema import shown
 from edgekv.spec import MAX_HEAD_DIM
 
@@ -82,7 +82,7 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
     vocab_size, max_context = values.count("vocab_size"), values.count("max_position_embeddings")
     rope = read_rope(values, head_dim, max_context, partial=page.partial_rotary)
     if rope.kind == "yarn":  # many configurations state the length before the scaling
-        max_context = max(max_context, int(rope.original_context * rope.factor))
+        max_context = max(max_context, min(int(rope.original_context * rope.factor), MAX_COUNT))
     bos = None if values.get("bos_token_id") is None else values.whole("bos_token_id")
     attention_bias = values.flag("attention_bias")
     return ModelConfig(

@@ -37,6 +37,16 @@ FULL: dict[str, Any] = {
     "no_rope_layer_interval": 2,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+ROPE = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "partial_rotary_factor",
+    "beta_fast",
+    "attention_factor",
+}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 #: Other values that make sense, for every key that any model type reads, and for some that none does.
 CHANGES: dict[str, list[Any]] = {
@@ -169,7 +179,7 @@ def test_a_value_of_the_wrong_kind_is_refused_in_one_line_unless_transformers_ta
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_keys_that_change_together_mean_what_they_mean_to_transformers_or_are_refused_by_name(
     data: st.DataObject,
 ) -> None:
