@@ -106,19 +106,22 @@ class RowReads(Protocol):
 
     @property
     def how(self) -> str:
-        """Who reads: "io_uring", or "threads"."""
+        """Who reads: "io_uring", "threads", or, of the NumPy kernels, the "caller"."""
 
-    def submit(self, file: int, places: Int64, rows: Bytes, heads: Bytes, payload_bytes: int, good: Bytes) -> int:
+    def submit(self, file: int, places: Int64, rows: Bytes, heads: Bytes, payload_bytes: int) -> int:
         """Start to read ``rows`` [n, row_bytes] from ``places`` [n], counted in rows, neighbours in one call.
 
-        ``good`` [n] uint8 becomes 1 where a row is a whole record that begins as ``heads`` [n, RECORD_HEAD_BYTES] says, but for
-        its checksum, and has the right checksum (:mod:`edgekv.runtime.storage.record`). All arrays must stay until ``wait``.
-        Returns a ticket.
+        ``rows`` is kept until the reading has ended, also when nobody waits for it and when the reader goes: it waits for what
+        is in flight. Returns a ticket.
         """
         ...
 
-    def wait(self, ticket: int) -> None:
+    def wait(self, ticket: int) -> bytes:
         """Wait for a request, once.
+
+        Returns:
+            for each row 1 where it is a whole record that begins as ``heads`` [n, RECORD_HEAD_BYTES] said, but for its
+            checksum, and has the right checksum (:mod:`edgekv.runtime.storage.record`); else 0.
 
         Raises:
             OSError: the system's; ``rows`` must not be used.
@@ -252,7 +255,7 @@ class Kernels(Protocol):
         Args:
             depth: reads in flight at a time, where threads read.
             pool: checks what came, on the thread that waits for it; None checks on that thread alone.
-            how: "io_uring" or "threads"; "" is the first of them that the system allows.
+            how: "io_uring" or "threads"; "" is the first of them that the system allows. The NumPy kernels have "caller".
 
         Raises:
             ValueError: ``how`` names what this system does not have.

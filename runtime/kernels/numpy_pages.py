@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -116,30 +115,38 @@ def checksums(rows: Bytes, start: int, stop: int, out: Addresses) -> None:
 
 
 class RowReader:
-    """Reads records on threads; see :class:`edgekv.runtime.kernels.RowReads`."""
+    """Reads records when it is asked to: beside NumPy's attention, reading takes no time that would be worth hiding.
 
-    how = "threads"
+    See :class:`edgekv.runtime.kernels.interface.RowReads`.
+    """
+
+    how = "caller"
 
     def __init__(self, depth: int, pool: object = None, how: str = "") -> None:
         if how not in ("", self.how):
             raise ValueError(f"this system does not read rows with {how!r}")
-        self._threads = ThreadPoolExecutor(depth, thread_name_prefix="edgekv-rows")
-        self._open: dict[int, Future[None]] = {}
+        self._done: dict[int, bytes | OSError] = {}
         self._next = 0
 
-    def submit(self, file: int, places: Int64, rows: Bytes, heads: Bytes, payload_bytes: int, good: Bytes) -> int:
-        """Start to read."""
+    def submit(self, file: int, places: Int64, rows: Bytes, heads: Bytes, payload_bytes: int) -> int:
+        """Read."""
         self._next += 1
-        self._open[self._next] = self._threads.submit(_read_rows, file, places, rows, heads, payload_bytes, good)
+        try:
+            self._done[self._next] = _read_rows(file, places, rows, heads, payload_bytes)
+        except OSError as error:
+            self._done[self._next] = error
         return self._next
 
-    def wait(self, ticket: int) -> None:
-        """Wait for a request."""
-        self._open.pop(ticket).result()
+    def wait(self, ticket: int) -> bytes:
+        """Say what came of a request."""
+        done = self._done.pop(ticket)
+        if isinstance(done, OSError):
+            raise done
+        return done
 
 
-def _read_rows(file: int, places: Int64, rows: Bytes, heads: Bytes, payload_bytes: int, good: Bytes) -> None:
-    good[:] = 0
+def _read_rows(file: int, places: Int64, rows: Bytes, heads: Bytes, payload_bytes: int) -> bytes:
+    good = np.zeros(len(rows), np.uint8)
     sums = np.empty(1, np.uint64)
     for index, row in enumerate(rows):
         if os.preadv(file, [row.data], int(places[index]) * row.size) == row.size:
@@ -147,6 +154,7 @@ def _read_rows(file: int, places: Int64, rows: Bytes, heads: Bytes, payload_byte
             expected = heads[index].copy()
             expected[8:RECORD_CHECKED_FROM] = sums.view(np.uint8)
             good[index] = np.array_equal(row[:RECORD_HEAD_BYTES], expected)
+    return good.tobytes()
 
 
 def decode_page(ref: np.void, spec: PageSpec) -> tuple[Float, Float]:

@@ -1,5 +1,7 @@
 #include "thread_pool.h"
 
+#include <unistd.h>
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -31,19 +33,24 @@ bool spin(std::chrono::microseconds time, Ready&& ready) {
 }  // namespace
 
 ThreadPool::ThreadPool(int n_threads, Executor executor, std::chrono::microseconds spin)
-    : n_threads_(n_threads < 1 ? 1 : n_threads), executor_(executor), spin_(spin), shares_(new Share[n_threads_]) {
+    : n_threads_(n_threads < 1 ? 1 : n_threads), executor_(executor), spin_(spin), shares_(new Share[n_threads_]),
+      owner_(static_cast<int64_t>(::getpid())), helpers_(new Helpers) {
     if (executor_) return;
-    for (int thread = 1; thread < n_threads_; ++thread) helpers_.emplace_back([this, thread] { helper(thread); });
+    for (int thread = 1; thread < n_threads_; ++thread) helpers_->threads.emplace_back([this, thread] { helper(thread); });
 }
 
 ThreadPool::~ThreadPool() {
+    if (owner_ != static_cast<int64_t>(::getpid())) {
+        helpers_.release();
+        return;
+    }
     {
-        std::lock_guard<std::mutex> guard(sleep_mutex_);
+        std::lock_guard<std::mutex> guard(helpers_->sleep_mutex);
         stop_.store(true);
         generation_.fetch_add(1);
     }
-    wake_.notify_all();
-    for (auto& thread : helpers_) thread.join();
+    helpers_->wake.notify_all();
+    for (auto& thread : helpers_->threads) thread.join();
 }
 
 void ThreadPool::dispatch(int n_items, void* context, Invoke invoke) {
@@ -64,15 +71,15 @@ void ThreadPool::dispatch(int n_items, void* context, Invoke invoke) {
     }
     generation_.fetch_add(1);  // seq_cst: ordered against a helper's asleep_ count, so no wake-up is lost
     if (asleep_.load() > 0) {
-        std::lock_guard<std::mutex> guard(sleep_mutex_);
-        wake_.notify_all();
+        std::lock_guard<std::mutex> guard(helpers_->sleep_mutex);
+        helpers_->wake.notify_all();
     }
     work(0);
     const auto finished = [this] { return remaining_.load() == 0; };
     if (spin(spin_, finished)) return;
-    std::unique_lock<std::mutex> lock(sleep_mutex_);
+    std::unique_lock<std::mutex> lock(helpers_->sleep_mutex);
     caller_asleep_.store(true);
-    done_.wait(lock, finished);
+    helpers_->done.wait(lock, finished);
     caller_asleep_.store(false);
 }
 
@@ -92,8 +99,8 @@ void ThreadPool::work(int thread) {
             if (first >= end) break;
             invoke_(context_, static_cast<int>(turn == 0 ? first : end - 1), thread);
             if (remaining_.fetch_sub(1) == 1 && caller_asleep_.load()) {
-                std::lock_guard<std::mutex> guard(sleep_mutex_);
-                done_.notify_one();
+                std::lock_guard<std::mutex> guard(helpers_->sleep_mutex);
+                helpers_->done.notify_one();
             }
         }
     }
@@ -104,9 +111,9 @@ void ThreadPool::helper(int thread) {
     for (;;) {
         const auto called = [this, &seen] { return generation_.load() != seen; };
         if (!spin(spin_, called)) {
-            std::unique_lock<std::mutex> lock(sleep_mutex_);
+            std::unique_lock<std::mutex> lock(helpers_->sleep_mutex);
             asleep_.fetch_add(1);
-            wake_.wait(lock, called);
+            helpers_->wake.wait(lock, called);
             asleep_.fetch_sub(1);
         }
         seen = generation_.load();

@@ -74,10 +74,14 @@ class ThreadPool {
     alignas(64) std::atomic<int> asleep_{0};
     std::atomic<bool> caller_asleep_{false};
     std::atomic<bool> stop_{false};
-    std::mutex sleep_mutex_;
-    std::condition_variable wake_;
-    std::condition_variable done_;
-    std::vector<std::thread> helpers_;
+    struct Helpers {
+        std::mutex sleep_mutex;
+        std::condition_variable wake;
+        std::condition_variable done;
+        std::vector<std::thread> threads;
+    };
+    const int64_t owner_;               // the process
+    std::unique_ptr<Helpers> helpers_;  // of which a forked child has none: there it is left as it lies
 };
 
 }  // namespace edgekv

@@ -48,14 +48,8 @@ class Reads:
         """
         if is_short(wanted.payload_bytes):
             return self._threads.submit(_read_short, file, places, wanted, out).result
-        good = np.empty(len(out), np.uint8)
-        ticket = self._rows.submit(file, places, out, wanted.heads, wanted.payload_bytes, good)
-
-        def finish() -> list[bool]:
-            self._rows.wait(ticket)
-            return good.astype(bool).tolist()
-
-        return finish
+        ticket = self._rows.submit(file, places, out, wanted.heads, wanted.payload_bytes)
+        return lambda: [bool(good) for good in self._rows.wait(ticket)]
 
     def stream(self, rows: NDArray[np.uint8], capacity: int, n_layers: int) -> RowStreams | None:
         """Return what walks the layers of a step by itself, through slots of ``capacity`` rows; None without native kernels."""

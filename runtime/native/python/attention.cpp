@@ -86,6 +86,7 @@ class PyAttention {
         View<float> to(out, "out", {step.n_new, step.q_heads, attention_->geometry().dim}, true);
         std::optional<View<float>> mass;
         if (!page_mass.is_none()) mass.emplace(page_mass, "page_mass", Shape{view.size()}, true);
+        if (!rows.reader().ours()) throw std::runtime_error("a forked process cannot read through the reader of its parent");
         if (layer < 0 || layer >= rows.n_layers()) throw nb::value_error("layer is out of range");
         if (rows.plan(layer).n_pages() != view.size()) throw nb::value_error("refs must be the pages of the plan");
         if (rows.row_bytes() < kPayloadAt + static_cast<int64_t>(attention_->geometry().warm_bytes())) {

@@ -148,6 +148,18 @@ void checksums(nb::handle rows, int64_t start, int64_t stop, nb::handle out) {
     sum_rows(k, view.data(), view.shape(0), view.shape(1), start, stop, sums.data());
 }
 
+// A buffer for whoever writes to it in the background: it goes when the last of them lets go, on any thread.
+std::shared_ptr<View<uint8_t>> shared_rows(nb::handle rows, int64_t n) {
+    return {new View<uint8_t>(rows, "rows", {n, -1}, true), [](View<uint8_t>* view) {
+                nb::gil_scoped_acquire held;
+                delete view;
+            }};
+}
+
+void check_process(const RowReader& reader) {
+    if (!reader.ours()) throw std::runtime_error("a forked process cannot read through the reader of its parent");
+}
+
 class PyRowReader {
   public:
     PyRowReader(int depth, nb::object pool, const char* how) : pool_(std::move(pool)) {
@@ -156,32 +168,39 @@ class PyRowReader {
         if (!reader_) throw nb::value_error((std::string("this system does not read rows with '") + how + "'").c_str());
     }
 
+    ~PyRowReader() {
+        if (!reader_->ours()) reader_.release();  // what it would wait for is the parent's
+    }
+
     const char* how() const { return reader_->how(); }
     RowReader& reader() { return *reader_; }
 
-    int64_t submit(int file, nb::handle places, nb::handle rows, nb::handle heads, int64_t payload_bytes, nb::handle good) {
+    int64_t submit(int file, nb::handle places, nb::handle rows, nb::handle heads, int64_t payload_bytes) {
+        check_process(*reader_);
         View<int64_t> place(places, "places", {-1});
         const int64_t n = place.shape(0);
-        View<uint8_t> view(rows, "rows", {n, -1}, true);
+        const auto view = shared_rows(rows, n);
         View<uint8_t> head(heads, "heads", {n, kHeadBytes});
-        View<uint8_t> whole(good, "good", {n}, true);
-        check_span(kSummedFrom, kPayloadAt + payload_bytes, view.shape(1));
+        check_span(kSummedFrom, kPayloadAt + payload_bytes, view->shape(1));
         if (n == 0) throw nb::value_error("nothing to read");
-        return reader_->submit({file, {place.data(), place.data() + n}, view.data(), view.shape(1), head.data(),
-                                payload_bytes, whole.data()});
+        return reader_->submit({file, {place.data(), place.data() + n}, view->data(), view->shape(1), view,
+                                {head.data(), head.data() + n * kHeadBytes}, payload_bytes});
     }
 
-    void wait(int64_t ticket) {
+    nb::bytes wait(int64_t ticket) {
+        check_process(*reader_);
+        RowRequest request;
         int error;
         {
             nb::gil_scoped_release released;
-            error = reader_->wait(ticket);
+            error = reader_->wait(ticket, &request);
         }
         if (error) {
             errno = error;
             PyErr_SetFromErrno(PyExc_OSError);
             throw nb::python_error();
         }
+        return nb::bytes(request.good.data(), request.good.size());
     }
 
   private:
@@ -190,13 +209,13 @@ class PyRowReader {
 };
 
 void make_stream(RowStream* self, PyRowReader& reader, nb::handle rows, int64_t capacity, int n_layers, int64_t most) {
-    View<uint8_t> view(rows, "rows", {-1, -1}, true);
-    if (capacity < 1 || n_layers < 1 || view.shape(0) < capacity || view.shape(0) % capacity) {
+    const auto view = shared_rows(rows, -1);
+    if (capacity < 1 || n_layers < 1 || view->shape(0) < capacity || view->shape(0) % capacity) {
         throw nb::value_error("rows must be one or more slots of capacity rows");
     }
     if (most < 1) throw nb::value_error("at least one piece must be on its way");
-    const int n_slots = static_cast<int>(view.shape(0) / capacity);
-    new (self) RowStream(reader.reader(), view.data(), view.shape(1), capacity, n_slots, n_layers, most);
+    const int n_slots = static_cast<int>(view->shape(0) / capacity);
+    new (self) RowStream(reader.reader(), view->data(), view, view->shape(1), capacity, n_slots, n_layers, most);
 }
 
 void plan_stream(RowStream& self, int layer, int file, nb::handle stops, nb::handle counts, nb::handle pages,
@@ -249,11 +268,11 @@ void bind_pages(nb::module_& m) {
              nb::arg("how") = "")
         .def_prop_ro("how", &PyRowReader::how)
         .def("submit", &PyRowReader::submit, nb::arg("file"), nb::arg("places"), nb::arg("rows"), nb::arg("heads"),
-             nb::arg("payload_bytes"), nb::arg("good"))
+             nb::arg("payload_bytes"))
         .def("wait", &PyRowReader::wait, nb::arg("ticket"));
     nb::class_<RowStream>(m, "RowStream")
         .def("__init__", &make_stream, nb::arg("reader"), nb::arg("rows"), nb::arg("capacity"), nb::arg("n_layers"),
-             nb::arg("most"), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+             nb::arg("most"), nb::keep_alive<1, 2>())
         .def_prop_ro("reads", &RowStream::reads)
         .def("plan", &plan_stream, nb::arg("layer"), nb::arg("file"), nb::arg("stops"), nb::arg("counts"),
              nb::arg("pages"), nb::arg("places"), nb::arg("heads"), nb::arg("payload_bytes"))

@@ -1,5 +1,7 @@
 #include "records/reader.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -13,9 +15,16 @@ std::unique_ptr<RowReader> RowReader::open(const Kernels& kernels, ThreadPool* p
     return reader;
 }
 
+RowReader::RowReader(const Kernels& kernels, ThreadPool* pool)
+    : kernels_(kernels), pool_(pool), owner_(static_cast<int64_t>(::getpid())) {}
+
+bool RowReader::ours() const { return owner_ == static_cast<int64_t>(::getpid()); }
+
+void RowReader::abandon() { new std::map<int64_t, Open>(std::move(open_)); }
+
 int64_t RowReader::submit(RowRequest request) {
     const int64_t n = static_cast<int64_t>(request.places.size());
-    std::memset(request.good, 0, static_cast<size_t>(n));
+    request.good.assign(static_cast<size_t>(n), 0);
     std::lock_guard<std::mutex> lock(mutex_);
     const int64_t ticket = next_++;
     Open& open = open_.emplace(ticket, Open{std::move(request), 0, 0}).first->second;
@@ -32,24 +41,26 @@ int64_t RowReader::submit(RowRequest request) {
 
 int RowReader::arrive(int64_t ticket, RowRequest* request) {
     std::unique_lock<std::mutex> lock(mutex_);
-    const auto found = open_.find(ticket);
-    if (found == open_.end()) return EINVAL;
-    finish(found->second, lock);
-    if (found->second.left) return found->second.error;  // it may still come: its memory is not ours to forget
-    const int error = found->second.error;
-    *request = std::move(found->second.request);
-    open_.erase(found);
-    return error;
+    auto entry = open_.extract(ticket);  // it is waited for once; its reads find it where it was
+    if (!entry) return EINVAL;
+    Open& open = entry.mapped();
+    finish(open, lock);
+    if (open.left) {  // the rest may still come
+        const int error = open.error;
+        open_.insert(std::move(entry));
+        return error;
+    }
+    *request = std::move(open.request);
+    return open.error;
 }
 
-int RowReader::wait(int64_t ticket) {
-    RowRequest request;
-    if (const int error = arrive(ticket, &request)) return error;
-    const int n = static_cast<int>(request.places.size());
+int RowReader::wait(int64_t ticket, RowRequest* request) {
+    if (const int error = arrive(ticket, request)) return error;
+    const int n = static_cast<int>(request->places.size());
     if (pool_) {
-        pool_->run(n, [&](int row, int) { check(request, row); });
+        pool_->run(n, [&](int row, int) { check(*request, row); });
     } else {
-        for (int row = 0; row < n; ++row) check(request, row);
+        for (int row = 0; row < n; ++row) check(*request, row);
     }
     return 0;
 }
@@ -62,15 +73,15 @@ int64_t RowReader::unfinished() {
 void RowReader::done(const Run& run, int error) {
     // A row that came in part, where the file ends, is not good.
     const int64_t whole = run.got / run.open->request.row_bytes;
-    std::memset(run.open->request.good + run.start, 1, static_cast<size_t>(whole));
+    std::memset(run.open->request.good.data() + run.start, 1, static_cast<size_t>(whole));
     if (error) run.open->error = error;
     --run.open->left;
 }
 
-void RowReader::check(const RowRequest& request, int64_t at) const {
+void RowReader::check(RowRequest& request, int64_t at) const {
     if (!request.good[at]) return;
     const uint8_t* const row = request.rows + at * request.row_bytes;
-    const uint8_t* const head = request.heads + at * kHeadBytes;
+    const uint8_t* const head = request.heads.data() + at * kHeadBytes;
     uint64_t sum;
     std::memcpy(&sum, row + kSumAt, sizeof sum);
     const size_t summed = static_cast<size_t>(kPayloadAt - kSummedFrom + request.payload_bytes);

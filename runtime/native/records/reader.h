@@ -16,18 +16,21 @@ namespace edgekv {
 // What a record must begin with: magic, checksum, then what the checksum covers. edgekv/runtime/record.py writes it.
 constexpr int kHeadBytes = 36, kSumAt = 8, kSummedFrom = 16, kPayloadAt = 64;
 
+// What is read, and everything that reading writes to: it belongs to the reader until the last read of it has ended, whoever
+// has lost interest meanwhile.
 struct RowRequest {
-    int file;
+    int file = -1;
     std::vector<int64_t> places;  // counted in rows
-    uint8_t* rows;
-    int64_t row_bytes;
-    const uint8_t* heads;  // [n, kHeadBytes]; the checksum in it does not count
-    int64_t payload_bytes;
-    uint8_t* good;  // [n]: 1 where the row is the record that was expected
-    int64_t n_runs = 0;  // reads of the file that it takes; the reader counts them
+    uint8_t* rows = nullptr;
+    int64_t row_bytes = 0;
+    std::shared_ptr<void> memory;  // what the rows lie in
+    std::vector<uint8_t> heads;    // [n, kHeadBytes]; the checksum in it does not count
+    int64_t payload_bytes = 0;
+    std::vector<uint8_t> good = {};  // [n]: 1 where the row is the record that was expected; the reader makes it
+    int64_t n_runs = 0;              // reads of the file that it takes; the reader counts them
 };
 
-// Who reads: rows that lie side by side in a file come in one read.
+// Who reads: rows that lie side by side in a file come in one read. When it goes, it waits for what is in flight.
 class RowReader {
   public:
     // The best that the system allows ("io_uring", "threads"), or the one that is named; null if it cannot be had.
@@ -38,13 +41,14 @@ class RowReader {
     RowReader& operator=(const RowReader&) = delete;
 
     virtual const char* how() const = 0;
-    // Starts a request, whose memory must stay until it was waited for.
+    // Whether this process made it. A forked child has neither its threads nor a ring of its own: it must leave it alone.
+    bool ours() const;
     int64_t submit(RowRequest request);
-    // Waits, checks what came, and returns 0 or the errno of a read that failed.
-    int wait(int64_t ticket);
+    // Waits, hands back the request with what came of it checked, and returns 0 or the errno of a read that failed.
+    int wait(int64_t ticket, RowRequest* request);
     // The two halves of it: waits and hands back the request, then says of one row, on any thread, whether it is good.
     int arrive(int64_t ticket, RowRequest* request);
-    void check(const RowRequest& request, int64_t row) const;
+    void check(RowRequest& request, int64_t row) const;
     // Requests that are on their way, as far as is known: what came is noted when one is submitted or waited for.
     int64_t unfinished();
     // This thread will not look at a row again: its cache lines leave this core, so that who fills the row next finds them
@@ -70,19 +74,22 @@ class RowReader {
         int64_t missing() const { return (stop - start) * open->request.row_bytes - got; }
     };
 
-    RowReader(const Kernels& kernels, ThreadPool* pool) : kernels_(kernels), pool_(pool) {}
+    RowReader(const Kernels& kernels, ThreadPool* pool);
     // Starts runs; called with the mutex held.
     virtual void start(const std::vector<Run>& runs) = 0;
     // Returns when nothing of a request is left; called with the mutex held.
     virtual void finish(Open& open, std::unique_lock<std::mutex>& lock) = 0;
     // Notes that a run came as far as it will; called with the mutex held.
     static void done(const Run& run, int error);
+    // Nobody can say any more what is in flight: the memory of all requests stays for as long as the process.
+    void abandon();
 
     std::mutex mutex_;
 
   private:
     const Kernels& kernels_;
     ThreadPool* const pool_;
+    const int64_t owner_;           // the process
     std::map<int64_t, Open> open_;  // an entry stays where it is until it was waited for
     int64_t next_ = 0;
 };

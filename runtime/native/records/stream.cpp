@@ -4,24 +4,31 @@
 
 namespace edgekv {
 
-RowStream::RowStream(RowReader& reader, uint8_t* rows, int64_t row_bytes, int64_t capacity, int n_slots, int n_layers,
-                     int64_t most)
+RowStream::RowStream(RowReader& reader, uint8_t* rows, std::shared_ptr<void> memory, int64_t row_bytes,
+                     int64_t capacity, int n_slots, int n_layers, int64_t most)
     : reader_(reader),
       rows_(rows),
+      memory_(std::move(memory)),
       row_bytes_(row_bytes),
       capacity_(capacity),
       plans_(static_cast<size_t>(n_layers)),
-      most_(most),
-      good_(static_cast<size_t>(capacity * n_slots)) {
+      most_(most) {
     for (int slot = n_slots; slot-- > 0;) free_.push_back(slot);
 }
 
 void RowStream::set_plan(int layer, StreamPlan plan) {
-    forget();
+    std::lock_guard<std::mutex> lock(mutex_);
+    let_go();
     plans_[layer] = std::move(plan);
 }
 
 void RowStream::forget() {
+    if (!reader_.ours()) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    let_go();
+}
+
+void RowStream::let_go() {
     for (const Ahead& ahead : ahead_) {
         RowRequest request;
         reader_.arrive(ahead.ticket, &request);
@@ -37,8 +44,9 @@ void RowStream::request(int layer, int64_t piece) {
     const int64_t first = plan.first_row[piece], stop = plan.first_row[piece + 1];
     const int64_t ticket =
         reader_.submit({plan.file, {plan.places.begin() + first, plan.places.begin() + stop},
-                        rows_ + slot * capacity_ * row_bytes_, row_bytes_, plan.heads.data() + first * kHeadBytes,
-                        plan.payload_bytes, good_.data() + slot * capacity_});
+                        rows_ + slot * capacity_ * row_bytes_, row_bytes_, memory_,
+                        {plan.heads.begin() + first * kHeadBytes, plan.heads.begin() + stop * kHeadBytes},
+                        plan.payload_bytes});
     ahead_.push_back({layer, piece, slot, ticket});
     next_layer_ = layer;
     next_piece_ = piece + 1;
@@ -64,7 +72,7 @@ void RowStream::fill() {
 }
 
 RowStream::Ahead RowStream::take(int layer, int64_t piece) {
-    if (!ahead_.empty() && (ahead_.front().layer != layer || ahead_.front().piece != piece)) forget();
+    if (!ahead_.empty() && (ahead_.front().layer != layer || ahead_.front().piece != piece)) let_go();
     if (ahead_.empty()) request(layer, piece);
     const Ahead taken = ahead_.front();
     ahead_.pop_front();
@@ -72,6 +80,7 @@ RowStream::Ahead RowStream::take(int layer, int64_t piece) {
 }
 
 int64_t RowStream::feed(Attention& attention, int layer, std::vector<PageRef>& refs, int* error) {
+    std::lock_guard<std::mutex> lock(mutex_);
     const StreamPlan& plan = plans_[layer];
     int64_t start = 0;
     for (int64_t piece = 0; piece < plan.n_pieces(); start = plan.stops[piece++]) {

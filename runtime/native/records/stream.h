@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <deque>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "attention/attention.h"
@@ -24,13 +26,13 @@ struct StreamPlan {
     int64_t rows_in(int64_t piece) const { return first_row[piece + 1] - first_row[piece]; }
 };
 
-// One thread at a time.
+// One thread at a time; a second one waits.
 class RowStream {
   public:
-    // rows: [n_slots * capacity, row_bytes]; a piece has at most `capacity` rows, and at most `most` pieces are on their way at a
-    // time. The reader and the memory outlive this.
-    RowStream(RowReader& reader, uint8_t* rows, int64_t row_bytes, int64_t capacity, int n_slots, int n_layers,
-              int64_t most);
+    // rows: [n_slots * capacity, row_bytes], in `memory`; a piece has at most `capacity` rows, and at most `most` pieces are on
+    // their way at a time. The reader outlives this.
+    RowStream(RowReader& reader, uint8_t* rows, std::shared_ptr<void> memory, int64_t row_bytes, int64_t capacity,
+              int n_slots, int n_layers, int64_t most);
     ~RowStream() { forget(); }
     RowStream(const RowStream&) = delete;
     RowStream& operator=(const RowStream&) = delete;
@@ -40,6 +42,7 @@ class RowStream {
     int n_layers() const { return static_cast<int>(plans_.size()); }
     // Reads of the file that brought what was attended to so far.
     int64_t reads() const { return reads_; }
+    const RowReader& reader() const { return reader_; }
     const StreamPlan& plan(int layer) const { return plans_[layer]; }
     // Replaces the plan of a layer, and forgets what was read ahead.
     void set_plan(int layer, StreamPlan plan);
@@ -58,16 +61,18 @@ class RowStream {
         int64_t ticket;
     };
 
+    void let_go();
     void request(int layer, int64_t piece);
     void fill();
     Ahead take(int layer, int64_t piece);
 
+    std::mutex mutex_;
     RowReader& reader_;
     uint8_t* const rows_;
+    const std::shared_ptr<void> memory_;
     const int64_t row_bytes_, capacity_;
     std::vector<StreamPlan> plans_;
-    const int64_t most_;         // requests that are on their way at a time
-    std::vector<uint8_t> good_;  // per row of the ring
+    const int64_t most_;  // requests that are on their way at a time
     std::vector<int> free_;
     std::deque<Ahead> ahead_;
     int next_layer_ = 0;  // what is requested next

@@ -125,11 +125,11 @@ class UringRows final : public RowReader {
         for (uint64_t name = 0; name < kEntries; ++name) free_.push_back(name);
     }
 
-    // The kernel writes to memory that is not ours: everything in flight has to land first.
+    // The kernel writes to the memory of the requests: everything in flight has to land first.
     ~UringRows() override {
         queue_.clear();
-        while (free_.size() < kEntries && !step(1)) {
-        }
+        while (free_.size() < kEntries && !failed_) step(1);
+        if (failed_) abandon();
     }
 
     bool open() { return ring_.open(); }
@@ -137,6 +137,10 @@ class UringRows final : public RowReader {
 
   protected:
     void start(const std::vector<Run>& runs) override {
+        if (failed_) {
+            for (const Run& run : runs) done(run, failed_);
+            return;
+        }
         queue_.insert(queue_.end(), runs.begin(), runs.end());
         step(0);
     }
@@ -144,17 +148,13 @@ class UringRows final : public RowReader {
     // The lock is kept: a second thread that asks meanwhile waits as long.
     void finish(Open& open, std::unique_lock<std::mutex>&) override {
         collect();
-        while (open.left) {
-            if (const int error = step(1)) {  // the ring itself failed: nothing will come
-                open.error = error;
-                return;
-            }
-        }
+        while (open.left && !failed_) step(1);
+        if (open.left) open.error = failed_;
     }
 
   private:
     // Starts what is queued, as far as the ring has room, waits for so many results, and takes note of those that are there.
-    int step(unsigned least) {
+    void step(unsigned least) {
         while (!queue_.empty() && !free_.empty()) {
             const uint64_t name = free_.back();
             free_.pop_back();
@@ -162,9 +162,8 @@ class UringRows final : public RowReader {
             queue_.pop_front();
             read(name);
         }
-        const int error = ring_.enter(least);
+        failed_ = ring_.enter(least);
         collect();
-        return error;
     }
 
     void read(uint64_t name) {
@@ -190,6 +189,7 @@ class UringRows final : public RowReader {
     std::vector<Run> runs_;  // in flight, by name
     std::vector<uint64_t> free_;
     std::deque<Run> queue_;
+    int failed_ = 0;  // errno of the ring itself, for good: nobody knows what of it is still to come
 };
 
 }  // namespace
