@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.storage.record import Wanted, pack_record
@@ -24,7 +26,7 @@ PAYLOAD, ROW, COUNT = 1000, 4096, 300
 def readers() -> list[tuple[str, str]]:
     """Return (kernels, how) of every reader that this system has."""
     native = [("native", how) for how in ("threads", "io_uring")] if load_kernels().isa() != "numpy" else []
-    return [("numpy", "threads"), *native]
+    return [("numpy", "caller"), *native]
 
 
 @pytest.fixture(params=readers(), ids=lambda reader: "-".join(reader))
@@ -65,14 +67,11 @@ class Asked:
     def __init__(self, reader: Any, file: int, records: list[int]) -> None:
         self.wanted = Wanted(records, [record + 5 for record in records], PAYLOAD)
         self.rows = aligned_rows(len(records), ROW)
-        self.good: NDArray[np.uint8] = np.full(len(records), 7, np.uint8)
         self._reader = reader
-        self._ticket = reader.submit(file, self.wanted.places, self.rows, self.wanted.heads, PAYLOAD, self.good)
+        self._ticket = reader.submit(file, self.wanted.places, self.rows, self.wanted.heads, PAYLOAD)
 
     def result(self) -> list[int]:
-        self._reader.wait(self._ticket)
-        found: list[int] = self.good.tolist()
-        return found
+        return list(self._reader.wait(self._ticket))
 
 
 def test_rows_come_from_where_they_are_in_any_order(reader: Any, file: int) -> None:
@@ -119,6 +118,72 @@ def test_a_reader_that_goes_leaves_nothing_in_flight(make: Callable[[], Any], fi
     there = asked.rows.copy()
     time.sleep(0.05)
     np.testing.assert_array_equal(asked.rows, there)
+
+
+def test_memory_that_is_read_into_stays_until_the_reading_has_ended(make: Callable[[], Any], file: int) -> None:
+    class Rows(np.ndarray[Any, np.dtype[np.uint8]]):
+        pass
+
+    gone: list[str] = []
+    rows = aligned_rows(COUNT, ROW).view(Rows)
+    weakref.finalize(rows, gone.append, "rows")
+    wanted = Wanted(list(range(COUNT)), list(range(5, COUNT + 5)), PAYLOAD)
+    reader = make()
+    ticket = reader.submit(file, wanted.places, rows, wanted.heads, PAYLOAD)
+    del rows, wanted
+    gc.collect()
+    if reader.how != "caller":
+        assert gone == [], "nothing but the reader holds it"
+    assert list(reader.wait(ticket)) == [1] * COUNT
+    gc.collect()
+    assert gone == ["rows"]
+
+
+def test_a_request_is_waited_for_once(reader: Any, file: int) -> None:
+    asked = Asked(reader, file, [1, 2])
+    assert asked.result() == [1, 1]
+    with pytest.raises((OSError, KeyError)):
+        asked.result()
+
+
+CHILD = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from edgekv.runtime.kernels.choose import load_kernels
+from edgekv.runtime.storage.record import Wanted
+from edgekv.runtime.system.buffers import aligned_rows
+
+kernels = load_kernels("native")
+pool = kernels.ThreadPool(3)
+reader = kernels.RowReader(2, pool, sys.argv[2])
+stream = kernels.RowStream(reader, aligned_rows(8, 4096), 4, 2, 2)
+file = os.open(sys.argv[1], os.O_RDONLY)
+wanted = Wanted(list(range(0, 300, 2)), list(range(5, 305, 2)), 1000)
+rows = aligned_rows(150, 4096)
+ticket = reader.submit(file, wanted.places, rows, wanted.heads, 1000)
+child = os.fork()
+if not child:
+    try:
+        reader.wait(ticket)
+    except RuntimeError as error:
+        print(error, flush=True)
+    del stream, reader, pool  # a child that waited for its parent's reads, or joined its threads, would stay here
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert list(reader.wait(ticket)) == [1] * 150
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("how", [how for kind, how in readers() if kind == "native"])
+def test_a_forked_child_leaves_the_reads_of_its_parent_alone(how: str, file: int, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path / "pages"), how], capture_output=True, text=True, timeout=60
+    )
+    if f"rows with '{how}'" in run.stderr:
+        pytest.skip(f"this system has no {how}")
+    assert (run.stdout, run.stderr) == ("a forked process cannot read through the reader of its parent\n", "")
 
 
 def test_an_unknown_way_is_refused() -> None:
