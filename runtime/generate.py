@@ -37,16 +37,19 @@ from .sessions.folder import signals_held
 from .sessions.restore import common_prefix
 from .sessions.session import Session
 from .stats import RunStats
+from .system.lifetime import leave_to_parent
 from .system.process import cache_home as cache_home
 from .system.process import default_threads as default_threads
 from .text import Text, TextStream
+from .turns import Turns
 
 
 class Generator:
     """A bundle that is ready to generate, with the cache of one sequence.
 
     Tokens that stay in the cache are not computed again: a prompt that begins like the last one (a conversation)
-    only pays for what is new.
+    only pays for what is new. One thread uses it at a time, and the last text that was begun is the one that goes on; a second
+    text at the same time is one for :meth:`fork`, a second thread one for a generator of its own.
     """
 
     def __init__(self, folder: Path, options: RunOptions, machine: Machine = HOST) -> None:
@@ -59,10 +62,12 @@ class Generator:
         self.kernels: Kernels = load_kernels()
         check_options(options, self.manifest.form)
         self._tokens: list[int] = []
+        self._turns = Turns()
         #: The cache of the sequence and what runs on it, once a prompt gave it a size.
         self.prepared: Prepared | None = None
         self._keeper = self._open_session()  # a wrong or a locked one is refused before anything is loaded
         self._dense = load_dense(folder, self.manifest, options, machine)
+        leave_to_parent(self._dense)
         self.stats = RunStats(load_seconds=machine.now() - started)
 
     @classmethod
@@ -87,6 +92,7 @@ class Generator:
         other.stats = RunStats()
         check_options(options, self.manifest.form)
         other._tokens = []
+        other._turns = Turns(self._turns)
         other.prepared = None
         other._keeper = other._open_session()
         return other
@@ -109,6 +115,10 @@ class Generator:
 
     def save(self, *, whole: bool = False) -> None:
         """Write a checkpoint of the session now; ``whole`` includes the page that is not full yet."""
+        with self._turns:
+            self._save(whole=whole)
+
+    def _save(self, *, whole: bool = False) -> None:
         if self._keeper is not None and self.prepared is not None:
             self._keeper.save(self.prepared.cache, self._tokens, whole=whole)
 
@@ -139,7 +149,8 @@ class Generator:
             progress: called during prefill with (tokens done, tokens to do).
 
         Raises:
-            UsageError: an argument has another type or is out of range, such as a token beyond the vocabulary.
+            UsageError: an argument has another type or is out of range, such as a token beyond the vocabulary; another thread
+                uses the generator; or the text cannot go on, since the generator was given another one or was closed.
             PromptTooLong: the prompt leaves no room in the context. BudgetError: the budget is too small.
             OutOfPages, StoreError: no room, or flash failed; the text so far is right.
         """
@@ -171,13 +182,16 @@ class Generator:
         sampler = Sampler(sampling)
         self.stats.seed = sampler.seed if sampling.temperature else None
         stop_tokens = self.manifest.model.eos_token_ids
-        self.stats.finish_reason, self.stats.context_full = None, False
-        logits = self.prefill(prompt, max_tokens=MAX_TOKENS.check(max_tokens), pin=pin, progress=progress)
         sequence = list(prompt)
+        with self._turns:
+            self.stats.finish_reason, self.stats.context_full = None, False
+            logits = self.prefill(prompt, max_tokens=MAX_TOKENS.check(max_tokens), pin=pin, progress=progress)
+            text = self._turns.begin()
+            self._turns.take(text)
+            token = sampler.choose(logits, sequence)
         count = answer_room(self.options.context or self.manifest.model.max_context, max(len(prompt), 1), max_tokens)
         try:
             for left in reversed(range(count)):
-                token = sampler.choose(logits, sequence)
                 if token in stop_tokens:
                     self.stats.finish_reason = "stop"
                     return
@@ -189,12 +203,15 @@ class Generator:
                 yield token
                 if not left:
                     return
-                started = self._machine.now()
-                logits = self.step([token])
-                self.stats.decode_seconds += self._machine.now() - started
-                self.stats.decode_tokens += 1
+                with self._turns:
+                    self._turns.take(text)
+                    started = self._machine.now()
+                    logits = self._run([token], "last")[-1]
+                    self.stats.decode_seconds += self._machine.now() - started
+                    self.stats.decode_tokens += 1
+                    token = sampler.choose(logits, sequence)
         finally:
-            self.save()
+            self._turns.over(text, self._save)
 
     def prefill(
         self,
@@ -210,6 +227,11 @@ class Generator:
             pin: the first so many tokens of the prompt are pinned, and no others; see :meth:`stream`.
         """
         prompt = self._ids(prompt) or [self.manifest.model.bos_token_id or 0]
+        with self._turns:
+            self._turns.begin()
+            return self._prefill(prompt, max_tokens, pin, progress)
+
+    def _prefill(self, prompt: Sequence[int], max_tokens: int, pin: int, progress: Callable[[int, int], None]) -> Float:
         fresh, machine = self.prepared is None, self._machine
         self._keeper = with_prefix(self._keeper, self.options, self.manifest, prompt, fresh=fresh, machine=machine)
         self.prepare(len(prompt), max_tokens)
@@ -242,9 +264,12 @@ class Generator:
             UsageError: a token is not of the vocabulary, or there is none. EngineError: the logits are not finite. Nothing
                 was added.
         """
-        if self.prepared is None:
-            raise UsageError("there is no sequence to add to; call prefill() first")
-        logits: Float = self._run(self._some(tokens), "last")[-1]
+        with self._turns:
+            if self.prepared is None:
+                raise UsageError("there is no sequence to add to; call prefill() first")
+            tokens = self._some(tokens)
+            self._turns.begin()
+            logits: Float = self._run(tokens, "last")[-1]
         return logits
 
     def score(self, tokens: Sequence[int]) -> Float:
@@ -252,10 +277,12 @@ class Generator:
         if self._keeper is not None:
             raise UsageError("score() computes every token; use it without a session")
         tokens = self._some(tokens)
-        self.prepare(len(self._tokens) + len(tokens), 0)
-        parts = []
-        for start in range(0, len(tokens), self.options.prefill_chunk):
-            parts.append(self._run(tokens[start : start + self.options.prefill_chunk], "all").copy())
+        with self._turns:
+            self._turns.begin()
+            self.prepare(len(self._tokens) + len(tokens), 0)
+            parts = []
+            for start in range(0, len(tokens), self.options.prefill_chunk):
+                parts.append(self._run(tokens[start : start + self.options.prefill_chunk], "all").copy())
         return np.concatenate(parts)
 
     def _ids(self, tokens: Sequence[int]) -> list[int]:
@@ -271,6 +298,7 @@ class Generator:
 
     def _run(self, tokens: Sequence[int], rows: Rows) -> Float:
         prepared = self.prepared
+        self._turns.check_open()
         assert prepared is not None
         prepared.governor.between_steps()
         start = len(self._tokens)
@@ -332,35 +360,40 @@ class Generator:
             PromptTooLong: the prompt leaves no room in it. BudgetError, StoreError: see :func:`prepare_cache`.
         """
         context = planned_context(self.options, self.manifest.model.max_context, prompt_tokens, max_tokens)
-        if self.prepared is not None:
-            if context <= self.prepared.context:
-                return self.prepared.plan
-            self.save(whole=True)
-            self._drop_cache()
-        self.prepared = prepare_cache(
-            self.manifest,
-            self._dense,
-            self.kernels,
-            self.options,
-            self._machine,
-            context=context,
-            session=self.session,
-            abandon=self._abandon_session,
-        )
-        return self.prepared.plan
+        with self._turns:
+            if self.prepared is not None:
+                if context <= self.prepared.context:
+                    return self.prepared.plan
+                self._turns.begin()
+                self._save(whole=True)
+                self._drop_cache()
+            self.prepared = prepare_cache(
+                self.manifest,
+                self._dense,
+                self.kernels,
+                self.options,
+                self._machine,
+                context=context,
+                session=self.session,
+                turns=self._turns,
+                abandon=self._abandon_session,
+            )
+            return self.prepared.plan
 
     def set_budget(self, kv_budget: int | str) -> Reclaim | None:
         """Change the KV budget, between two tokens; see :meth:`Governor.set_budget`. Before the first prompt: None."""
         KV_BUDGET.check(kv_budget)
-        if self.prepared is None:
-            self.options = replace(self.options, kv_budget=kv_budget)
-            return None
-        return self.prepared.governor.set_budget(kv_budget)
+        with self._turns:
+            if self.prepared is None:
+                self.options = replace(self.options, kv_budget=kv_budget)
+                return None
+            return self.prepared.governor.set_budget(kv_budget)
 
     def on_pressure(self, level: Level | str) -> Reclaim | None:
         """Tell, between two tokens, how short memory is; see :meth:`Governor.on_pressure`."""
         level = LEVEL.check(level)
-        return self.prepared.governor.on_pressure(level) if self.prepared is not None else None
+        with self._turns:
+            return self.prepared.governor.on_pressure(level) if self.prepared is not None else None
 
     def report(self) -> RunStats:
         """Return the counters of the run, with what the cache holds now and the peak RSS of the process."""
@@ -378,16 +411,21 @@ class Generator:
     def close(self) -> None:
         """Save and close the session, if there is one, and free the cache and the offload file.
 
+        A step that another thread is in ends first. A generator that is forgotten instead frees everything too; its session
+        is as it was at the last checkpoint.
+
         Raises:
             StoreError: the session could not be saved; everything is free nevertheless.
         """
-        try:
-            self.save(whole=True)
-        finally:
-            self._drop_cache()
-            keeper, self._keeper = self._keeper, None
-            if keeper is not None:
-                keeper.close()
+        self._turns.close()
+        with self._turns.alone():
+            try:
+                self._save(whole=True)
+            finally:
+                self._drop_cache()
+                keeper, self._keeper = self._keeper, None
+                if keeper is not None:
+                    keeper.close()
 
     def _abandon_session(self) -> None:
         keeper, self._keeper = self._keeper, None

@@ -44,6 +44,7 @@ from .pages.policy import CacheOptions, make_policy
 from .storage.flash import FlashStore
 from .storage.interface import PageStore
 from .storage.open import OffloadOptions, open_offload
+from .system.lifetime import when_gone
 
 Float = NDArray[np.float32]
 
@@ -113,6 +114,7 @@ class MemoryManager:
         self.close()
         if self._options.compress:
             self._store = self._open_store(spec)
+            self._forgotten = when_gone(self, self._store.close)
         try:
             self._cache = KVCache(spec, self._options, load_kernels(), self._store)
         except BaseException:
@@ -225,7 +227,7 @@ class MemoryManager:
         """Free the cache and its files. The manager can be initialised again."""
         self._cache = None
         if self._store is not None:
-            self._store.close()
+            self._forgotten()
             self._store = None
 
     def __enter__(self) -> MemoryManager:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from edgekv.bundle import Manifest
@@ -30,7 +31,9 @@ from .sessions.session import Session
 from .storage.interface import PageStore
 from .storage.layered import OverlaidStore
 from .storage.open import check_offload, open_offload
+from .system.lifetime import when_gone
 from .system.process import cache_home
+from .turns import Turns
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,21 @@ class Prepared:
     governor: Governor
     attender: Attender | None
     _release: contextlib.ExitStack
+    _turns: Turns
+
+    def __post_init__(self) -> None:
+        self._forgotten = when_gone(self, partial(_let_go, self._turns, self._release))
 
     def close(self) -> None:
         """Free the cache and its file on flash; the files of a session belong to the session."""
-        self._release.close()
+        if self._forgotten.detach() is not None:
+            self._release.close()
+
+
+def _let_go(turns: Turns, release: contextlib.ExitStack) -> None:
+    turns.close()
+    with turns.alone():  # at the exit of the process, another thread may be in a step
+        release.close()
 
 
 def prepare_cache(
@@ -93,12 +107,14 @@ def prepare_cache(
     *,
     context: int,
     session: Session | None,
+    turns: Turns,
     abandon: Callable[[], None],
 ) -> Prepared:
     """Divide the budget and make a cache for a sequence of up to ``context`` tokens.
 
     Args:
         session: keeps the pages of the sequence, if there is one.
+        turns: at the generator that it is for.
         abandon: lets the session go as the end of the process would.
 
     Raises:
@@ -162,4 +178,4 @@ def prepare_cache(
         release.callback(governor.close)
         if attender is not None:
             release.callback(attender.close)  # before the governor, whose store it may read from
-        return Prepared(context, plan, cache, forward, governor, attender, release.pop_all())
+        return Prepared(context, plan, cache, forward, governor, attender, release.pop_all(), turns)

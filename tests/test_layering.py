@@ -25,7 +25,7 @@ FLOORS = (
 #: The rooms of the runtime, from low to high; each may import what stands before it.
 ROOMS = (
     "system", "kernels", "engines", "storage", "options", "pages", "machine", "attention", "sessions", "decoder", "governor",
-    "keeper", "stats", "prepare", "chat_template", "text", "sampling", "generate", "add_prefix", "memory_manager",
+    "keeper", "stats", "turns", "prepare", "chat_template", "text", "sampling", "generate", "add_prefix", "memory_manager",
 )  # fmt: skip
 
 

@@ -131,7 +131,9 @@ class SessionIndex:
         except OSError as error:
             raise SessionError(f"cannot open the index {path}: {reason(error)}") from error
         try:
-            self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None)
+            self._db = sqlite3.connect(
+                f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None, check_same_thread=False
+            )
             # The lock of the session keeps others out; without shared memory this works on any file system.
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from ..storage.medium import SYSTEM, Medium
 from ..storage.segments import SegmentStore, segment_paths, sync_folder
 from ..storage.wear import WearLedger
 from ..system.buffers import aligned_rows
+from ..system.lifetime import when_gone
 from .folder import (
     check_key,
     is_session,
@@ -48,6 +49,22 @@ from .index import INDEX, Row, SessionIndex, State, Tail, chain, from_ranges, to
 from .restore import OPEN_HALVES, common_prefix, records_of, restore_open, restore_pages, store_open
 
 Part = TypeVar("Part", Row, Tail)
+
+
+@dataclass
+class _Held:
+    """What a session holds open; ``index`` and ``lock`` where it can be written."""
+
+    store: SegmentStore
+    index: SessionIndex | None
+    lock: int | None
+
+    def close(self) -> None:
+        if self.index is not None:
+            self.index.close()
+        self.store.close()
+        if self.lock is not None:
+            os.close(self.lock)
 
 
 class Session:
@@ -72,7 +89,6 @@ class Session:
         read_only: str | None,
     ) -> None:
         self.path = path
-        self.store = store
         self.read_only = read_only
         self.failure: str | None = None
         self.problems = state.problems
@@ -80,8 +96,8 @@ class Session:
         self.reused_tokens = self.computed_tokens = self.discarded_tokens = 0
         self.checkpoints = 0
         self._state = state
-        self._index = index
-        self._lock = lock
+        self._held = _Held(store, index, lock)
+        self._forgotten = when_gone(self, self._held.close)
         self._spec = store.spec
         #: The committed rows that the cache holds; those of ``_state`` are what the index holds.
         self._rows: list[Row] = []
@@ -141,6 +157,11 @@ class Session:
         return session
 
     # -- what it holds -----------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> SegmentStore:
+        """The records."""
+        return self._held.store
 
     @property
     def tokens(self) -> list[int]:
@@ -214,7 +235,7 @@ class Session:
         """
         if self.read_only:
             return False
-        assert self._index is not None
+        assert self._held.index is not None
         with signals_held():
             size, table = self._spec.page_size, cache.table
             sealed = len(tokens) // size
@@ -248,7 +269,7 @@ class Session:
             state = State(self._state.meta, self.notes, rows, tail)
             try:
                 self.store.sync()
-                self._index.commit(state, kept, len(self._state.rows))
+                self._held.index.commit(state, kept, len(self._state.rows))
             except StoreError:
                 for record in opened:
                     self.store.free(record)
@@ -291,7 +312,7 @@ class Session:
         Raises:
             CorruptPage: a record is damaged. StoreFull, StoreError: not written. In each case nothing changed.
         """
-        assert self._index is not None
+        assert self._held.index is not None
         old = segment_paths(self.path)
         self.store.retire()
         rows = []
@@ -304,7 +325,7 @@ class Session:
             tail = self._moved(tail, halves)
         state = State(self._state.meta, self.notes, rows, tail)
         self.store.sync()
-        self._index.commit(state, 0, len(rows))
+        self._held.index.commit(state, 0, len(rows))
         self._state = state
         self._adopt()
         self.store.forget(old)
@@ -324,7 +345,7 @@ class Session:
         Raises:
             SessionError, StoreError: they cannot be shared; this session stays empty.
         """
-        assert self._index is not None
+        assert self._held.index is not None
         if self._state.rows or segment_paths(self.path) or self._cipher is not None or other._cipher is not None:
             return
         try:
@@ -334,32 +355,28 @@ class Session:
         self.store.open_segments()
         tail = Tail(len(other._state.rows), chain=other._state.rows[-1].chain.hex(), pruned=other._state.tail.pruned)
         state = State(self._state.meta, self.notes, list(other._state.rows), tail)
-        self._index.commit(state, 0, 0)
+        self._held.index.commit(state, 0, 0)
         self._state = state
         self._adopt()
 
     def abandon(self) -> None:
-        """Let go as a process does that is killed: nothing is written, and nothing tidied up."""
-        if self._index is not None:
-            self._index.close()
-            self._index = None
-        self.close()
+        """Let go as a process does that is killed: nothing is written, and nothing tidied up. So does one that is forgotten."""
+        self._forgotten()
 
     def close(self) -> None:
         """Close the files and let other processes in; what was not saved is gone."""
-        if self._index is not None:
-            saved = self.checkpoints > 0
-            if saved and not self.read_only:
-                self.store.trim()
-                self._index.fold()
-            self._index.close()
-            self._index = None
-            if saved:
-                write_backup(self.path)
-        self.store.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        index = self._held.index
+        try:
+            if self._forgotten.alive and index is not None:
+                saved = self.checkpoints > 0
+                if saved and not self.read_only:
+                    self.store.trim()
+                    index.fold()
+                index.close()
+                if saved:
+                    write_backup(self.path)
+        finally:
+            self._forgotten()
 
     @property
     def encrypted(self) -> bool:

@@ -266,6 +266,8 @@ nb::tuple available_isas() {
 
 NB_MODULE(_kernels, m) {
     using namespace edgekv;
+    // What a daemon thread holds when the process ends is not leaked by us, and a report of it on stderr is nobody's help.
+    nb::set_leak_warnings(false);
     m.attr("RUN_PAGES") = kRunPages;
     m.def("isa", &isa);
     m.def("available_isas", &available_isas);
