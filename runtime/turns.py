@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 from edgekv.errors import UsageError
@@ -27,7 +28,7 @@ class Turns:
     """
 
     def __init__(self, of: Turns | None = None) -> None:
-        self._use = _Use() if of is None else of._use
+        self._use: _Use = _Use() if of is None else of._use
         self._process = os.getpid()
         self._text: object = None  # the last that was begun
         self._thread: threading.Thread | None = None  # that took its last token, until it is over
@@ -108,7 +109,7 @@ class Turns:
         """Let nobody in any more."""
         self._closed, self._thread = True, None
 
-    def alone(self) -> threading.RLock:  # type: ignore[valid-type]
+    def alone(self) -> AbstractContextManager[object]:
         """Return a context that begins when nobody is in a call, and in which nobody can begin one."""
         return self._use.lock
 

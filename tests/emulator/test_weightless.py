@@ -35,6 +35,7 @@ from edgekv.runtime.pages.cache import KVCache
 from edgekv.runtime.prepare import Segments, prepare_cache
 from edgekv.runtime.storage.medium import SYSTEM, SystemMedium
 from edgekv.runtime.storage.ring import LEAST_PIECES_SELECTIVE
+from edgekv.runtime.turns import Turns
 from edgekv.tiers import KVMode
 
 PHONE = load("android-low-4gb")
@@ -223,7 +224,7 @@ def really(run: Run, folder: Path) -> dict[str, Any] | str:
         try:
             prepared = prepare_cache(
                 manifest, dense, cast(Kernels, SteeredKernels(preference)), options, host, context=run.context,
-                session=None, abandon=lambda: None,
+                session=None, turns=Turns(), abandon=lambda: None,
             )  # fmt: skip
         except EdgeKVError as error:
             return type(error).__name__

@@ -93,7 +93,8 @@ def test_logits_after_a_resume_have_the_bits_of_a_run_that_never_stopped(bundle:
             generator.save()
             os.rename(path, tmp_path / "killed.kv")
             path = tmp_path / "killed.kv"
-            generator._keeper.session._lock = os.close(generator._keeper.session._lock)  # type: ignore
+            assert generator.session is not None
+            generator.session.abandon()
         with opened(folder, path) as resumed:
             assert resumed.session is not None
             resumed.prefill(resumed.session.tokens, max_tokens=100)
