@@ -1,7 +1,7 @@
 """The I/O contract: the name, dtype and shape of every tensor that an exported graph takes and gives.
 
 All that `export` and `runtime` share is here and in :mod:`edgekv.bundle`. Shapes mix numbers and
-symbols: ``T`` new tokens in this step, ``N`` pages, ``R`` recent tokens kept in fp16. Version 1.
+symbols: ``T`` new tokens in this step, ``N0`` pages of layer 0, ``R0`` its recent tokens kept in fp16. Version 1.
 
 ``inline``: one graph with the paged cache as explicit inputs and outputs.
 ``split``: the dense parts between the attention seams; segment ``l`` ends where layer ``l`` attends.
@@ -102,26 +102,25 @@ def inline_spec(model: ModelSpec, page_size: int) -> GraphSpec:
         TensorSpec("logits", "float32", ("T", model.vocab_size), "scores of the next token after each new token")
     ]
     for layer in range(model.n_layers):
+        n, r = f"N{layer}", f"R{layer}"  # equal names would promise an engine equal sizes in all layers
         inputs += [
-            TensorSpec(f"key_pages.{layer}", "int8", ("N", kv_heads, page_size, dim), "codes of the keys, after RoPE"),
-            TensorSpec(f"key_scales.{layer}", "float16", ("N", kv_heads, dim), "key scale per channel within a page"),
-            TensorSpec(f"value_pages.{layer}", "int8", ("N", kv_heads, page_size, dim), "codes of the values"),
-            TensorSpec(f"value_scales.{layer}", "float16", ("N", kv_heads, page_size), "value scale per token"),
-            TensorSpec(f"recent_keys.{layer}", "float16", ("R", kv_heads, dim), "keys not yet quantised"),
-            TensorSpec(f"recent_values.{layer}", "float16", ("R", kv_heads, dim), "values not yet quantised"),
+            TensorSpec(f"key_pages.{layer}", "int8", (n, kv_heads, page_size, dim), "codes of the keys, after RoPE"),
+            TensorSpec(f"key_scales.{layer}", "float16", (n, kv_heads, dim), "key scale per channel within a page"),
+            TensorSpec(f"value_pages.{layer}", "int8", (n, kv_heads, page_size, dim), "codes of the values"),
+            TensorSpec(f"value_scales.{layer}", "float16", (n, kv_heads, page_size), "value scale per token"),
+            TensorSpec(f"recent_keys.{layer}", "float16", (r, kv_heads, dim), "keys not yet quantised"),
+            TensorSpec(f"recent_values.{layer}", "float16", (r, kv_heads, dim), "values not yet quantised"),
             TensorSpec(
                 f"slot_mask.{layer}",
                 "bool",
-                ("T", "S"),
-                f"S = N * {page_size} + R: the slots that each new token may attend to (pages first, then recent)",
+                ("T", f"S{layer}"),
+                f"S{layer} = {n} * {page_size} + {r}: the slots that each new token may attend to (pages first, then recent)",
             ),
         ]
         outputs += [
             TensorSpec(f"new_keys.{layer}", "float32", ("T", kv_heads, dim), "keys of the new tokens, after RoPE"),
             TensorSpec(f"new_values.{layer}", "float32", ("T", kv_heads, dim), "values of the new tokens"),
-            TensorSpec(
-                f"page_mass.{layer}", "float32", ("N",), "softmax mass per page, mean over heads and new tokens"
-            ),
+            TensorSpec(f"page_mass.{layer}", "float32", (n,), "softmax mass per page, mean over heads and new tokens"),
         ]
     return GraphSpec("model", tuple(inputs), tuple(outputs))
 

@@ -459,6 +459,7 @@ VERIFY_TOKENS = Whole("tokens", 128, MOST_TOKENS)
 OLDER_THAN_H = Real("older_than", 0, 1_000_000)
 
 PREFIX_BYTES = Size("EDGEKV_PREFIX_BYTES")
+LOG = Choice("EDGEKV_LOG", ("debug", "info", "warning", "error"))
 
 
 def check_all(values: object, settings: Mapping[str, Setting[Any]], optional: Sequence[str] = ()) -> None:

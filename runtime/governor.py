@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekv.errors import EdgeKVError, UsageError
+from edgekv.errors import BudgetError, EdgeKVError, UsageError
 from edgekv.settings import KV_BUDGET, Mode
 from edgekv.sizes import format_bytes
 from edgekv.spec import RECORD_HEADER_BYTES
@@ -115,7 +115,14 @@ class Governor:
                 f"the budget cannot grow to {format_bytes(budget_bytes)}: this run began with"
                 f" {format_bytes(self._most)}, and its arena is allocated once"
             )
-        return self._resize(min(budget_bytes - self._staging, self._first))
+        staging = self._staging + (self._staging_to_come(budget_bytes) if budget_bytes < self.budget_bytes else 0)
+        least = self._manager.least_bytes(self._manager.spec) + staging
+        if budget_bytes < least:
+            raise BudgetError(
+                f"a KV budget of {format_bytes(budget_bytes)} is too small: this run needs {format_bytes(least)}; it goes on with"
+                f" {format_bytes(self.budget_bytes)}"
+            )
+        return self._resize(min(budget_bytes - staging, self._first))
 
     def on_pressure(self, level: Level) -> Reclaim:
         """Answer to a system that runs short of memory, or no longer does; gives back what can be given.
@@ -164,14 +171,23 @@ class Governor:
             manager.read_records(layer, [page], row)
             manager.warm(layer, page, row[0, RECORD_HEADER_BYTES:])
 
-    def _spill(self) -> None:
-        """Give the page manager a store, if the run was opened without one and may have one."""
-        manager = self._manager
-        if manager.store is None and (self._options.offload is not None or not self._options.allow_drop):
+    @property
+    def _may_spill(self) -> bool:
+        """The run was opened without a store, and may have one."""
+        return self._manager.store is None and (self._options.offload is not None or not self._options.allow_drop)
+
+    def _staging_to_come(self, budget_bytes: int) -> int:
+        return self._attender.size_ring(budget_bytes) if self._attender is not None and self._may_spill else 0
+
+    def _spill(self, budget_bytes: int) -> None:
+        """Give the page manager a store, if it may have one, and room to read pages back from it."""
+        manager, staging = self._manager, self._staging_to_come(budget_bytes)
+        if self._may_spill:
             self._store = open_offload(self._options.storage, manager.spec, self._machine.medium)
             manager.store = self._store
             if self._attender is not None:
-                self._staging += self._attender.stream(self._store)
+                self._attender.stream(self._store)
+                self._staging += staging
 
     def _try(self, arena_bytes: int) -> None:
         try:
@@ -183,7 +199,7 @@ class Governor:
         manager = self._manager
         before, started = manager.arena.used_bytes, self._machine.now()
         if arena_bytes < self._first:  # even if all fits now: the pages to come may not
-            self._spill()
+            self._spill(arena_bytes)
         grows = arena_bytes > self._arena_bytes
         manager.set_budget(arena_bytes)
         if grows:

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import onnxruntime as ort
 
+from edgekv.ort import onnxruntime as ort
 from edgekv.runtime.engines.onnx.options import set_up
 from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.kernels.interface import KIND_HOT, KIND_WARM, PAGE_REF

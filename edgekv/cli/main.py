@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 import edgekv
+from edgekv import settings
 from edgekv.errors import EdgeKVError
+from edgekv.logs import show_logs
 
 from . import calibrate, emulate, plan, run, stats, sweep, verify
 from .export import export_command
@@ -55,8 +57,13 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show what engines and libraries log, as EDGEKV_LOG=info does.")
+    ] = False,
 ) -> None:
-    pass
+    if verbose:
+        os.environ[settings.LOG.name] = "info"  # for the processes that a command starts, too
+    show_logs()
 
 
 def run_command_line(arguments: Sequence[str], signals: Signals | None = None) -> int:

@@ -34,6 +34,7 @@ def write_inline(checkpoint: Checkpoint, path: Path, weights: str, page_size: in
     pages = EXECUTORCH_CACHED_TOKENS // page_size
     methods = {}
     for name, rows in (("decode", 1), ("prefill", 7)):
+        # By the first letter of a dimension's name; the second is the layer.
         sizes = {"T": rows, "N": 3, "R": 5, "S": 3 * page_size + 5}
         dims: dict[str, Any] = {
             "N": torch.export.Dim("N", min=2, max=pages),
@@ -44,12 +45,12 @@ def write_inline(checkpoint: Checkpoint, path: Path, weights: str, page_size: in
             dims["T"] = torch.export.Dim("T", min=2, max=EXECUTORCH_PREFILL_ROWS)
         example = tuple(
             torch.zeros(
-                [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape], dtype=_TORCH[tensor.dtype]
+                [sizes[dim[0]] if isinstance(dim, str) else dim for dim in tensor.shape], dtype=_TORCH[tensor.dtype]
             )
             for tensor in spec.inputs
         )
         dynamic = tuple(
-            {axis: dims[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str) and dim in dims}
+            {axis: dims[dim[0]] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str) and dim[0] in dims}
             for tensor in spec.inputs
         )
         methods[name] = (decoder, example, (dynamic,))

@@ -7,9 +7,6 @@ layer. So a decoder of any depth costs the tracing and lowering of three segment
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
@@ -20,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgekv.errors import EngineMissing
+from edgekv.logs import quiet
 
 from .. import ops
 from ..decoder import Projection
@@ -93,7 +91,7 @@ def quantise_linears(module: nn.Module, name: str, kind: str, operators: str = "
 def dynamic_linear(quantised: QuantisedLinear, bias: Tensor | None, kind: str) -> nn.Module:
     """Return a linear layer on quantised weights whose input is quantised per token: torchao's, with our codes."""
     rows, columns = quantised.codes.shape
-    with _quiet():
+    with quiet():
         from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
         from torchao.quantization.granularity import PerAxis, PerGroup
 
@@ -106,7 +104,7 @@ def dynamic_linear(quantised: QuantisedLinear, bias: Tensor | None, kind: str) -
         options = {"weight_dtype": _INT4, "weight_granularity": PerGroup(32)}
         options["weight_scale_dtype"] = torch.bfloat16  # XNNPACK stores group scales as bfloat16
     wrapped = nn.Sequential(linear)
-    with _quiet():
+    with quiet():
         quantize_(wrapped, Int8DynamicActivationIntxWeightConfig(**options))
     result = wrapped[0]
     original: Any = (
@@ -131,7 +129,7 @@ def lower(
         an ``ExecutorchProgramManager`` whose methods neither allocate inputs nor outputs.
     """
     spelling = _whole_delegates() if whole else contextlib.nullcontext()
-    with _quiet(), torch.no_grad(), device_operations() if operators == "edgekv" else spelling:
+    with quiet(), torch.no_grad(), device_operations() if operators == "edgekv" else spelling:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import MemoryPlanningPass
@@ -198,16 +196,3 @@ def _split(x: Tensor, sizes: list[int], dim: int = 0) -> list[Tensor]:
     """Split by slices, which XNNPACK takes."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [torch.ops.aten.slice.Tensor(x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' notes off the terminal."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+import edgekv.ort as edgekv_ort  # noqa: F401 - first: it loads ONNX Runtime in silence
+
 _root = logging.getLogger()
 _level, _handlers = _root.level, list(_root.handlers)
 from onnxruntime.quantization.matmul_nbits_quantizer import (  # noqa: E402

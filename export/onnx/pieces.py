@@ -7,13 +7,9 @@ other form, other weights) does not trace again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -22,6 +18,7 @@ import torch
 from onnxscript import optimizer
 from torch import nn
 
+from edgekv.logs import quiet
 from edgekv.spec import ModelSpec, RopeSpec
 
 from ..attention import InlineAttention, Positions, distinct_windows
@@ -136,7 +133,7 @@ def _export(module: nn.Module, example: list[Tensor], dynamic: list[Dynamic], na
         )
 
     shapes = tuple({axis: dim(name) for axis, name in axes.items()} for axes in dynamic)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.export.export(module.eval(), tuple(example), dynamic_shapes=shapes)
         exported = torch.onnx.export(
             program,
@@ -164,17 +161,3 @@ def _export(module: nn.Module, example: list[Tensor], dynamic: list[Dynamic], na
         constants=tuple(graph.initializer),
         nodes=tuple(graph.node),
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes about optional packages off the terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

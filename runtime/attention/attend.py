@@ -23,6 +23,7 @@ from edgekv.tiers import Tier
 from ..engines.base import StepBuffers
 from ..kernels.interface import KIND_WARM, Kernels, StreamingAttention
 from ..machine import HOST, Machine
+from ..pages.budget import staging_ring
 from ..pages.cache import KVCache
 from ..pages.table import offloaded
 from ..storage.interface import PageStore
@@ -91,14 +92,19 @@ class Attender:
         if cache.manager.store is not None:
             self.stream(cache.manager.store)
 
-    def stream(self, store: PageStore) -> int:
-        """Read pages back from a store from now on; returns the bytes of the staging ring."""
+    def size_ring(self, budget_bytes: int) -> int:
+        """Give the staging ring of a store to come the size that fits a budget; returns its bytes."""
+        selective = self._selector is not None
+        self._piece_pages, self._ring_pieces = staging_ring(self._cache.spec, budget_bytes, self._run_pages, selective)
+        return self._ring_pieces * self._piece_pages * self._cache.spec.record_bytes
+
+    def stream(self, store: PageStore) -> None:
+        """Read pages back from a store from now on, through the staging ring."""
         spec = self._cache.spec
         self._reader = self._machine.reader(store, spec, self._piece_pages, self._ring_pieces, self._pool)
         self._lookahead = Lookahead(self._cache, self._reader, self._piece_pages, self._run_pages)
         attention = cast(StreamingAttention, self._attention)
         self._streaming = Streaming(self._cache, attention, self._reader, self._lookahead, self._windows)
-        return self._ring_pieces * self._piece_pages * spec.record_bytes
 
     def close(self) -> None:
         """End the reader's thread."""

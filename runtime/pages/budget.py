@@ -90,12 +90,12 @@ def plan_budget(
     if budget is None:
         compress = mode == KVMode.INT8
         arena = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
-        return BudgetPlan(arena + summaries, arena, 0, compress, True, *_ring(spec, arena, run_pages, selective))
+        return BudgetPlan(arena + summaries, arena, 0, compress, True, *staging_ring(spec, arena, run_pages, selective))
     compress = mode == KVMode.INT8 or (mode == KVMode.AUTO and whole_fp16 > budget)
     whole = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
     if whole + summaries <= budget:
-        return BudgetPlan(budget, whole, 0, compress, True, *_ring(spec, budget, run_pages, selective))
-    piece_pages, ring_pieces = _ring(spec, budget, run_pages, selective)
+        return BudgetPlan(budget, whole, 0, compress, True, *staging_ring(spec, budget, run_pages, selective))
+    piece_pages, ring_pieces = staging_ring(spec, budget, run_pages, selective)
     staging_bytes = summaries + (0 if drops else ring_pieces * piece_pages * spec.record_bytes)
     needed = PageManager.least_bytes(spec, PINNED_PAGES if drops else 0) + staging_bytes
     gathered = 2 * spec.n_layers * pages * spec.warm_bytes if inline else 0
@@ -117,7 +117,7 @@ def plan_budget(
     )
 
 
-def _ring(spec: PageSpec, budget_bytes: int, run_pages: int, selective: bool) -> tuple[int, int]:
+def staging_ring(spec: PageSpec, budget_bytes: int, run_pages: int, selective: bool) -> tuple[int, int]:
     """Return the pages of a piece, and the pieces of the staging ring."""
     piece_bytes = min(PIECE_BYTES, budget_bytes // (4 * ENOUGH_PIECES))
     piece_pages = max(1, piece_bytes // (spec.record_bytes * run_pages)) * run_pages

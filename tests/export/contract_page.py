@@ -35,6 +35,9 @@ MODEL = ModelSpec(
     windows=(0, 0, 0),
 )
 
+#: A dimension of a layer.
+LAYER = re.compile(r"\b([NRS])\d+\b")
+
 
 def table(spec: GraphSpec) -> str:
     rows = ["| | name | type | shape | meaning |", "|---|---|---|---|---|"]
@@ -61,9 +64,11 @@ def render(page: str) -> str:
 
 
 def _row(spec: GraphSpec, direction: str, tensor: TensorSpec) -> str:
-    shape = ", ".join(NAMES.get(size, str(size)) if isinstance(size, int) else size for size in tensor.shape)
+    shape = ", ".join(
+        NAMES.get(size, str(size)) if isinstance(size, int) else LAYER.sub(r"\1{l}", size) for size in tensor.shape
+    )
     name = tensor.name.replace(".0", ".{l}")
-    meaning = tensor.meaning.replace(str(PAGE_SIZE), "page_size")
+    meaning = LAYER.sub(r"\1{l}", tensor.meaning.replace(str(PAGE_SIZE), "page_size"))
     if spec.name == "segment_2":  # stands for segment l
         meaning = meaning.replace("layer 1", "layer l - 1").replace("layer 2", "layer l")
     meaning = meaning.replace(f"layer {MODEL.n_layers - 1}", "the last layer")

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from edgekv.bundle import Manifest
 from edgekv.contract import inline_spec
+from edgekv.ort import onnxruntime as ort
 
-from .options import check_contract, open_session, set_up
+from .options import check_contract, failure, open_session, set_up
 
 
 class OnnxInline:
@@ -23,10 +24,26 @@ class OnnxInline:
         sessions = set_up(manifest.weights, threads, own_process=own_process)
         self.description = sessions.description
         path = folder / manifest.graphs[0]
+        self._name = path.name
         self._session = open_session(path, sessions.options)
+        if _promises_equal_layers(self._session):
+            sessions.options.enable_mem_reuse = False
+            self._session = open_session(path, sessions.options)
         check_contract(self._session, inline_spec(manifest.model, manifest.page_size), path)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run a step and return its outputs by name."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        try:
+            return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise failure(self._name, error) from error
+
+
+def _promises_equal_layers(session: ort.InferenceSession) -> bool:
+    """Say whether the layers of a graph call their numbers of pages by one name, as the first bundles did.
+
+    ONNX Runtime then plans with buffers of equal size, and fails when layers hold different numbers of pages.
+    """
+    pages = [tensor.shape[0] for tensor in session.get_inputs() if tensor.name.startswith("key_pages.")]
+    return len(pages) > 1 and len(set(pages)) == 1

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-
 from edgekv.contract import GraphSpec
 from edgekv.errors import BundleError, EngineError
+from edgekv.logs import ort_severity
+from edgekv.ort import onnxruntime as ort
 
 #: Where every session has threads of its own, a worker that waits for work spins this long, then sleeps: long enough for
 #: the gaps between the products of a segment, short enough that the pools of all segments do not spin against each other.
@@ -48,6 +48,8 @@ def set_up(weights: str, threads: int, *, own_process: bool) -> Sessions:
         own_process: whether :func:`share_threads` is allowed.
     """
     name = f"onnxruntime {ort.__version__}"
+    if own_process:
+        ort.set_default_logger_severity(ort_severity())
     kernels = _native_kernels()
     options = _options()
     if kernels and weights == "int4" and (ours := kernels.dense_names()):
@@ -70,7 +72,7 @@ def set_up(weights: str, threads: int, *, own_process: bool) -> Sessions:
 def _options() -> ort.SessionOptions:
     _share_arena()
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = ort_severity()
     # Shapes change between prefill and decoding; a pattern per shape and session would only keep memory.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.use_env_allocators", "1")
@@ -124,8 +126,16 @@ def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSessio
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
-        reason = str(error).splitlines()[0]
-        raise EngineError(f"onnxruntime {ort.__version__} cannot load {path}: {reason}") from error
+        raise EngineError(f"onnxruntime {ort.__version__} cannot load {path}: {_reason(error)}") from error
+
+
+def failure(graph: str, error: Exception) -> EngineError:
+    """Return the error of ours for what ONNX Runtime raised while it ran a graph."""
+    return EngineError(f"onnxruntime {ort.__version__} failed in {graph}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def check_contract(session: ort.InferenceSession, spec: GraphSpec, path: Path) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from edgekv.bundle import Manifest
 from edgekv.contract import segment_spec
+from edgekv.ort import onnxruntime as ort
 
 from ..base import Float, StepBuffers
 from .mapped import release_mapped_pages
-from .options import check_contract, open_session, set_up
+from .options import check_contract, failure, open_session, set_up
 
 
 class OnnxSegments:
@@ -31,6 +31,7 @@ class OnnxSegments:
         sessions = set_up(manifest.weights, threads, own_process=own_process)
         self.description, self.executor = sessions.description, sessions.executor
         weights = manifest.embedding.file if manifest.embedding else ""
+        self._names = manifest.graphs
         self._sessions = []
         for index, name in enumerate(manifest.graphs):
             self._sessions.append(open_session(folder / name, sessions.options))
@@ -52,7 +53,7 @@ class OnnxSegments:
 
     def run(self, index: int, buffers: StepBuffers) -> None:
         """Run segment ``index`` on the buffers that were prepared last."""
-        self._sessions[index].run_with_iobinding(self._bindings[index])
+        self._run(index, self._bindings[index])
 
     def head(self, residual: Float, attention: Float) -> Float:
         """Run the last segment on R rows."""
@@ -69,8 +70,14 @@ class OnnxSegments:
         own_residual, own_attention, logits, binding = self._heads[rows]
         own_residual[:] = residual
         own_attention[:] = attention
-        self._sessions[-1].run_with_iobinding(binding)
+        self._run(-1, binding)
         return logits
+
+    def _run(self, index: int, binding: ort.IOBinding) -> None:
+        try:
+            self._sessions[index].run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise failure(self._names[index], error) from error
 
     def _bind(self, n_tokens: int) -> tuple[StepBuffers, list[ort.IOBinding]]:
         model = self._model

@@ -1,0 +1,63 @@
+"""The budget may change between any two tokens: one rule, whatever the form and the pages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from edgekv.errors import UsageError
+from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.tiers import KVMode
+
+Bundle = Callable[..., Path]
+PROMPT = "It was a dark night and he " * 40
+
+
+def change(bundle: Path, kv: KVMode) -> list[int]:
+    """Generate while the budget goes down, up again, and where it may not; returns the tokens."""
+    with Generator.open(bundle, RunOptions(kv=kv, context=1024)) as generator:
+        steps = generator.tokens(generator.text.encode(PROMPT), max_tokens=80)
+        tokens = [next(steps)]
+        assert generator.budget is not None
+        most = generator.budget.budget_bytes
+        for share in (0.4, 0.25, 0.5, 0.3, 1.0):  # layers give up different numbers of pages
+            generator.set_budget(int(most * share))
+            tokens += [next(steps) for _ in range(4)]
+        assert generator.prepared is not None
+        before = generator.prepared.governor.budget_bytes
+        for too_much in (most + 1, "64MiB", "1000%"):
+            with pytest.raises(UsageError, match=r"the budget cannot grow to .*: this run began with"):
+                generator.set_budget(too_much)
+            assert generator.prepared.governor.budget_bytes == before
+            tokens.append(next(steps))
+        return tokens
+
+
+@pytest.mark.parametrize("form", ["split", "inline"])
+@pytest.mark.parametrize("kv", list(KVMode))
+def test_a_budget_goes_down_and_up_again_but_never_above_that_of_the_start(
+    bundle: Bundle, form: str, kv: KVMode
+) -> None:
+    assert len(change(bundle("demo", form=form), kv)) == 24
+
+
+def test_an_inline_bundle_of_the_first_days_follows_its_budget_too(bundle: Bundle, tmp_path: Path) -> None:
+    new, old = bundle("demo", form="inline"), tmp_path / "old.edgekv"
+    shutil.copytree(new, old)
+    graph = onnx.load(old / "model.onnx", load_external_data=False)
+    for tensor in (*graph.graph.input, *graph.graph.output):
+        for dim in tensor.type.tensor_type.shape.dim:
+            dim.dim_param = re.sub(r"\d+$", "", dim.dim_param)  # one name for all layers
+    data = graph.SerializeToString()
+    (old / "model.onnx").write_bytes(data)
+    manifest = json.loads((old / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"]["model.onnx"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (old / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert change(old, KVMode.FP16) == change(new, KVMode.FP16)
