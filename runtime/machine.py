@@ -10,21 +10,16 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from .meter import SILENT, Meter
 from .storage.medium import SYSTEM, Medium
 from .storage.reads import Reads
-from .storage.ring import PageReader
 from .system.pressure import Pressure, SystemPressure
 from .system.process import peak_rss_bytes
 
 if TYPE_CHECKING:
-    from edgekv.bundle import Manifest
-    from edgekv.spec import ModelSpec, PageSpec
-
-    from .engines.base import InlineEngine, SegmentEngine
-    from .kernels.interface import PagedAttention, Pool, Refs
+    from .kernels.interface import Pool
     from .pages.budget import BudgetPlan
     from .pages.cache import KVCache
-    from .storage.interface import PageStore
 
 
 class Machine(Protocol):
@@ -35,28 +30,17 @@ class Machine(Protocol):
         """Where page files are."""
         ...
 
+    @property
+    def meter(self) -> Meter:
+        """Who is told what a run does."""
+        ...
+
     def now(self) -> float:
         """Seconds from any fixed moment."""
         ...
 
-    def segments(self, engine: SegmentEngine, manifest: Manifest) -> SegmentEngine:
-        """Return what runs the segments of a bundle that was just loaded."""
-        ...
-
-    def inline(self, engine: InlineEngine, manifest: Manifest) -> InlineEngine:
-        """Return what runs the graph of an inline bundle."""
-        ...
-
-    def attention(self, attention: PagedAttention, model: ModelSpec, spec: PageSpec) -> PagedAttention:
-        """Return what attends to pages."""
-        ...
-
-    def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int, pool: Pool) -> PageReader:
-        """Return what reads pages ahead; see :class:`PageReader`. ``pool`` checks what came."""
-        ...
-
-    def begin_token(self, refs: Refs) -> None:
-        """A step of one token begins over ``refs`` [n_layers, n_pages]; no page moves before every layer has attended."""
+    def reads(self, pool: Pool) -> Reads:
+        """Return what reads ahead; ``pool`` checks what came."""
         ...
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
@@ -76,29 +60,15 @@ class Host:
     """The machine itself: everything is what it is."""
 
     medium: Medium = SYSTEM
+    meter: Meter = SILENT
 
     def now(self) -> float:
         """Return the time of the performance counter."""
         return time.perf_counter()
 
-    def segments(self, engine: SegmentEngine, manifest: Manifest) -> SegmentEngine:
-        """Return the engine."""
-        return engine
-
-    def inline(self, engine: InlineEngine, manifest: Manifest) -> InlineEngine:
-        """Return the engine."""
-        return engine
-
-    def attention(self, attention: PagedAttention, model: ModelSpec, spec: PageSpec) -> PagedAttention:
-        """Return the kernel."""
-        return attention
-
-    def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int, pool: Pool) -> PageReader:
-        """Return a reader."""
-        return PageReader(store, spec, capacity, ring, Reads(pool))
-
-    def begin_token(self, refs: Refs) -> None:
-        """Let it begin."""
+    def reads(self, pool: Pool) -> Reads:
+        """Return reads on threads of their own."""
+        return Reads(pool)
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
         """Let it run."""

@@ -53,10 +53,13 @@ def load_dense(folder: Path, manifest: Manifest, options: RunOptions, machine: M
     """
     threads, own = options.threads, options.own_process
     if manifest.form == "inline":
-        return machine.inline(open_inline(folder, manifest, threads, cache_home(), own_process=own), manifest)
+        inline = open_inline(folder, manifest, threads, cache_home(), own_process=own)
+        machine.meter.loaded(manifest)
+        return inline
     engine = open_segments(folder, manifest, threads, cache_home(), own_process=own)
     assert manifest.embedding is not None
-    return Segments(machine.segments(engine, manifest), Embedding(folder, manifest.embedding, manifest.model))
+    machine.meter.loaded(manifest)
+    return Segments(engine, Embedding(folder, manifest.embedding, manifest.model))
 
 
 def check_options(options: RunOptions, form: str) -> None:
@@ -171,9 +174,9 @@ def prepare_cache(
                 attend=attend,
                 machine=machine,
             )
-            forward = SplitForward(dense.engine, dense.embedding, Rope(model.rope), cache, attender)
+            forward = SplitForward(dense.engine, dense.embedding, Rope(model.rope), cache, attender, machine.meter)
         else:
-            forward = InlineForward(dense, model, cache)
+            forward = InlineForward(dense, model, cache, machine.meter)
         governor = Governor(cache.manager, plan, context, options, machine, attender)
         release.callback(governor.close)
         if attender is not None:

@@ -24,8 +24,9 @@ FLOORS = (
 )  # fmt: skip
 #: The rooms of the runtime, from low to high; each may import what stands before it.
 ROOMS = (
-    "system", "kernels", "engines", "storage", "options", "pages", "machine", "attention", "sessions", "decoder", "governor",
-    "keeper", "stats", "turns", "prepare", "chat_template", "text", "sampling", "generate", "add_prefix", "memory_manager",
+    "system", "kernels", "meter", "engines", "storage", "options", "pages", "machine", "attention", "sessions", "decoder",
+    "governor", "keeper", "stats", "turns", "prepare", "chat_template", "text", "sampling", "generate", "add_prefix",
+    "memory_manager",
 )  # fmt: skip
 
 

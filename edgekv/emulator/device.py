@@ -21,26 +21,21 @@ from edgekv.device_profiles.schema import Thermal
 from edgekv.device_profiles.speed import paged_seconds
 from edgekv.device_profiles.thermal import ThermalState
 from edgekv.errors import EdgeKVError
-from edgekv.runtime.engines.base import InlineEngine, SegmentEngine
 from edgekv.runtime.generate import Generator
-from edgekv.runtime.kernels.interface import PagedAttention, Pool, Refs
+from edgekv.runtime.kernels.interface import Pool
 from edgekv.runtime.options import RunOptions
 from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan
 from edgekv.runtime.pages.cache import KVCache
-from edgekv.runtime.storage.interface import PageStore
-from edgekv.runtime.storage.ring import PageReader
+from edgekv.runtime.storage.reads import Reads
 from edgekv.runtime.system.pressure import Calm, Pressure
 from edgekv.settings import APP_LIMIT, SEED
 from edgekv.sizes import format_bytes
-from edgekv.spec import ModelSpec, PageSpec
 from edgekv.tiers import Tier
 
 from .charges.cost import StepCost
-from .charges.parts import EmulatedAttention, EmulatedInline, EmulatedSegments
-from .charges.ring import EmulatedReader
-from .charges.token_step import TokenCharges
+from .charges.meter import DeviceMeter
 from .clock import Clock
-from .drive import EmulatedMedium
+from .drive import EmulatedMedium, ReadsAtOnce
 from .events import Agenda, Event
 from .link import Link, LinkTraffic
 from .memory import AppMemory
@@ -86,8 +81,7 @@ class Device:
         self._announced_bytes: int | None = None
         self._step_tokens = 0
         self._step_began_s = 0.0
-        self._cost: StepCost | None = None
-        self._token: TokenCharges | None = None
+        self.meter = DeviceMeter(self)
         for event in events:
             self.schedule(event)
 
@@ -159,34 +153,9 @@ class Device:
         """Return the virtual time."""
         return self.clock.now
 
-    def segments(self, engine: SegmentEngine, manifest: Manifest) -> SegmentEngine:
-        """Load the weights from the drive."""
-        return self.dense(engine, self._price(manifest), bundle_bytes(manifest))
-
-    def inline(self, engine: InlineEngine, manifest: Manifest) -> InlineEngine:
-        """Load the weights from the drive."""
-        cost = self._cost = self._price(manifest)
-        self.load_weights(bundle_bytes(manifest))
-        return EmulatedInline(engine, cost, self.clock, self.begin_step)
-
-    def attention(self, attention: PagedAttention, model: ModelSpec, spec: PageSpec) -> PagedAttention:
-        """Return the kernel, at the speed of the device."""
-        assert self._cost is not None
-        assert self._token is not None
-        return EmulatedAttention(attention, self._cost, self.clock, self._token, self.count_used)
-
-    def reader(self, store: PageStore, spec: PageSpec, capacity: int, ring: int, pool: Pool) -> PageReader:
-        """Return a reader, at the speed of the drive."""
-        assert self._cost is not None
-        return EmulatedReader(
-            store, spec, capacity, ring, self.medium, self.clock, self._cost, self._link, self.count_fetched, pool
-        )
-
-    def begin_token(self, refs: Refs) -> None:
-        """Charge the step as a whole; where reads may fail, each layer by itself, so that the page that did is named."""
-        assert self._token is not None
-        if not self.medium.faulty:
-            self._token.begin(refs)
+    def reads(self, pool: Pool) -> Reads:
+        """Return reads at the speed of the drive."""
+        return ReadsAtOnce(pool, still=self.medium.still)
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
         """Count the memory of a new cache."""
@@ -204,28 +173,28 @@ class Device:
 
     # -- what passes -------------------------------------------------------------------------------------------
 
-    def load_weights(self, size_bytes: int) -> None:
-        """Read so many bytes of weights from the drive; the app runs from then on."""
+    def load(self, manifest: Manifest) -> None:
+        """Read the weights of a bundle from the drive; the app runs from then on."""
+        model = Geometry.from_model(manifest.model)
+        cost = StepCost.of(self.profile, model, manifest.engine, manifest.weights, manifest.page_size)
+        self.load_weights(cost, bundle_bytes(manifest))
+
+    def load_weights(self, cost: StepCost, size_bytes: int) -> None:
+        """Read so many bytes of weights from the drive, of a model whose steps ``cost`` prices."""
+        self.meter.price(cost)
         self.clock.wait_until(self.medium.charge_read(self.clock.now, size_bytes))
         self.memory.weights_bytes = size_bytes
         self._sample()
 
-    def dense(self, engine: SegmentEngine, cost: StepCost, weights_bytes: int) -> SegmentEngine:
-        """Load weights of the split form, whose steps ``cost`` prices, and return what runs them."""
-        self._cost = cost
-        self._token = TokenCharges(cost, self.clock, self.count_used)
-        self.load_weights(weights_bytes)
-        return EmulatedSegments(engine, cost, self.clock, self._token, self.begin_step)
-
-    def _price(self, manifest: Manifest) -> StepCost:
-        model = Geometry.from_model(manifest.model)
-        return StepCost.of(self.profile, model, manifest.engine, manifest.weights, manifest.page_size)
+    def linked_until(self, asked_s: float) -> float:
+        """Return when what was asked of the object store at ``asked_s`` is through."""
+        cache = self.memory.cache
+        store = cache.manager.store if cache is not None else None
+        return self._link.done(asked_s, store.counters) if store is not None else asked_s
 
     def begin_step(self, n_tokens: int) -> None:
         """The app begins a step; it answers to a new limit before."""
         self.end_step()
-        if self._token is not None:
-            self._token.cancel()
         if self._announced_bytes is not None:
             limit_bytes, self._announced_bytes = self._announced_bytes, None
             self._give_back(limit_bytes)

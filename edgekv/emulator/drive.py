@@ -12,12 +12,74 @@ from numpy.typing import NDArray
 
 from edgekv.device_profiles.flash import FlashDevice
 from edgekv.device_profiles.schema import Flash
+from edgekv.errors import EdgeKVError
+from edgekv.runtime.kernels.interface import Int64, RowStreams
 from edgekv.runtime.storage.interface import Bytes
 from edgekv.runtime.storage.medium import SYSTEM
 from edgekv.runtime.storage.reads import Reads
 from edgekv.runtime.storage.record import Wanted, neighbours
 
 from .clock import Clock
+
+
+class StillRows:
+    """A :class:`~edgekv.runtime.kernels.interface.RowStreams` that moves nothing and counts the reads of what is walked."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self._reads: dict[int, int] = {}
+
+    def plan(
+        self,
+        layer: int,
+        file: int,
+        stops: Int64,
+        counts: Int64,
+        pages: Int64,
+        places: Int64,
+        heads: Bytes,
+        payload_bytes: int,
+    ) -> None:
+        """Note in how many reads a layer comes."""
+        ends = np.cumsum(counts).tolist()
+        pieces = [places[end - count : end].tolist() for end, count in zip(ends, counts.tolist(), strict=True)]
+        self._reads[layer] = sum(len(list(neighbours(piece))) for piece in pieces if piece)
+
+    def walked(self, layer: int) -> None:
+        """Count the reads of a layer."""
+        self.reads += self._reads[layer]
+
+    def forget(self) -> None:
+        """Nothing was read ahead."""
+
+
+class ReadsAtOnce(Reads):
+    """The reads of an app on an emulated drive: those that the drive cannot do ahead happen when they are asked for.
+
+    Args:
+        still: nothing is moved; where page files have no contents.
+    """
+
+    def __init__(self, pool: object, *, still: bool) -> None:
+        super().__init__(pool)
+        self._still = still
+
+    def call(self, read: Callable[[], None]) -> Callable[[], None]:
+        """Read now, on the thread that runs the app, and return what raises what that raised."""
+        try:
+            read()
+        except EdgeKVError as error:
+            failed = error
+
+            def fail() -> None:
+                raise failed
+
+            return fail
+        return lambda: None
+
+    def stream(self, rows: NDArray[np.uint8], capacity: int, n_layers: int) -> RowStreams | None:
+        """Return the kernels' way, or one that moves nothing."""
+        return StillRows() if self._still else super().stream(rows, capacity, n_layers)
 
 
 class EmulatedMedium:

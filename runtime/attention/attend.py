@@ -71,7 +71,7 @@ class Attender:
         if attend is not None and attend.selective:
             self._selector = make_selector(model, cache, kernels, attend)
         self._pool = kernels.ThreadPool(threads, executor)
-        attention = kernels.Attention(
+        self._attention = kernels.Attention(
             self._pool,
             model.n_q_heads,
             model.n_kv_heads,
@@ -80,11 +80,11 @@ class Attender:
             model.softmax_scale,
             max_tokens=max_tokens,
         )
-        self._attention = machine.attention(attention, model, cache.spec)
         self._piece_pages = piece_pages
         self._ring_pieces = ring_pieces
         self._run_pages = kernels.RUN_PAGES
         self._machine = machine
+        self._meter = machine.meter
         self._reader: PageReader | None = None
         self._lookahead: Lookahead | None = None
         self._streaming: Streaming | None = None
@@ -101,10 +101,11 @@ class Attender:
     def stream(self, store: PageStore) -> None:
         """Read pages back from a store from now on, through the staging ring."""
         spec = self._cache.spec
-        self._reader = self._machine.reader(store, spec, self._piece_pages, self._ring_pieces, self._pool)
+        reads = self._machine.reads(self._pool)
+        self._reader = PageReader(store, spec, self._piece_pages, self._ring_pieces, reads, self._meter)
         self._lookahead = Lookahead(self._cache, self._reader, self._piece_pages, self._run_pages)
         attention = cast(StreamingAttention, self._attention)
-        self._streaming = Streaming(self._cache, attention, self._reader, self._lookahead, self._windows)
+        self._streaming = Streaming(self._cache, attention, self._reader, self._lookahead, self._windows, self._meter)
 
     def close(self) -> None:
         """End the reader's thread."""
@@ -144,12 +145,12 @@ class Attender:
             return True
         return self._streaming is not None and self._streaming.reaches(tiers)
 
-    def begin_all(self, refs: NDArray[np.void]) -> None:
-        """Begin a step of one token over ``refs`` [n_layers, n_pages]: :meth:`attend_all` follows for each layer."""
+    def begin_all(self, refs: NDArray[np.void], position: int) -> None:
+        """Begin a token's step at ``position`` over ``refs`` [n_layers, n_pages]; :meth:`attend_all` follows for each layer."""
         self._streamed = [False] * len(refs)
         if self._streaming is not None and not refs["data"].all():
             self._streamed = self._streaming.plan(refs.shape[1])
-        self._machine.begin_token(refs)
+        self._meter.token_began(refs, position)
 
     def attend_all(
         self, layer: int, buffers: StepBuffers, positions: NDArray[np.int64], refs: NDArray[np.void], mass: Float
@@ -166,6 +167,7 @@ class Attender:
         self._attention.run(
             buffers.q, buffers.k, buffers.v, positions, refs, buffers.attention, self._windows[layer], mass
         )
+        self._meter.token_layer(layer, False)
 
     def _attend_chosen(self, layer: int, step: Step, out: Float, mass: Float) -> None:
         """Attend one token to the pages that the selector chooses, and count what that may have missed."""
@@ -227,8 +229,11 @@ class Attender:
         if streams or not whole:
             refs = refs.copy()
             refs["data"][~wanted] = 0  # as for pages that were dropped, the kernel skips what has no address
+        self._meter.attention_began(step[3], window)
         if not streams:
             self._attention.run(*step, refs, out, window, mass, sums)
+            self._meter.attended(refs)
+            self._meter.attention_ended()
             return
         assert self._lookahead is not None
         self._attention.begin(*step, window, n_pages, mass is not None)
@@ -239,7 +244,9 @@ class Attender:
                 refs["kind"][piece.pages] = KIND_WARM
                 self._cache.manager.counters.pages_fetched += len(piece.pages)
             self._attention.pages(refs, piece.start, piece.stop)
+            self._meter.attended(refs[piece.start : piece.stop])
         self._attention.finish(out, mass, sums)
+        self._meter.attention_ended()
 
     def _chosen(self, layer: int, cold: NDArray[np.bool_]) -> Iterator[tuple[Piece, NDArray[np.uint64] | None]]:
         """Yield the pieces of a layer as :meth:`Lookahead.walk` does, using what was guessed of the choice."""

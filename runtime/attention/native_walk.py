@@ -15,6 +15,7 @@ from edgekv.tiers import Tier
 
 from ..engines.base import StepBuffers
 from ..kernels.interface import StreamingAttention
+from ..meter import Meter
 from ..pages.cache import KVCache
 from ..storage.flash import FlashStore
 from ..storage.interface import PageStore
@@ -35,12 +36,14 @@ class Streaming:
         reader: PageReader,
         lookahead: Lookahead,
         windows: tuple[int, ...],
+        meter: Meter,
     ) -> None:
         self._cache = cache
         self._attention = attention
         self._reader = reader
         self._lookahead = lookahead
         self._windows = windows
+        self._meter = meter
         self._stream = None if is_short(cache.spec.warm_bytes) else reader.stream(cache.spec.n_layers)
         self._tiers: NDArray[np.uint8] = np.empty((0, 0), np.uint8)
         self._records: NDArray[np.int64] = np.empty((0, 0), np.int64)
@@ -66,16 +69,16 @@ class Streaming:
         self._streamed = [any(piece.pages for piece in pieces) for pieces in self._pieces]
         for layer, pieces in enumerate(self._pieces):
             used = pieces if self._streamed[layer] else []
-            self._stream.plan(
-                layer,
-                store.file.direct,
-                np.array([piece.stop for piece in used], np.int64),
-                np.array([len(piece.pages) for piece in used], np.int64),
-                np.array([page for piece in used for page in piece.pages], np.int64),
-                np.array([record for piece in used for record in piece.wanted.records], np.int64),
-                np.concatenate([np.empty((0, RECORD_HEAD_BYTES), np.uint8), *(piece.wanted.heads for piece in used)]),
-                self._cache.spec.warm_bytes,
+            stops = np.array([piece.stop for piece in used], np.int64)
+            counts = np.array([len(piece.pages) for piece in used], np.int64)
+            pages = np.array([page for piece in used for page in piece.pages], np.int64)
+            places = np.array([record for piece in used for record in piece.wanted.records], np.int64)
+            heads = np.concatenate(
+                [np.empty((0, RECORD_HEAD_BYTES), np.uint8), *(piece.wanted.heads for piece in used)]
             )
+            payload_bytes = self._cache.spec.warm_bytes
+            self._stream.plan(layer, store.file.direct, stops, counts, pages, places, heads, payload_bytes)
+            self._meter.planned(layer, stops, counts, pages, places)
         return self._streamed
 
     def attend(
@@ -95,6 +98,7 @@ class Streaming:
                 self._stream, layer, buffers.q, buffers.k, buffers.v, positions, refs, buffers.attention,
                 self._windows[layer], mass,
             )  # fmt: skip
+            bad = max(bad, self._meter.token_layer(layer, True))
         except OSError as error:
             raise store.unreadable(error) from error
         count = sum(len(one.records) for one in wanted)

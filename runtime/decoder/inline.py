@@ -14,6 +14,7 @@ from edgekv.spec import RECORD_HEADER_BYTES, ModelSpec
 from edgekv.tiers import Tier
 
 from ..engines.base import Float, InlineEngine
+from ..meter import SILENT, Meter
 from ..pages.cache import KVCache
 from ..pages.table import offloaded
 from .base import Rows
@@ -22,10 +23,11 @@ from .base import Rows
 class InlineForward:
     """A :class:`~edgekv.runtime.decoder.base.Forward` on the inline graph."""
 
-    def __init__(self, engine: InlineEngine, model: ModelSpec, cache: KVCache) -> None:
+    def __init__(self, engine: InlineEngine, model: ModelSpec, cache: KVCache, meter: Meter = SILENT) -> None:
         self._engine = engine
         self._model = model
         self._cache = cache
+        self._meter = meter
 
     def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
         """Run T tokens; see :class:`~edgekv.runtime.decoder.base.Forward`."""
@@ -35,11 +37,15 @@ class InlineForward:
             rest = self.step(tokens[limit:], positions[limit:], rows)
             return np.concatenate([first, rest])
         self._cache.manager.step += 1
+        self._meter.step_began(len(tokens))
         feeds: dict[str, NDArray[np.generic]] = {"input_ids": tokens, "position_ids": positions}
         sealed = []
         for layer in range(self._model.n_layers):
             sealed.append(self._gather(layer, positions, feeds))
         results = self._engine.run(feeds)
+        hot = [len(feeds[f"recent_keys.{layer}"]) for layer in range(self._model.n_layers)]
+        warm = [len(pages) * self._cache.spec.page_size for pages in sealed]
+        self._meter.graph_ran(len(tokens), hot, warm)
         for layer in range(self._model.n_layers):
             if len(tokens) == 1:
                 mass = np.zeros(self._cache.table.n_pages(layer), np.float32)

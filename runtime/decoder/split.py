@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from ..attention.attend import Attender
 from ..engines.base import Float, SegmentEngine
+from ..meter import SILENT, Meter
 from ..pages.cache import KVCache
 from .base import Rows
 from .embedding import Embedding
@@ -18,28 +19,37 @@ class SplitForward:
     """The split form: an engine runs the dense segments, the kernels run attention between them."""
 
     def __init__(
-        self, engine: SegmentEngine, embedding: Embedding, rope: Rope, cache: KVCache, attender: Attender
+        self,
+        engine: SegmentEngine,
+        embedding: Embedding,
+        rope: Rope,
+        cache: KVCache,
+        attender: Attender,
+        meter: Meter = SILENT,
     ) -> None:
         self._engine = engine
         self._embedding = embedding
         self._rope = rope
         self._cache = cache
         self._attender = attender
+        self._meter = meter
         self._token_step = TokenStep(engine, cache, attender)
 
     def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
         """Run T tokens; see :class:`Forward`."""
         engine, cache = self._engine, self._cache
         n_layers = cache.spec.n_layers
+        self._meter.step_began(len(tokens))
         buffers = engine.prepare(len(tokens))
         cache.manager.step += 1
         self._embedding.look_up(tokens, buffers.residual[0])
         self._rope.fill(positions, buffers.cos, buffers.sin)
         if self._goes_at_once(len(tokens), rows):
             self._token_step.run(buffers, positions)
-            return engine.head(buffers.residual[(n_layers - 1) % 2], buffers.attention)
+            return self._head(buffers.residual[(n_layers - 1) % 2], buffers.attention)
         for layer in range(n_layers):
             engine.run(layer, buffers)
+            self._meter.segment_ran()
             # What the last layer attends to only matters for the logits.
             if rows != "none" or layer < n_layers - 1:
                 self._attender.attend(layer, buffers.q, buffers.k, buffers.v, positions, buffers.attention)
@@ -47,7 +57,12 @@ class SplitForward:
         if rows == "none":
             return buffers.residual[0][:0]
         first = 0 if rows == "all" else len(tokens) - 1
-        return engine.head(buffers.residual[(n_layers - 1) % 2][first:], buffers.attention[first:])
+        return self._head(buffers.residual[(n_layers - 1) % 2][first:], buffers.attention[first:])
+
+    def _head(self, residual: Float, attention: Float) -> Float:
+        logits = self._engine.head(residual, attention)
+        self._meter.head_ran(len(residual))
+        return logits
 
     def _goes_at_once(self, n_tokens: int, rows: Rows) -> bool:
         """Choose the way of a step: through all layers at once, or layer by layer. Both leave the same bits."""

@@ -36,7 +36,7 @@ class TokenStep:
         place = cache.begin_token()
         try:
             self._view(place.page + (place.inside > 0))
-            attender.begin_all(cache.table.refs[:, : self._mass.shape[1]])
+            attender.begin_all(cache.table.refs[:, : self._mass.shape[1]], int(positions[0]))
             for layer, address in enumerate(place.addresses):
                 engine.run(layer, buffers)
                 attender.attend_all(layer, buffers, positions, self._rows[layer], self._mass_rows[layer])

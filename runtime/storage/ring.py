@@ -19,6 +19,7 @@ from edgekv.errors import StoreError
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 
 from ..kernels.interface import RowStreams
+from ..meter import SILENT, Meter
 from ..system.buffers import aligned_rows
 from .interface import PageStore
 from .reads import Reads
@@ -49,10 +50,17 @@ class PageReader:
         capacity: pages per request at the most.
         ring: requests that the staging ring holds, those included that were taken last; 2 or more.
         reads: the threads that read; None starts its own.
+        meter: is told what is asked for and taken.
     """
 
     def __init__(
-        self, store: PageStore, spec: PageSpec, capacity: int, ring: int = 2, reads: Reads | None = None
+        self,
+        store: PageStore,
+        spec: PageSpec,
+        capacity: int,
+        ring: int = 2,
+        reads: Reads | None = None,
+        meter: Meter = SILENT,
     ) -> None:
         self._store = store
         self._rows = rows = aligned_rows(ring * capacity, spec.record_bytes)
@@ -64,6 +72,8 @@ class PageReader:
         self._pending: deque[Request] = deque()
         self._addresses = [_payloads(buffer) for buffer in self._buffers]
         self._reads = reads or Reads()
+        self._meter = meter
+        meter.ring_opened(ring)
 
     @property
     def ahead(self) -> int:
@@ -87,9 +97,12 @@ class PageReader:
             self._forget(self._pending.popleft())
         if self._stream is not None:
             self._stream.forget()
+            self._meter.forgot()
+        self._meter.asking()
         slot = self._free.pop()
         rows = self._buffers[slot][: len(wanted.records)]
         self._pending.append(Request(wanted, slot, self._store.start(self._reads, wanted, rows)))
+        self._meter.asked(slot)
         return slot
 
     def take(self, wanted: Wanted) -> tuple[NDArray[np.uint64], Bytes]:
@@ -172,6 +185,7 @@ class PageReader:
         """Wait for a request; its rows stay as they are until the next take."""
         self._held.append(request.slot)
         request.wait()
+        self._meter.took(request.slot, len(request.wanted.records))
 
     def _release(self) -> None:
         """Give back the slots of what was taken last."""

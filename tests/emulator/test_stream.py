@@ -14,7 +14,8 @@ from edgekv.device_profiles.geometry import Geometry
 from edgekv.device_profiles.schema import DeviceProfile, Quantity
 from edgekv.emulator import Device, Event
 from edgekv.emulator.charges.cost import StepCost
-from edgekv.emulator.charges.native_walk import EmulatedStream
+from edgekv.emulator.charges.meter import DeviceMeter
+from edgekv.emulator.charges.native_walk import NativeWalk
 from edgekv.emulator.clock import Clock
 from edgekv.emulator.drive import EmulatedMedium
 from edgekv.emulator.events import Agenda
@@ -53,7 +54,7 @@ def test_a_step_charged_as_a_whole_takes_exactly_what_its_layers_take_one_by_one
     budget: str, phone: Device, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = steps(phone, tiny, budget)
-    monkeypatch.setattr(Device, "begin_token", lambda self, refs: None)
+    monkeypatch.setattr(DeviceMeter, "whole_tokens", False)
     with Device("android-low-4gb") as other:
         assert steps(other, tiny, budget) == together
         assert other.timeline.columns() == phone.timeline.columns()
@@ -90,18 +91,6 @@ def test_a_fault_in_the_middle_of_an_answer_is_met_by_a_step(
             [generator.step([5]) for _ in range(3)]
 
 
-class _Nothing:
-    """Moves no bytes."""
-
-    reads = 0
-
-    def plan(self, *layout: object) -> None:
-        """Take it."""
-
-    def forget(self) -> None:
-        """There is nothing."""
-
-
 def changed(profile: DeviceProfile, **values: float) -> DeviceProfile:
     """Return a profile with other numbers for its drive, and no heat."""
     flash = {name: dataclasses.replace(getattr(profile.flash, name), value=value) for name, value in values.items()}
@@ -123,15 +112,14 @@ def test_the_longer_of_computing_and_reading_decides(attention_s: float, config_
     clock = Clock(flash.thermal, Agenda(), lambda: None)
     medium = EmulatedMedium(flash.flash, clock, seed=0)
     fetched: list[int] = []
-    stream = EmulatedStream(_Nothing(), 3, medium, clock, cost, fetched.append)
+    walk = NativeWalk(3, medium, clock, cost, fetched.append)
     for layer in range(layers):
         pages, places = np.arange(2 * count), 100 * layer + np.arange(2 * count)
-        heads = np.zeros((len(pages), 36), np.uint8)
-        stream.plan(layer, 0, 2 * np.arange(1, count + 1), np.full(count, 2), pages, places, heads, 0)
+        walk.plan(layer, 2 * np.arange(1, count + 1), np.full(count, 2), pages, places)
     for step in range(2):
         began = clock.now
         for layer in range(layers):
-            assert stream.walk(layer, [attention_s] * count, heed=True) == -1
+            assert walk.pass_through(layer, [attention_s] * count, heed=True) == -1
         pieces = layers * count
         assert sum(fetched) == 2 * pieces * (step + 1)
         busy = pieces * (attention_s + cost.fetch(2))

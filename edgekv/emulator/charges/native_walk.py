@@ -1,4 +1,4 @@
-"""Pages that the kernels stream natively, in the time of an emulated drive.
+"""The time of an emulated drive for pages that the kernels stream natively.
 
 The bytes of a layer move as in a plain run, in one native call. What the device would have taken is computed from the plan of the
 layer: its pieces pass through a ring as they do in ``native/records/stream.cpp``, request by request, each at its virtual time.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgekv.runtime.kernels.interface import Bytes, Int64, RowStreams
+from edgekv.runtime.kernels.interface import Int64
 from edgekv.runtime.storage.reads import most_on_the_way
 from edgekv.runtime.storage.record import neighbours
 
@@ -45,37 +45,22 @@ class _Ahead(NamedTuple):
     faults: list[str]
 
 
-class StillRows:
-    """A :class:`~edgekv.runtime.kernels.interface.RowStreams` that moves nothing: where pages have no contents."""
-
-    reads = 0
-
-    def plan(self, *layer: object) -> None:
-        """There is nothing to plan."""
-
-    def forget(self) -> None:
-        """Nothing was read ahead."""
-
-
-class EmulatedStream:
-    """A :class:`~edgekv.runtime.kernels.RowStreams` whose reads take the time of a drive.
+class NativeWalk:
+    """Prices the requests of the kernels' walk through the layers of a step.
 
     Args:
-        native: moves the bytes.
         ring: requests that its staging ring holds.
         fetched: called with how many pages came from flash.
     """
 
     def __init__(
         self,
-        native: RowStreams,
         ring: int,
         medium: EmulatedMedium,
         clock: Clock,
         cost: StepCost,
         fetched: Callable[[int], None],
     ) -> None:
-        self.native = native
         self._medium = medium
         self._clock = clock
         self._cost = cost
@@ -89,23 +74,10 @@ class EmulatedStream:
         self._free = ring
         self._most = most_on_the_way(ring)
         self._next = 0
-        #: Reads of the file that brought what was attended to so far.
-        self.reads = 0
 
-    def plan(
-        self,
-        layer: int,
-        file: int,
-        stops: Int64,
-        counts: Int64,
-        pages: Int64,
-        places: Int64,
-        heads: Bytes,
-        payload_bytes: int,
-    ) -> None:
-        """Say what a layer consists of; see :meth:`RowStreams.plan`."""
-        self.native.plan(layer, file, stops, counts, pages, places, heads, payload_bytes)
-        self._forget()
+    def plan(self, layer: int, stops: Int64, counts: Int64, pages: Int64, places: Int64) -> None:
+        """Note what a layer consists of; see :meth:`~edgekv.runtime.kernels.interface.RowStreams.plan`."""
+        self.forget()
         size = self._cost.pages.record_bytes
         pieces, start, first = [], 0, 0
         for stop, count in zip(stops.tolist(), counts.tolist(), strict=True):
@@ -116,11 +88,6 @@ class EmulatedStream:
         self._layers[layer] = pieces
         self._cut[layer] = Pieces(np.array([piece.start for piece in pieces]), pages)
         self._whole = None
-
-    def forget(self) -> None:
-        """Forget what was read ahead: the drive has worked for nothing."""
-        self.native.forget()
-        self._forget()
 
     def of(self, layer: int) -> Pieces:
         """Return how a layer is cut."""
@@ -146,7 +113,7 @@ class EmulatedStream:
                 self._order += [piece for piece in self._layers[layer] if piece.n_rows]
         return self._whole
 
-    def walk(self, layer: int, attention_s: Sequence[float], *, heed: bool) -> int:
+    def pass_through(self, layer: int, attention_s: Sequence[float], *, heed: bool) -> int:
         """Let a layer take its time: each piece arrives, is taken, and is attended to in so many seconds.
 
         Args:
@@ -172,7 +139,6 @@ class EmulatedStream:
             if heed and "error" in taken.faults:
                 self._free += 1
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            self.reads += len(piece.reads)
             self._fill()
             clock.work(seconds)
             self._free += 1
@@ -184,7 +150,7 @@ class EmulatedStream:
 
     def _take(self, at: int) -> _Ahead:
         if self._ahead and self._ahead[0].at != at:
-            self._forget()
+            self.forget()
         if not self._ahead:
             self._request(at)
         return self._ahead.popleft()
@@ -205,6 +171,7 @@ class EmulatedStream:
         self._ahead.append(_Ahead(at, done, [medium.draw() for _ in reads] if medium.faulty else []))
         self._next = (at + 1) % len(self._order)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Forget what was read ahead: the drive has worked for nothing."""
         self._free += len(self._ahead)
         self._ahead.clear()

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from edgekv.runtime.kernels.interface import PAGE_REF, Int64, Refs
+from edgekv.runtime.kernels.interface import PAGE_REF, Refs
 
 from ..clock import Clock
 from .cost import Pieces, StepCost, whole_layers
-from .native_walk import EmulatedStream
+from .native_walk import NativeWalk
 
 _NO_PAGES = np.empty((0, 0), PAGE_REF)
 
@@ -35,9 +35,8 @@ class TokenCharges:
         self._own_s = cost.attention(0.0, 0.0, 1.0)
         self._windows = np.array(cost.model.windows) if any(cost.model.windows) else None
         self._refs = _NO_PAGES
-        #: Whether a step is under way that is charged so.
-        self.active = False
-        self._layers: list[EmulatedStream | None] = []
+        self._position = 0
+        self._layers: list[NativeWalk | None] = []
         # What is known of the pieces of these pages:
         self._known: tuple[object, ...] = ()
         self._slots: list[int] = []
@@ -46,16 +45,12 @@ class TokenCharges:
         self._last: list[int] = []  # the last piece of each layer
         self._open_slots = self._pages = 0
 
-    def begin(self, refs: Refs) -> None:
-        """Begin a step that attends to ``refs`` [n_layers, n_pages]."""
-        self._refs, self._layers, self.active = refs, [], True
+    def begin(self, refs: Refs, position: int) -> None:
+        """Begin a step of the token at ``position`` that attends to ``refs`` [n_layers, n_pages]."""
+        self._refs, self._position, self._layers = refs, position, []
 
-    def cancel(self) -> None:
-        """Charge nothing of a step that did not come to its end."""
-        self.active = False
-
-    def attended(self, positions: Int64, stream: EmulatedStream | None = None) -> int:
-        """Count a layer in which the token at ``positions`` [1] has attended, to pages of which some came from a stream.
+    def attended(self, walk: NativeWalk | None) -> int:
+        """Count a layer in which the token has attended, to pages of which some came on a ``walk``.
 
         Returns:
             -1, or the row of the layer's plan that a fault damaged.
@@ -63,14 +58,13 @@ class TokenCharges:
         Raises:
             OSError: a read failed.
         """
-        self._layers.append(stream)
-        last = len(self._layers) == self._cost.pages.n_layers
-        return self._charge(int(positions[0])) if last else -1
+        self._layers.append(walk)
+        return self._charge(self._position) if len(self._layers) == self._cost.pages.n_layers else -1
 
     def _charge(self, position: int) -> int:
         """Charge all layers. A fault that begins meanwhile is met in the last one, or in the next step."""
-        refs, self._refs, self.active = self._refs, _NO_PAGES, False
-        streamed = next((stream for stream in self._layers if stream is not None), None)
+        refs, self._refs = self._refs, _NO_PAGES
+        streamed = next((walk for walk in self._layers if walk is not None), None)
         pieces = streamed.whole() if streamed is not None else whole_layers(*refs.shape)
         seconds = self._attention_seconds(refs, pieces, position)
         self._used(self._pages)
@@ -78,13 +72,13 @@ class TokenCharges:
             self._clock.work(*[part for one in seconds for part in (self._segment_s, one + self._own_s)])
             return -1
         at, damaged, work = 0, -1, self._clock.work
-        for layer, stream in enumerate(self._layers):
+        for layer, walk in enumerate(self._layers):
             stop = at + streamed.count(layer)
             work(self._segment_s)
-            if stream is None:
+            if walk is None:
                 work(sum(seconds[at:stop]) + self._own_s)
             else:
-                damaged = stream.walk(layer, seconds[at:stop], heed=layer == len(refs) - 1)
+                damaged = walk.pass_through(layer, seconds[at:stop], heed=layer == len(refs) - 1)
                 work(self._own_s)
             at = stop
         return damaged

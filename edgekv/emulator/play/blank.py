@@ -125,6 +125,7 @@ class BlankAttention:
         window: int = 0, page_mass: Float | None = None,
     ) -> int:  # fmt: skip
         """Attend to pages some of which would come from a stream."""
+        rows.walked(layer)
         self.begin(q, new_k, new_v, positions, window, len(refs))
         self._attended[:] = refs["position"] + self._page_size > self._from
         self.finish(out, page_mass)

@@ -161,7 +161,7 @@ class WeightlessApp:
     def start(self) -> None:
         """Load the weights; a session's pages are read again."""
         device, spec, plan, settings = self._device, self._cost.pages, self._plan, self._settings
-        engine = device.dense(BlankEngine(self._preference), self._cost, self._shape.weights_bytes)
+        device.load_weights(self._cost, self._shape.weights_bytes)
         device.medium.still = True
         options = CacheOptions(
             budget_bytes=plan.arena_bytes,
@@ -187,7 +187,9 @@ class WeightlessApp:
             attend=self._attend,
             machine=device,
         )
-        self._forward = SplitForward(engine, BLANK_EMBEDDING, BLANK_ROPE, cache, self._attender)
+        self._forward = SplitForward(
+            BlankEngine(self._preference), BLANK_EMBEDDING, BLANK_ROPE, cache, self._attender, device.meter
+        )
         self._cache = cache
         device.watch(cache, plan, lambda: None)
         if self._store is not None and self._saved:
