@@ -127,6 +127,13 @@ class CountingHost(Host):
         self.medium = medium
 
 
+class _Walked:
+    """Rows that nobody has to walk any more."""
+
+    def walked(self, layer: int) -> None:
+        """Done."""
+
+
 class SteeredAttention:
     """The real attention; what a page received is not what random keys say, but what the weightless run drew."""
 
@@ -139,6 +146,8 @@ class SteeredAttention:
 
         def both(*args: Any, **named: Any) -> Any:
             result = real(*args, **named)
+            if name == "stream":  # the real rows were walked
+                args = (_Walked(), *args[1:])
             blank(*args, **named)
             return result
 
