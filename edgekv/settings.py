@@ -275,11 +275,13 @@ _PERCENT = Real("percent", 0, 1000, above=True)
 
 @dataclass(frozen=True)
 class Words(Setting[str]):
-    """A text."""
+    """A text; ``line``: without control characters, as names are."""
+
+    line: bool = False
 
     @property
     def wanted(self) -> str:  # noqa: D102
-        return "a text in valid UTF-8"
+        return "a text in valid UTF-8" + (" of one line" if self.line else "")
 
     @property
     def metavar(self) -> str:  # noqa: D102
@@ -287,6 +289,8 @@ class Words(Setting[str]):
 
     def _from_value(self, value: object) -> str | None:
         if not isinstance(value, str):
+            return None
+        if self.line and any(ord(character) < 32 for character in value):
             return None
         value.encode("utf-8")  # half a character, or bytes of a command line that are not UTF-8
         return str(value)
@@ -412,11 +416,11 @@ TOP_P = Real("top_p", 0, 1, above=True)
 REPETITION_PENALTY = Real("repetition_penalty", 0.01, 100)
 SEED = Whole("seed", 0, 2**63 - 1)
 
-WORD = Words("word")
+WORD = Words("word", line=True)
 FILE = Place("file")
 SESSION = Place("session")
 BUNDLE = Place("bundle")
-PROFILE = Words("profile")
+PROFILE = Words("profile", line=True)
 
 PROMPT = Words("prompt")
 SYSTEM = Words("system")

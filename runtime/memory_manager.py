@@ -11,11 +11,13 @@ importing torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,10 +49,27 @@ from .storage.open import OffloadOptions, open_offload
 from .system.lifetime import when_gone
 
 Float = NDArray[np.float32]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _one_thread(method: Callable[Concatenate[MemoryManager, P], T]) -> Callable[Concatenate[MemoryManager, P], T]:
+    """Make a method refuse a second thread, before it touches anything."""
+
+    @functools.wraps(method)
+    def alone(self: MemoryManager, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not self._lock.acquire(blocking=False):
+            raise UsageError("another thread is using this memory manager; let them take turns, or give each its own")
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._lock.release()
+
+    return alone
 
 
 class MemoryManager:
-    """Keys and values of one sequence inside ``max_memory_mb``.
+    """Keys and values of one sequence inside ``max_memory_mb``; one thread at a time may use it (a second one gets a UsageError).
 
     Args:
         max_memory_mb: the budget for pages in RAM, in MiB; allocated once.
@@ -80,6 +99,7 @@ class MemoryManager:
         policy: str = "lru",
         max_write_per_day: int | str | None = None,
     ) -> None:
+        self._lock = threading.RLock()
         self.page_size = PAGE_SIZE.check(page_size)
         self._options = CacheOptions(
             budget_bytes=int(MAX_MEMORY_MB.check(max_memory_mb) * 1024 * 1024),
@@ -97,6 +117,7 @@ class MemoryManager:
         self._cache: KVCache | None = None
         self._store: PageStore | None = None
 
+    @_one_thread
     def initialize_kv_cache(self, model_config: Mapping[str, Any] | object) -> None:
         """Allocate the cache for a model.
 
@@ -138,6 +159,7 @@ class MemoryManager:
             raise UsageError("the cache has no shape yet; call initialize_kv_cache(model_config) first")
         return self._cache
 
+    @_one_thread
     def add_to_kv_cache(self, *, layer_idx: int, key: Any, value: Any, token_indices: Sequence[int]) -> None:
         """Add tokens to one layer.
 
@@ -164,6 +186,7 @@ class MemoryManager:
         cache.manager.step += 1
         cache.append(layer_idx, keys, values, tokens)
 
+    @_one_thread
     def get_from_kv_cache(self, *, layer_idx: int, token_indices: Sequence[int]) -> tuple[Float, Float]:
         """Return keys and values of tokens; pages are fetched and dequantised as needed.
 
@@ -178,6 +201,7 @@ class MemoryManager:
         self.cache.manager.step += 1
         return self.cache.read(layer_idx, self._tokens(token_indices))
 
+    @_one_thread
     def remove_pruned_tokens(self, token_indices: Sequence[int]) -> int:
         """Remove tokens from all layers; a page whose tokens are all gone is freed at once, in every tier.
 
@@ -189,14 +213,17 @@ class MemoryManager:
         """
         return self.cache.prune(self._tokens(token_indices))
 
+    @_one_thread
     def compress_pages(self, n_pages: int = 1) -> int:
         """Compress up to ``n_pages`` full fp16 pages to INT8 now; returns how many."""
         return self.cache.manager.compress(N_PAGES.check(n_pages))
 
+    @_one_thread
     def offload_pages(self, n_pages: int = 1) -> int:
         """Move up to ``n_pages`` INT8 pages to the offload folder now; returns how many."""
         return self.cache.manager.offload(N_PAGES.check(n_pages))
 
+    @_one_thread
     def locate(self, *, layer_idx: int, token_index: int) -> dict[str, Any]:
         """Say where a token is: page, slot, tier, and which tokens share its page.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,12 +67,17 @@ def _root(
     show_logs()
 
 
+@functools.cache
+def _parser() -> Any:
+    return typer.main.get_command(app)
+
+
 def run_command_line(arguments: Sequence[str], signals: Signals | None = None) -> int:
     """Run a command line and return its exit code; see :data:`edgekv.cli.process.EXIT_CODES`."""
     signals = signals or Signals()
 
     def command() -> None:
-        parser = typer.main.get_command(app)
+        parser = _parser()
         try:
             with parser.make_context("edgekv", list(arguments), obj=signals) as context:
                 parser.invoke(context)

@@ -25,7 +25,7 @@ app = typer.Typer(
     epilog="Examples:  edgekv offload list s3://bucket/kv  |  edgekv offload rm s3://bucket/kv --older-than 24",
 )
 
-Url = Annotated[str, argument(settings.OFFLOAD, "URL", help="As given to `edgekv run --offload`.")]
+Url = Annotated[str, argument(settings.WORD, "URL", help="As given to `edgekv run --offload`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -106,6 +106,8 @@ def run_command(
         raise UsageError(
             "give one of --prompt, --prompt-file or --chat" + (f", not {' and '.join(given)}" if given else "")
         )
+    if system is not None and not chat:
+        raise UsageError("--system is the system message of a conversation; give it with --chat")
     kept = session_options(session, resume, checkpoint_every, encrypt and session is not None, key_file)
     if kv_budget and profile:
         raise UsageError("give --kv-budget or --profile, not both: the profile sets the budget")

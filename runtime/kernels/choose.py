@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Literal, cast
 
+from edgekv.settings import Choice
+
 from .interface import Kernels
 
 
@@ -16,7 +18,7 @@ def load_kernels(prefer: Literal["auto", "native", "numpy"] = "auto") -> Kernels
 
     Raises:
         ImportError: prefer is "native" and the extension cannot be imported.
-        ValueError: prefer is something else, or EDGEKV_ISA names no instruction set of this processor.
+        ValueError: prefer is something else. UsageError: EDGEKV_ISA names no instruction set of this processor.
     """
     if prefer not in ("auto", "native", "numpy"):
         raise ValueError(f"prefer must be auto, native or numpy, not {prefer!r}")
@@ -27,6 +29,6 @@ def load_kernels(prefer: Literal["auto", "native", "numpy"] = "auto") -> Kernels
             if prefer == "native":
                 raise
         else:
-            native.isa()  # an unusable EDGEKV_ISA is reported here, once
+            Choice("isa", native.available_isas()).environment("EDGEKV_ISA")
             return cast(Kernels, native)
     return cast(Kernels, importlib.import_module("edgekv.runtime.kernels.numpy_attention"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -227,3 +228,25 @@ def test_two_managers_cannot_share_an_offload_folder(tmp_path: Path) -> None:
         second = MemoryManager(max_memory_mb=1, offload_dir=tmp_path)
         with pytest.raises(Exception, match="another process uses the offload folder"):
             second.initialize_kv_cache(CONFIG)
+
+
+def test_a_manager_refuses_a_second_thread_in_the_middle_of_a_call() -> None:
+    with MemoryManager(max_memory_mb=4) as manager:
+        manager.initialize_kv_cache({"num_layers": 2, "num_kv_heads": 2, "head_dim": 32})
+        zeros, errors = np.zeros((64, 2, 32), np.float32), []
+        start = threading.Barrier(4)
+
+        def work(layer: int, first: int) -> None:
+            start.wait()
+            for at in range(first, first + 640, 64):
+                try:
+                    manager.add_to_kv_cache(layer_idx=layer, key=zeros, value=zeros, token_indices=range(at, at + 64))
+                except UsageError as error:
+                    errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(n % 2, 640 * n)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert manager.cache.table.n_slots.sum() == 64 * (40 - len(errors))
