@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgekv.errors import FormatError, ProfileError
+from edgekv.host import user_folder
 from edgekv.schema import did_you_mean, plain_toml, read_whole, shown
 
 from .parse import parse_profile
@@ -26,10 +27,7 @@ class Difference(NamedTuple):
 
 def user_dir() -> Path:
     """Return the folder of the user's own profiles; it need not exist."""
-    config = os.environ.get("XDG_CONFIG_HOME", "")
-    # The XDG specification says to ignore a relative path.
-    base = Path(config) if os.path.isabs(config) else Path.home() / ".config"
-    return base / "edgekv" / "profiles"
+    return user_folder("XDG_CONFIG_HOME", ".config") / "profiles"
 
 
 def names() -> list[str]:

@@ -1,8 +1,10 @@
-"""What the operating system says of this machine and of this process's place in it: processor and control groups (Linux)."""
+"""What the operating system says of this machine and of this process's place in it: processor, control groups, folders."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,3 +96,20 @@ def control_groups() -> Iterator[ControlGroup]:
                     if (folder / files[0]).exists():
                         yield ControlGroup(folder, *files)
                     folder = folder.parent
+
+
+def user_folder(variable: str, below_home: str) -> Path:
+    """Return edgekv's own folder in one of the user's, as the XDG specification names them: a relative path is ignored.
+
+    A user without a home, as in some containers, has one in the temporary folder.
+    """
+    chosen = Path(os.environ.get(variable, ""))
+    if not chosen.is_absolute():
+        try:
+            home = Path.home()
+        except RuntimeError:
+            home = Path()
+        if not home.is_absolute():
+            home = Path(tempfile.gettempdir()) / f"edgekv-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+        chosen = home / below_home
+    return chosen / "edgekv"

@@ -33,7 +33,7 @@ def find_secret(key_file: Path | None = None) -> bytes:
             raise UsageError(f"cannot read the key file {key_file}: {error.strerror}") from error
         origin = f"the key file {key_file}"
     elif KEY_VARIABLE in os.environ:
-        secret, origin = os.environ[KEY_VARIABLE].encode(), KEY_VARIABLE
+        secret, origin = os.fsencode(os.environ[KEY_VARIABLE]), KEY_VARIABLE
     else:
         secret, origin = _from_keyring(), "the keyring entry edgekv/session"
     if len(secret) < _LEAST_SECRET_BYTES:

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from edgekv.host import user_folder
+
 
 def peak_rss_bytes() -> int:
     """Return the largest resident set of this process so far, as the OS counted it (0 where it does not say)."""
@@ -33,4 +35,4 @@ def default_threads() -> int:
 
 def cache_home() -> Path:
     """Folder for files that may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekv"
+    return user_folder("XDG_CACHE_HOME", ".cache")

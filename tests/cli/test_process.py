@@ -59,6 +59,37 @@ def test_a_stream_that_is_not_utf8_gets_the_codes_of_what_it_cannot_print(bundle
     assert "\\u201d" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "argument", ["-p $'a \\xff'", "-f - < <(printf 'It \\xff was')", "--chat < <(printf 'It \\xff was')"]
+)
+def test_text_that_is_not_utf8_is_refused_with_its_place(argument: str, bundle: Bundle) -> None:
+    result = shell(f"edgekv run '{bundle('demo')}' -n 4 --quiet {argument}")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "UTF-8" in result.stderr
+
+
+@pytest.mark.parametrize("home", ["HOME=/proc/none", "-u HOME"])
+def test_a_home_that_cannot_be_used_only_costs_time(home: str, bundle: Bundle, tmp_path: Path) -> None:
+    command = (
+        f"cd {tmp_path}; env -u XDG_CACHE_HOME -u XDG_CONFIG_HOME {home} TMPDIR={tmp_path} PYTHONPATH={DOCS.parent}"
+    )
+    result = shell(f"{command} {sys.executable} -m edgekv run '{bundle('demo')}' -p 'It was' -n 4 --quiet")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    assert result.stderr == ""
+
+
+def test_pages_that_have_no_folder_to_go_to_are_one_line(bundle: Bundle) -> None:
+    command = f"edgekv run '{bundle('demo')}' -f {DOCS.parent}/examples/long_prompt.txt -n 4 --kv-budget 25%"
+    result = shell(command, HOME="/proc/none", XDG_CACHE_HOME="/proc/none")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert "cannot write the offload folder /proc/none/edgekv/offload" in result.stderr
+    assert "--offload DIR" in result.stderr
+
+
 def _raise(error: BaseException) -> Callable[[], None]:
     def command() -> None:
         raise error
