@@ -8,8 +8,11 @@ import json
 import os
 import resource
 import shutil
+import sqlite3
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +29,9 @@ from edgekv.emulator.play.scenario import load_scenario
 from edgekv.errors import BundleError, EdgeKVError
 from edgekv.export.choose_engine import parse_measurements
 from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.runtime.options import SessionOptions
+from edgekv.runtime.sessions.index import BACKUP, INDEX, row_check
+from edgekv.runtime.sessions.tools import contents, describe, verify
 from edgekv.runtime.storage.wear import LEDGER, read_ledger
 from edgekv.verify.gate import parse_gate
 from tests.mutation import faulty, faulty_bytes, faulty_json
@@ -295,3 +301,81 @@ def test_a_line_of_the_wear_ledger_with_a_fault_counts_as_what_it_says_or_as_dam
             assert (entry.day, entry.run, entry.bytes_written) == (said["day"], said["run"], said["bytes"])
 
     for_all(count, lines, check)
+
+
+EXPECTED: dict[str, Any] = json.loads((DATA / "expected.json").read_text(encoding="utf-8"))
+PROMPT, REST = EXPECTED["prompt"] + EXPECTED["answer"][:12], EXPECTED["answer"][12:18]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Generator]:
+    """The bundle that the session was made with, open."""
+    with Generator.open(DATA / "bundle-1", RunOptions(threads=1, prefixes=False)) as generator:
+        yield generator
+
+
+def go_on(engine: Generator, session: Path) -> list[int] | None:
+    """Continue a session where it was; None if it was refused. Whatever tools say of it first is no traceback."""
+    unless_refused(lambda: describe(session))
+    unless_refused(lambda: contents(session))
+    unless_refused(lambda: verify(session))
+
+    def run() -> list[int]:
+        options = RunOptions(threads=1, session=SessionOptions(session, 0), prefixes=False)
+        generator = engine.fork(options)
+        try:
+            return list(generator.tokens(PROMPT, max_tokens=len(REST)))
+        finally:
+            generator.close()
+
+    return unless_refused(run)
+
+
+def change_row(index: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Change a row of an index so that its checksum is right, as somebody would who means it."""
+    with closing(sqlite3.connect(index, isolation_level=None)) as database:
+        [value] = database.execute("SELECT value FROM item WHERE name = ?", (name,)).fetchone()
+        changed = change(value)
+        row = (changed, row_check(name, changed), name)
+        database.execute("UPDATE item SET value = ?, xxh3 = ? WHERE name = ?", row)
+
+
+def rows_of_session() -> dict[str, bytes]:
+    with closing(sqlite3.connect(f"file:{DATA / 'session-1' / INDEX}?mode=ro&immutable=1", uri=True)) as database:
+        return dict(database.execute("SELECT name, value FROM item").fetchall())
+
+
+@examples(60, 3000)
+@pytest.mark.parametrize("name", ["meta", "tail", "notes", "page 0", "page 1"])
+def test_a_session_with_a_fault_in_a_row_goes_on_or_is_refused(
+    name: str, engine: Generator, tmp_path: Path, count: int
+) -> None:
+    value = rows_of_session()[name]
+    cases = faulty_bytes(value) if name.startswith("page") else faulty_json(json.loads(value))
+
+    def check(changed: bytes) -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            session = Path(shutil.copytree(DATA / "session-1", Path(folder) / "chat.kv"))
+            (session / BACKUP).unlink()
+            change_row(session / INDEX, name, lambda _: changed)
+            tokens = go_on(engine, session)
+            told_to_forget = name == "tail" and b'"pruned": []' not in changed
+            assert tokens in (None, REST) or (told_to_forget and tokens is not None)
+
+    before = peak_rss_bytes()
+    for_all(count, cases, check)
+    assert peak_rss_bytes() - before < 512 << 20
+
+
+@examples(60, 3000)
+@pytest.mark.parametrize("name", [INDEX, BACKUP, "pages-00000001.bin", LEDGER])
+def test_a_session_with_a_fault_in_a_file_goes_on_or_is_refused(
+    name: str, engine: Generator, tmp_path: Path, count: int
+) -> None:
+    def check(changed: bytes) -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            session = Path(shutil.copytree(DATA / "session-1", Path(folder) / "chat.kv"))
+            (session / name).write_bytes(changed)
+            assert go_on(engine, session) in (None, REST)
+
+    for_all(count, faulty_bytes((DATA / "session-1" / name).read_bytes()), check)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import os
@@ -14,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from edgekv.bundle import Manifest
 from edgekv.codec import CODEC_VERSION
@@ -26,12 +26,11 @@ from edgekv.spec import PageSpec
 from ..storage.cipher import SALT_BYTES, Cipher
 from ..storage.segments import segment_paths, sync_folder
 from ..storage.wear import LEDGER, WearLedger
-from .index import BACKUP, DAMAGED, INDEX, SessionIndex, State
+from .index import BACKUP, DAMAGED, FORMAT, INDEX, Meta, SessionIndex, State, Tail
 
 if sys.platform != "win32":
     import fcntl
 
-FORMAT = 1
 LOCK = "lock"
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -117,32 +116,40 @@ def load_index(index: SessionIndex, path: Path, secret: bytes | None) -> State:
     """
     state = State()
     state.problems += index.structure()
-    index.load_meta(state)
-    if not state.meta:
+    index.load_meta(state, path)
+    if state.meta is None:
         return state
-    if state.meta["format"] > FORMAT:
-        raise SessionMismatch(
-            f"{path} has session format {state.meta['format']}, this edgekv reads up to {FORMAT}; update"
-        )
     index.cipher = make_cipher(state.meta, path, secret)
-    index.load(state, PageSpec(**state.meta["pages"]))
+    index.load(state, state.meta.pages)
+    _forget_what_no_file_holds(state, state.meta.pages, path)
     return state
 
 
-def make_cipher(meta: dict[str, Any], path: Path, secret: bytes | None) -> Cipher | None:
+def _forget_what_no_file_holds(state: State, spec: PageSpec, path: Path) -> None:
+    """Drop the pages from the first on whose records would not fit any file, before memory is taken for one."""
+    longest = max((file.stat().st_size for file in segment_paths(path).values()), default=0)
+    if longest >= spec.record_bytes:
+        return
+    kept = next((page for page, row in enumerate(state.rows) if row.records), len(state.rows))
+    if kept < len(state.rows) or state.tail.records:
+        state.problems.append(f"no page file has the {spec.record_bytes} bytes of a page")
+        state.rows, state.tail = state.rows[:kept], Tail()
+
+
+def make_cipher(meta: Meta, path: Path, secret: bytes | None) -> Cipher | None:
     """Return the cipher of a session, or None if it is plain.
 
     Raises:
         SessionMismatch: the key is missing or wrong, or the session is not encrypted though it should be.
     """
-    if not meta["encrypted"]:
+    if not meta.encrypted:
         if secret is not None:
             raise SessionMismatch(f"the session {path} is not encrypted; run without --encrypt, or start a new one")
         return None
     if secret is None:
         raise SessionMismatch(f"the session {path} is encrypted; run with --encrypt and its key")
-    cipher = Cipher(secret, bytes.fromhex(str(meta["salt"])))
-    if cipher.decrypt(bytes.fromhex(str(meta["probe"])), b"probe") is None:
+    cipher = Cipher(secret, bytes.fromhex(meta.salt))
+    if cipher.decrypt(bytes.fromhex(meta.probe), b"probe") is None:
         raise SessionMismatch(f"this is not the key of the session {path}")
     return cipher
 
@@ -185,6 +192,7 @@ def replace_index(path: Path, state: State, secret: bytes | None) -> SessionInde
                 os.replace(path / f"{INDEX}{suffix}", path / f"{DAMAGED}{suffix}")
     except OSError as error:
         raise SessionError(f"cannot write the session {path}: {error.strerror}") from error
+    assert state.meta is not None
     index = SessionIndex(path / INDEX, create=True)
     index.begin(state.meta)
     index.cipher = make_cipher(state.meta, path, secret)
@@ -204,7 +212,7 @@ def write_backup(path: Path) -> None:
         os.replace(temporary, path / BACKUP)
 
 
-def session_key(manifest: Manifest) -> dict[str, Any]:
+def session_key(manifest: Manifest) -> dict[str, str | int]:
     """Return what keys and values depend on; a session is only used where all of it is equal.
 
     Engine and form are not in it: both engines and both forms of a checkpoint use the same sessions.
@@ -256,29 +264,26 @@ def open_index(path: Path, manifest: Manifest | None, secret: bytes | None) -> t
     if manifest is None:
         index.close()
         return state, None
-    meta: dict[str, Any] = {
-        "format": FORMAT,
-        "key": session_key(manifest),
-        "pages": manifest.model.pages(manifest.page_size).to_json(),
-        "created": time.time(),
-        "encrypted": False,
-    }
+    pages = manifest.model.pages(manifest.page_size)
+    meta = Meta(FORMAT, session_key(manifest), pages, created=time.time(), encrypted=False)
     if secret is not None:
         salt = os.urandom(SALT_BYTES)
         cipher = Cipher(secret, salt)
-        meta |= {"encrypted": True, "salt": salt.hex(), "probe": cipher.encrypt(b"", b"probe").hex()}
+        probe = cipher.encrypt(b"", b"probe").hex()
+        meta = dataclasses.replace(meta, encrypted=True, salt=salt.hex(), probe=probe)
         index.cipher = cipher
     index.begin(meta)
     sync_folder(path)
     return State(meta=meta), index
 
 
-def check_key(path: Path, had: dict[str, Any], has: dict[str, Any]) -> None:
+def check_key(path: Path, meta: Meta, manifest: Manifest) -> None:
     """Refuse a session that was made with something else.
 
     Raises:
         SessionMismatch: the message names every difference.
     """
+    had, has = meta.key, session_key(manifest)
     different = [name for name in has if had.get(name) != has[name]]
     if different:
         facts = [
@@ -288,6 +293,8 @@ def check_key(path: Path, had: dict[str, Any], has: dict[str, Any]) -> None:
             f"the session {path} was made with something else: {'; '.join(facts)}. Use the bundle that it was made"
             " with, or another session"
         )
+    if meta.pages != manifest.model.pages(manifest.page_size):
+        raise SessionMismatch(f"the session {path} contradicts itself: {meta.pages} is not what its key says")
 
 
 def _short(value: object) -> str:

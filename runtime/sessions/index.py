@@ -20,23 +20,27 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from edgekv.errors import SessionError
+from edgekv.errors import FormatError, SessionError, SessionMismatch
 from edgekv.files import open_file, reason
+from edgekv.schema import Bytes, Natural, Positive, Seconds, checked, from_json, plain_json
 from edgekv.spec import PageSpec
 
-from ..storage.cipher import Cipher
+from ..storage.cipher import SALT_BYTES, Cipher
 
+FORMAT = 1
 INDEX = "index.sqlite"
 BACKUP = "index.backup"
 DAMAGED = "index.damaged"
@@ -56,6 +60,28 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Meta:
+    """What a session is: row ``meta``.
+
+    ``key``: what its keys and values depend on, see :func:`~edgekv.runtime.sessions.folder.session_key`. ``created``: seconds
+    since 1970. ``salt``, ``probe``: in hexadecimal, of an encrypted session; the probe shows whether a key is the right one.
+    """
+
+    format: Positive
+    key: dict[str, str | int]
+    pages: PageSpec
+    created: Seconds
+    encrypted: bool
+    salt: str = ""
+    probe: str = ""
+
+    def __post_init__(self) -> None:
+        if self.encrypted and len(bytes.fromhex(self.salt)) != SALT_BYTES:
+            raise FormatError(f"the salt of an encrypted session has {SALT_BYTES} bytes")
+        bytes.fromhex(self.probe)
+
+
+@dataclass(frozen=True)
 class Tail:
     """What comes after the sealed pages.
 
@@ -67,21 +93,40 @@ class Tail:
     one after the other; they are masked again when the session is resumed.
     """
 
-    n_pages: int = 0
-    tokens: tuple[int, ...] = ()
-    n_kv: int = 0
-    starts: tuple[int, ...] = ()
-    records: tuple[int, ...] = ()
-    checks: tuple[int, ...] = ()
+    n_pages: Natural = 0
+    tokens: tuple[Natural, ...] = ()
+    n_kv: Natural = 0
+    starts: tuple[Natural, ...] = ()
+    records: tuple[Bytes, ...] = ()
+    checks: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
     chain: str = ""
-    pruned: tuple[int, ...] = ()
+    pruned: tuple[Natural, ...] = ()
+
+    def check(self, spec: PageSpec) -> None:
+        """Hold the fields against each other and the shape of the pages.
+
+        Raises:
+            FormatError: no session ends like this.
+        """
+        held = self.n_pages * spec.page_size + len(self.tokens)
+        increasing = all(map(operator.lt, self.pruned, self.pruned[1:]))
+        wrong = {
+            "n_kv": self.n_kv > held,
+            "starts": any(start > held for start in self.starts),
+            "records": len(self.records) not in (0, 2 * spec.n_layers),
+            "checks": len(self.checks) != len(self.records) or any(check >> 64 for check in self.checks),
+            "pruned": len(self.pruned) % 2 != 0 or not increasing or any(place > held for place in self.pruned),
+        }
+        for name, is_wrong in wrong.items():
+            if is_wrong:
+                raise FormatError(f"{name} does not fit the rest")
 
 
 @dataclass
 class State:
     """What an index holds. ``problems``: what is damaged; everything here is whole."""
 
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Meta | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     tail: Tail = field(default_factory=Tail)
@@ -148,18 +193,39 @@ class SessionIndex:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def load_meta(self, state: State) -> None:
-        """Read ``meta``; an index without it was never committed to."""
+    def load_meta(self, state: State, path: Path) -> None:
+        """Read ``meta``; an index without it was never committed to.
+
+        Args:
+            path: of the session, for the message.
+
+        Raises:
+            SessionMismatch: it has a newer format.
+        """
         value = self._value("meta", state)
-        if value is not None:
-            state.meta = json.loads(value)
+        if value is None:
+            return
+        try:
+            data = plain_json(value)
+            version = data.get("format") if isinstance(data, dict) else None
+            if isinstance(version, int) and version > FORMAT:
+                raise SessionMismatch(
+                    f"{path} has session format {version}, this edgekv reads up to {FORMAT}; upgrade it"
+                )
+            state.meta = checked(data, Meta)
+        except FormatError as error:
+            state.problems.append(f"meta is damaged: {error}")
 
     def load(self, state: State, spec: PageSpec) -> None:
         """Read everything else, up to the first damage."""
-        value = self._plain("tail", state)
-        tail = _read_tail(value) if value else Tail()
-        notes = self._plain("notes", state)
-        state.notes = json.loads(notes) if notes else {}
+        value, notes = self._plain("tail", state), self._plain("notes", state)
+        try:
+            tail = from_json(value, Tail) if value else Tail()
+            tail.check(spec)
+            state.notes = from_json(notes, dict[str, Any]) if notes else {}
+        except FormatError as error:
+            state.problems.append(f"tail or notes are damaged: {error}")
+            value, tail = None, Tail()
         for page in range(tail.n_pages if value else 1 << 31):
             packed = self._plain(f"page {page}", state)
             if packed is None:
@@ -169,6 +235,9 @@ class SessionIndex:
                     state.problems.append("tail is missing in the index")
                 return
             row = _unpack(packed, spec)
+            if row is None:
+                state.problems.append(f"page {page} is not of this shape")
+                return
             if row.chain != chain(state.rows[-1].chain if state.rows else b"", row.tokens):
                 state.problems.append(f"page {page} belongs to another history")
                 return
@@ -209,13 +278,13 @@ class SessionIndex:
 
     # -- writing -----------------------------------------------------------------------------------------------
 
-    def begin(self, meta: dict[str, Any]) -> None:
+    def begin(self, meta: Meta) -> None:
         """Write the first commit.
 
         Raises:
             SessionError: SQLite cannot write.
         """
-        self._run([("meta", json.dumps(meta).encode())], 0, 0)
+        self._run([("meta", json.dumps(dataclasses.asdict(meta)).encode())], 0, 0)
 
     def commit(self, state: State, kept: int, old: int) -> None:
         """Replace the pages from ``kept`` on (there were ``old``), the tail and the notes, atomically and durably.
@@ -261,13 +330,6 @@ def _check_own(path: Path, *, create: bool) -> None:
             os.close(open_file(path.with_name(path.name + suffix), os.O_RDWR))
 
 
-def _read_tail(value: bytes) -> Tail:
-    fields: dict[str, Any] = json.loads(value)
-    for name, entry in fields.items():
-        fields[name] = tuple(entry) if isinstance(entry, list) else entry
-    return Tail(**fields)
-
-
 def _pack(row: Row) -> bytes:
     return (
         np.asarray(row.tokens, "<i4").tobytes()
@@ -277,9 +339,14 @@ def _pack(row: Row) -> bytes:
     )
 
 
-def _unpack(packed: bytes, spec: PageSpec) -> Row:
+def _unpack(packed: bytes, spec: PageSpec) -> Row | None:
+    """Read a row; None if it is none of pages of this shape."""
     size, layers = spec.page_size, spec.n_layers if len(packed) > 4 * spec.page_size + 16 else 0
+    if len(packed) != 4 * size + 16 * layers + 16:
+        return None
     tokens = np.frombuffer(packed, "<i4", size)
     records = np.frombuffer(packed, "<i8", layers, 4 * size)
     checks = np.frombuffer(packed, "<u8", layers, 4 * size + 8 * layers)
+    if tokens.min() < 0 or (records < 0).any():
+        return None
     return Row(tuple(tokens.tolist()), tuple(records.tolist()), tuple(checks.tolist()), packed[-16:])

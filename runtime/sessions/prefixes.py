@@ -74,10 +74,10 @@ def list_prefixes() -> list[Prefix]:
             found.append(
                 Prefix(
                     path,
-                    len(state.rows) * (state.meta["pages"]["page_size"] if state.meta else 0),
+                    len(state.rows) * (state.meta.pages.page_size if state.meta else 0),
                     sum(file.stat().st_blocks * 512 for file in path.iterdir()),
                     path.stat().st_mtime,
-                    state.meta["key"]["checkpoint"] if state.meta else "",
+                    str(state.meta.key.get("checkpoint", "")) if state.meta else "",
                     str(state.notes.get("name", "")),
                 )
             )

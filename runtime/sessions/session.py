@@ -20,7 +20,7 @@ from edgekv.bundle import Manifest
 from edgekv.errors import SessionError, StoreError, UsageError
 from edgekv.files import make_folder
 from edgekv.scratch import HIDDEN, ScratchFolder
-from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
+from edgekv.spec import RECORD_HEADER_BYTES
 from edgekv.tiers import Tier
 
 from ..options import SessionOptions
@@ -39,7 +39,6 @@ from .folder import (
     make_session,
     open_index,
     read_state,
-    session_key,
     share_segments,
     signals_held,
     take_lock,
@@ -136,11 +135,11 @@ class Session:
                     " deleted. Start a new session under another name"
                 )
             if manifest is not None:
-                check_key(path, state.meta["key"], session_key(manifest))
+                check_key(path, state.meta, manifest)
             cipher = index.cipher if index is not None else make_cipher(state.meta, path, options.secret)
             store = SegmentStore(
                 path,
-                PageSpec(**state.meta["pages"]),
+                state.meta.pages,
                 cipher,
                 medium,
                 WearLedger(path, options.max_bytes_per_day) if lock is not None else None,
@@ -296,7 +295,8 @@ class Session:
                 made.mkdir(mode=0o700)
                 share_segments(self.path, made)
                 index = SessionIndex(made / INDEX, create=True)
-                index.begin({**self._state.meta, "created": time.time()})
+                assert self._state.meta is not None
+                index.begin(replace(self._state.meta, created=time.time()))
                 index.cipher = self._cipher
                 index.commit(self._state, 0, 0)
                 index.close()

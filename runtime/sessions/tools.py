@@ -52,16 +52,16 @@ def describe(path: Path, secret: bytes | None = None) -> dict[str, Any]:
         return {**facts, "encrypted": True, "problems": [str(error)]}
     if not state.meta:
         return {**facts, "problems": state.problems}
-    size = state.meta["pages"]["page_size"]
+    size = state.meta.pages.page_size
     return {
         **facts,
-        "encrypted": state.meta["encrypted"],
+        "encrypted": state.meta.encrypted,
         "tokens": len(state.rows) * size + len(state.tail.tokens),
         "pages": len(state.rows),
         "open_page_stored": bool(state.tail.records),
         "messages": len(state.notes.get("messages", [])),
-        "created_at": state.meta["created"],
-        "key": state.meta["key"],
+        "created_at": state.meta.created,
+        "key": state.meta.key,
         "problems": state.problems,
     }
 
@@ -78,7 +78,7 @@ def contents(path: Path, secret: bytes | None = None) -> dict[str, Any]:
     if not state.meta:
         raise SessionError(f"the index of {path} cannot be read: {'; '.join(state.problems)}")
     tokens = [token for row in state.rows for token in row.tokens] + list(state.tail.tokens)
-    return {"key": state.meta["key"], "tokens": tokens, **state.notes}
+    return {"key": state.meta.key, "tokens": tokens, **state.notes}
 
 
 def verify(path: Path, secret: bytes | None = None) -> tuple[list[str], int]:
@@ -195,7 +195,7 @@ def remove(path: Path) -> int:
 
 def _read(session: Session, records: tuple[int, ...], tags: list[int]) -> list[bool]:
     good: list[bool] = []
-    buffer = aligned_rows(_BATCH_RECORDS, session.store.spec.record_bytes)
+    buffer = aligned_rows(min(len(records), _BATCH_RECORDS), session.store.spec.record_bytes)
     for start in range(0, len(records), _BATCH_RECORDS):
         stop = start + _BATCH_RECORDS
         part = list(records[start:stop])

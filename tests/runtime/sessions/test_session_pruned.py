@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
-from edgekv.runtime.sessions.index import Tail, _read_tail, from_ranges, to_ranges
+from edgekv.runtime.sessions.index import Tail, from_ranges, to_ranges
 from edgekv.runtime.sessions.session import Session
 from edgekv.runtime.sessions.tools import compact, verify
 from edgekv.runtime.storage.segments import segment_paths
+from edgekv.schema import from_json
 from edgekv.tiers import KVMode, Tier
 
 Bundle = Callable[..., Path]
@@ -124,7 +125,7 @@ def test_tokens_that_are_computed_again_because_of_damage_stay_pruned(
 def test_the_index_of_before_is_read_as_one_where_nothing_was_pruned() -> None:
     fields = dataclasses.asdict(Tail(3, (1, 2), 50, (48,)))
     del fields["pruned"]
-    assert _read_tail(json.dumps(fields).encode()) == Tail(3, (1, 2), 50, (48,))
+    assert from_json(json.dumps(fields).encode(), Tail) == Tail(3, (1, 2), 50, (48,))
 
 
 @given(st.sets(st.integers(0, 60)))
