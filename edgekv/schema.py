@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import functools
 import re
 import stat
 import sys
@@ -198,7 +199,7 @@ def _refuse_unknown(data: object, kind: Any, where: str) -> None:
         option = get_args(option)[0] if get_origin(option) is Annotated else option
         if isinstance(data, dict):
             if dataclasses.is_dataclass(option) or is_typeddict(option):
-                fields = get_type_hints(option, include_extras=True)
+                fields = _fields(option)
                 for key, value in data.items():
                     at = _dotted(where, f".{key}")
                     if key not in fields:
@@ -210,6 +211,11 @@ def _refuse_unknown(data: object, kind: Any, where: str) -> None:
         elif isinstance(data, list) and get_origin(option) in (tuple, list):
             for index, value in enumerate(data):
                 _refuse_unknown(value, get_args(option)[0], _dotted(where, f"[{index}]"))
+
+
+@functools.cache
+def _fields(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def _dotted(where: str, place: str) -> str:

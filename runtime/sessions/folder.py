@@ -24,7 +24,7 @@ from edgekv.scratch import ScratchFolder
 from edgekv.spec import PageSpec
 
 from ..storage.cipher import SALT_BYTES, Cipher
-from ..storage.segments import segment_paths, sync_folder
+from ..storage.segments import count_records, is_counted, segment_paths, sync_folder
 from ..storage.wear import LEDGER, WearLedger
 from .index import BACKUP, DAMAGED, FORMAT, INDEX, Meta, SessionIndex, State, Tail
 
@@ -121,19 +121,24 @@ def load_index(index: SessionIndex, path: Path, secret: bytes | None) -> State:
         return state
     index.cipher = make_cipher(state.meta, path, secret)
     index.load(state, state.meta.pages)
-    _forget_what_no_file_holds(state, state.meta.pages, path)
+    _forget_missing(state, state.meta.pages, path)
     return state
 
 
-def _forget_what_no_file_holds(state: State, spec: PageSpec, path: Path) -> None:
-    """Drop the pages from the first on whose records would not fit any file, before memory is taken for one."""
-    longest = max((file.stat().st_size for file in segment_paths(path).values()), default=0)
-    if longest >= spec.record_bytes:
-        return
-    kept = next((page for page, row in enumerate(state.rows) if row.records), len(state.rows))
-    if kept < len(state.rows) or state.tail.records:
-        state.problems.append(f"no page file has the {spec.record_bytes} bytes of a page")
+def _forget_missing(state: State, spec: PageSpec, path: Path) -> None:
+    """Drop the pages from the first on whose records are in no file, before memory is taken for what the index says."""
+    counts = count_records(path, spec)
+
+    def missing(records: tuple[int, ...]) -> bool:
+        return not all(is_counted(record, counts) for record in records)
+
+    kept = next((page for page, row in enumerate(state.rows) if missing(row.records)), len(state.rows))
+    if kept < len(state.rows):
+        state.problems.append(f"page {kept} is missing in the page files")
         state.rows, state.tail = state.rows[:kept], Tail()
+    elif missing(state.tail.records):
+        state.problems.append("the open page is missing in the page files")
+        state.tail = dataclasses.replace(state.tail, records=(), checks=())
 
 
 def make_cipher(meta: Meta, path: Path, secret: bytes | None) -> Cipher | None:

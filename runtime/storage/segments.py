@@ -40,6 +40,16 @@ def segment_paths(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in sorted(found, key=lambda pair: pair[1].name) if match}
 
 
+def count_records(folder: Path, spec: PageSpec) -> dict[int, int]:
+    """Return how many whole records the segment files of a session have, by their number."""
+    return {number: path.stat().st_size // spec.record_bytes for number, path in segment_paths(folder).items()}
+
+
+def is_counted(record: int, counts: dict[int, int]) -> bool:
+    """Tell whether a record is among those that :func:`count_records` counted."""
+    return record & _PLACE < counts.get(record >> 32, 0)
+
+
 class SegmentStore:
     """The records of one session folder.
 
