@@ -42,6 +42,8 @@ Bytes = Annotated[int, Meta(ge=0, le=1 << 62)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 PositiveFinite = Annotated[float, Meta(gt=0, le=1e30)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+#: Seconds since 1970, up to the last year that a date can have.
+Moment = Annotated[float, Meta(ge=0, le=253_000_000_000)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 #: What msgspec calls a type, and people do.

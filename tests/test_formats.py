@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
 
 from edgekv.bundle import check_files, read_manifest
+from edgekv.cli.chat import remembered
 from edgekv.device_profiles import catalog
 from edgekv.device_profiles import load as load_profile
 from edgekv.device_profiles.schema import Quantity
@@ -345,7 +346,7 @@ def rows_of_session() -> dict[str, bytes]:
         return dict(database.execute("SELECT name, value FROM item").fetchall())
 
 
-@examples(10, 1500)
+@examples(10, 300)
 @pytest.mark.parametrize("name", ["meta", "tail", "page 0", "page 1"])
 def test_a_session_with_a_fault_in_a_row_goes_on_or_is_refused(
     name: str, engine: Generator, tmp_path: Path, count: int
@@ -367,7 +368,29 @@ def test_a_session_with_a_fault_in_a_row_goes_on_or_is_refused(
     assert peak_rss_bytes() - before < 512 << 20
 
 
-@examples(10, 1500)
+@examples(10, 300)
+def test_the_conversation_of_a_session_with_a_fault_says_what_it_says_or_is_refused(
+    engine: Generator, tmp_path: Path, count: int
+) -> None:
+    notes = {"messages": [{"role": "user", "content": "And then?"}, {"role": "assistant", "content": "Then."}]}
+
+    def check(changed: bytes) -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            session = Path(shutil.copytree(DATA / "session-1", Path(folder) / "chat.kv"))
+            (session / BACKUP).unlink()
+            change_row(session / INDEX, "notes", lambda _: changed)
+            unless_refused(lambda: describe(session))
+            generator = engine.fork(RunOptions(threads=1, session=SessionOptions(session, 0), prefixes=False))
+            try:
+                messages = unless_refused(lambda: remembered(generator, None))
+            finally:
+                generator.close()
+            assert messages is None or messages == [] or messages == json.loads(changed)["messages"]
+
+    for_all(count, faulty_json(notes), check)
+
+
+@examples(10, 300)
 @pytest.mark.parametrize("name", [INDEX, BACKUP, "pages-00000001.bin", LEDGER])
 def test_a_session_with_a_fault_in_a_file_goes_on_or_is_refused(
     name: str, engine: Generator, tmp_path: Path, count: int

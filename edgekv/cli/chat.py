@@ -5,22 +5,30 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from rich.console import Console
 from rich.markup import escape
 
-from edgekv.errors import EdgeKVError, PromptTooLong, UsageError
+from edgekv.errors import EdgeKVError, FormatError, PromptTooLong, SessionError, UsageError
+from edgekv.schema import checked
 
 from .files import read_line
 from .interrupt import Interrupted
 
 if TYPE_CHECKING:
     from edgekv.runtime.generate import Generator
+    from edgekv.runtime.sessions.session import Session
 
 #: Answers tokens with at most so many new ones; prints the answer and adds it to the list.
 Answer = Callable[[list[int], int, list[str]], None]
 Message = dict[str, str]
+
+
+class _Kept(TypedDict):
+    role: str
+    content: str
+
 
 _COMMANDS = {
     "/help": "these words",
@@ -74,13 +82,25 @@ def converse(
 
 
 def remembered(generator: Generator, system: str | None) -> list[Message]:
-    """Return the messages of the conversation so far; what is added to them is saved with the session."""
+    """Return the messages of the conversation so far; what is added to them is saved with the session.
+
+    Raises:
+        SessionError: those of the session are none.
+    """
     messages = [{"role": "system", "content": system}] if system else []
     if generator.session is not None:
-        kept = generator.session.notes.get("messages", [])
+        kept = _kept(generator.session)
         messages += kept[1:] if kept and system and kept[0]["role"] == "system" else kept
         generator.session.notes["messages"] = messages
     return messages
+
+
+def _kept(session: Session) -> list[Message]:
+    try:
+        kept = checked(session.notes.get("messages", []), list[_Kept], "messages")
+    except FormatError as error:
+        raise SessionError(f"the session {session.path} holds no conversation ({error}); begin another one") from error
+    return [{"role": message["role"], "content": message["content"]} for message in kept]
 
 
 def _take_turn(

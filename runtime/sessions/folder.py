@@ -20,6 +20,7 @@ from edgekv.bundle import Manifest
 from edgekv.codec import CODEC_VERSION
 from edgekv.errors import SessionError, SessionMismatch, StoreLocked, UsageError
 from edgekv.files import create_file, make_folder, open_file, reason
+from edgekv.schema import printable
 from edgekv.scratch import ScratchFolder
 from edgekv.spec import PageSpec
 
@@ -303,7 +304,7 @@ def check_key(path: Path, meta: Meta, manifest: Manifest) -> None:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = printable(str(value))
     return text[:12] if len(text) == 64 else text
 
 

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from edgekv.errors import FormatError, SessionError, SessionMismatch
 from edgekv.files import open_file, reason
-from edgekv.schema import Bytes, Natural, Positive, Seconds, checked, from_json, plain_json
+from edgekv.schema import Bytes, Moment, Natural, Positive, checked, from_json, plain_json
 from edgekv.spec import PageSpec
 
 from ..storage.cipher import SALT_BYTES, Cipher
@@ -70,7 +70,7 @@ class Meta:
     format: Positive
     key: dict[str, str | int]
     pages: PageSpec
-    created: Seconds
+    created: Moment
     encrypted: bool
     salt: str = ""
     probe: str = ""
@@ -223,9 +223,10 @@ class SessionIndex:
             tail = from_json(value, Tail) if value else Tail()
             tail.check(spec)
             state.notes = from_json(notes, dict[str, Any]) if notes else {}
+            checked(state.notes.get("messages", []), list[dict[str, Any]], "messages")
         except FormatError as error:
             state.problems.append(f"tail or notes are damaged: {error}")
-            value, tail = None, Tail()
+            value, tail, state.notes = None, Tail(), {}
         for page in range(tail.n_pages if value else 1 << 31):
             packed = self._plain(f"page {page}", state)
             if packed is None:
