@@ -35,8 +35,14 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(size_bytes: float) -> str:
-    """Print bytes in the largest binary unit that keeps at least one whole digit."""
+    """Print bytes in the unit of :func:`binary_unit`."""
+    unit, factor = binary_unit(size_bytes)
+    return f"{size_bytes / factor:.{1 if factor > 1 else 0}f} {unit}"
+
+
+def binary_unit(size_bytes: float) -> tuple[str, int]:
+    """Return the largest binary unit that keeps at least one whole digit, and its bytes."""
     for unit, factor in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
         if abs(size_bytes) >= factor:
-            return f"{size_bytes / factor:.1f} {unit}"
-    return f"{size_bytes:.0f} B"
+            return unit, factor
+    return "B", 1

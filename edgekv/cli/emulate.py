@@ -106,7 +106,7 @@ def emulate_command(
     if report is not None:
         from edgekv.emulator.report.html import to_html
 
-        write_text(report, to_html(result), "--report")
+        write_text(report, to_html(result, model.name), "--report")
     if as_json:
         print_json_line(result.to_json())
         return

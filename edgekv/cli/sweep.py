@@ -72,7 +72,7 @@ def sweep_command(
         rows = sweep(shape, cases, out, scheduler=scheduler, workers=workers, progress=advance)
     errors.print(f"{len(cases)} cases, {before[0]} of them done before; {out}", style="dim", highlight=False)
     if page is not None:
-        write_text(page, to_html(f"{model.name}: {len(chosen)} devices", rows), "--page")
+        write_text(page, to_html(model.name, rows), "--page")
     if as_json:
         print_json_line(rows)
         return

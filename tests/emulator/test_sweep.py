@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from edgekv.device_profiles import names
 from edgekv.emulator.play.shape_app import Shape, read_shape
 from edgekv.emulator.sweep.html import to_html
-from edgekv.emulator.sweep.sweep import all_cases, run_case, sweep
+from edgekv.emulator.sweep.sweep import OUTCOME, all_cases, run_case, sweep
 from edgekv.emulator.sweep.table import read_rows, write_rows
 from edgekv.errors import UsageError
 
@@ -177,3 +179,23 @@ def test_a_case_that_fails_is_a_row_of_its_own_and_the_sweep_goes_on(shape: Shap
     cases = all_cases(["android-low-4gb"], [1024], ["lru"], ["4MiB"], attends, max_tokens=8, seed=0)
     rows = sweep(shape, cases, tmp_path / "sweep.csv", workers=1)
     assert [row["error"] for row in rows] == [None, None]
+
+
+def test_every_line_of_a_page_looks_different_and_the_title_says_what_ran(shape: Shape) -> None:
+    cases = all_cases(names(), [512, 1024, 1040], ["lru", "heavy"], ["device"], ["exact"], max_tokens=16, seed=0)
+    rows = [
+        {**dataclasses.asdict(case), **dict.fromkeys(OUTCOME, 1.0), "peak_bytes": 1, "bytes_written": 1, "error": None}
+        for case in cases
+    ]
+    page = to_html("tiny.json", rows)
+    assert f"<h1>tiny.json on {len(names())} devices</h1>" in page
+    assert (
+        f"{len(cases)} cases; 512, 1,024, 1,040 tokens of context; lru, heavy; the KV budget that the device leaves"
+        in page
+    )
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    chart = json.loads(found[1])["decode"]
+    looks = {(line["line"]["color"], line["line"]["dash"], line["marker"]["symbol"]) for line in chart["data"]}
+    assert len(looks) == len(chart["data"]) == 2 * len(names())
+    assert chart["layout"]["xaxis"]["ticktext"] == ["512", "1,040"], "1,024 would be printed over 1,040"

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.sizes import binary_unit
+
 from ..play.result import PageMap, Result
-from .plots import figure, page, place, require_plotly, table
+from .plots import figure, log_axis, mark, page, place, require_plotly, table
 from .terminal import TURN_HEADINGS, rows, sentences, turn_rows
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-MIB = 1024**2
 INK = "#1c1f24"
 #: By :class:`~edgekv.tiers.Tier`; the first is for no page.
 TIER_COLOURS = ("#f1f3f6", "#d6453d", "#f0a13a", "#3f7fd0", "#7a4fb5", "#2b2f36")
@@ -24,17 +25,21 @@ HELD = {"shape": "hv"}
 TIER_NAMES = ("none", "HOT", "WARM", "COLD", "REMOTE", "DROPPED")
 
 
-def to_html(result: Result) -> str:
+def to_html(result: Result, model: str) -> str:
     """Return the page.
+
+    Args:
+        model: what ran: the name of its bundle or configuration.
 
     Raises:
         EngineMissing: Plotly is not installed.
     """
     require_plotly()
     figures: dict[str, go.Figure] = {}
+    title = f"{model} on {result.device['title']}: {result.scenario.title}"
     body = [
-        f"<h1>{escape(result.scenario.title)}</h1>",
-        f'<p class="soft">edgekv emulate on {escape(result.device["title"])}</p>',
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{escape(_what_ran(result))}; edgekv emulate</p>',
         "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(result)) + "</ul>",
         table(("", ""), list(rows(result))),
         "<h2>Turns</h2>",
@@ -51,14 +56,16 @@ def to_html(result: Result) -> str:
     if result.samples.get("at_s"):
         figures |= {
             "memory": _memory(result),
+            "cache": _cache(result.samples),
             "speed": _speed(result.samples),
             "pages": _pages(result.samples),
             "flash": _flash(result),
         }
         for drawn in figures.values():
-            _mark(drawn, result.happenings)
+            mark(drawn, [(entry["at_s"], entry["kind"]) for entry in result.happenings], result.totals["seconds"])
             drawn.update_xaxes(range=[0, result.totals["seconds"]])
-        body += ["<h2>Memory of the app</h2>", place("memory"), "<h2>Speed</h2>", place("speed")]
+        body += ["<h2>Memory of the app</h2>", place("memory"), "<h2>Keys and values</h2>", place("cache")]
+        body += ["<h2>Speed</h2>", place("speed")]
         body += [
             "<h2>Pages that attention read</h2>",
             place("pages"),
@@ -69,22 +76,41 @@ def to_html(result: Result) -> str:
         figures |= {"tiers": _tiers(result.pages), "use": _use(result.pages)}
         body += ["<h2>Pages at the end: tier</h2>", place("tiers")]
         body += ["<h2>Pages at the end: share of their layer's attention</h2>", place("use")]
-    return page(f"edgekv emulate: {result.scenario.title}", body, figures)
+    return page(title, body, figures)
+
+
+def _what_ran(result: Result) -> str:
+    model, turns = result.model, result.scenario.turns
+    most = max(turn.max_tokens for turn in turns)
+    spoken = f"{len(turns)} turns" if len(turns) > 1 else f"a prompt of {result.turns[0].prompt_tokens:,} tokens"
+    return (
+        f"{model['architecture']}, {model['n_layers']} layers, {model['weights']} weights; {spoken},"
+        f" at most {most:,} tokens {'in each answer' if len(turns) > 1 else 'generated'}"
+    )
 
 
 def _memory(result: Result) -> go.Figure:
     samples = result.samples
     at = samples["at_s"]
+    cache = [hot + warm for hot, warm in zip(samples["hot_bytes"], samples["warm_bytes"], strict=True)]
+    unit, (cache, rss, limit) = _in_one_unit(cache, samples["rss_bytes"], samples["limit_bytes"])
     traces = [
-        _area(at, _mib(samples["hot_bytes"]), "HOT pages", TIER_COLOURS[1], "hv"),
-        _area(at, _mib(samples["warm_bytes"]), "WARM pages", TIER_COLOURS[2], "hv"),
-        _line(
-            at, _mib(samples["cold_bytes"]), "COLD pages, on flash", {"color": TIER_COLOURS[3], "dash": "dot", **HELD}
-        ),
-        _line(at, _mib(samples["rss_bytes"]), "resident set", {"color": INK, **HELD}),
-        _line(at, _mib(samples["limit_bytes"]), "limit", {"color": "#b3261e", "dash": "dash", **HELD}),
+        _area(at, cache, "keys and values", TIER_COLOURS[2], "hv"),
+        _line(at, rss, "resident set", {"color": INK, **HELD}),
+        _line(at, limit, "limit", {"color": "#b3261e", "dash": "dash", **HELD}),
     ]
-    return figure(traces, xaxis_title="seconds", yaxis={"title": "MiB", "rangemode": "tozero"}, hovermode="x unified")
+    return figure(traces, xaxis_title="seconds", yaxis={"title": unit, "rangemode": "tozero"}, hovermode="x unified")
+
+
+def _cache(samples: dict[str, list[Any]]) -> go.Figure:
+    at = samples["at_s"]
+    unit, (hot, warm, cold) = _in_one_unit(samples["hot_bytes"], samples["warm_bytes"], samples["cold_bytes"])
+    traces = [
+        _area(at, hot, "HOT pages", TIER_COLOURS[1], "hv"),
+        _area(at, warm, "WARM pages", TIER_COLOURS[2], "hv"),
+        _line(at, cold, "COLD pages, on flash", {"color": TIER_COLOURS[3], "dash": "dot", **HELD}),
+    ]
+    return figure(traces, xaxis_title="seconds", yaxis={"title": unit, "rangemode": "tozero"}, hovermode="x unified")
 
 
 def _speed(samples: dict[str, list[Any]]) -> go.Figure:
@@ -102,8 +128,7 @@ def _speed(samples: dict[str, list[Any]]) -> go.Figure:
         "title": "of the cold speed", "overlaying": "y", "side": "right", "range": [0, 1.05], "showgrid": False,
         "tickformat": ".0%", "tickmode": "array", "tickvals": [0, 0.25, 0.5, 0.75, 1],
     }  # fmt: skip
-    left = {"title": "tokens/s", "type": "log", "dtick": "D2"}
-    return figure(traces, xaxis_title="seconds", yaxis=left, yaxis2=right)
+    return figure(traces, xaxis_title="seconds", yaxis=log_axis("tokens/s", rate[ran].tolist()), yaxis2=right)
 
 
 def _pages(samples: dict[str, list[Any]]) -> go.Figure:
@@ -119,16 +144,20 @@ def _flash(result: Result) -> go.Figure:
     samples, totals = result.samples, result.totals
     at, written = samples["at_s"], np.array(samples["bytes_written"], np.float64)
     wear = written / max(totals["bytes_written"], 1) * totals["wear_share"]
+    unit, (read, put) = _in_one_unit(samples["bytes_read"], samples["bytes_written"])
     traces = [
-        _line(at, _mib(samples["bytes_read"]), "read", {"color": TIER_COLOURS[3]}),
-        _line(at, _mib(samples["bytes_written"]), "written", {"color": TIER_COLOURS[1]}),
-        _line(at, wear.tolist(), "endurance used", {"color": "#7a3fb0", "dash": "dot"}, yaxis="y2"),
+        _line(at, read, "read", {"color": TIER_COLOURS[3]}),
+        _line(at, put, "written", {"color": TIER_COLOURS[1]}),
     ]
+    left = {"title": f"{unit} since the start", "rangemode": "tozero"}
+    if not totals["bytes_written"]:
+        return figure(traces, xaxis_title="seconds", yaxis=left, hovermode="x unified")
+    traces.append(_line(at, wear.tolist(), "endurance used", {"color": "#7a3fb0", "dash": "dot"}, yaxis="y2"))
     right = {
         "title": "share of the endurance", "overlaying": "y", "side": "right", "tickformat": ".1e", "showgrid": False,
         "rangemode": "tozero", "tickmode": "auto", "nticks": 5,
     }  # fmt: skip
-    return figure(traces, xaxis_title="seconds", yaxis_title="MiB since the start", yaxis2=right, hovermode="x unified")
+    return figure(traces, xaxis_title="seconds", yaxis=left, yaxis2=right, hovermode="x unified")
 
 
 def _tiers(pages: PageMap) -> go.Figure:
@@ -140,14 +169,14 @@ def _tiers(pages: PageMap) -> go.Figure:
     names = [[TIER_NAMES[value] for value in row] for row in tier]
     trace = go.Heatmap(
         z=tier,
-        x0=0,
+        x0=pages.tokens_per_column / 2,
         dx=pages.tokens_per_column,
         text=names,
         zmin=-0.5,
         zmax=steps - 0.5,
         colorscale=scale,
         colorbar={"tickvals": list(range(steps)), "ticktext": list(TIER_NAMES)},
-        hovertemplate="layer %{y}, from token %{x}: %{text}<extra></extra>",
+        hovertemplate="layer %{y}, around token %{x}: %{text}<extra></extra>",
     )
     return _map_of(trace, pages)
 
@@ -158,7 +187,7 @@ def _use(pages: PageMap) -> go.Figure:
     use = np.log10(np.maximum(np.array(pages.use), 1e-6))
     trace = go.Heatmap(
         z=use.round(3).tolist(),
-        x0=0,
+        x0=pages.tokens_per_column / 2,
         dx=pages.tokens_per_column,
         colorscale="Viridis",
         colorbar={
@@ -166,7 +195,7 @@ def _use(pages: PageMap) -> go.Figure:
             "tickvals": list(range(-6, 1)),
             "ticktext": [f"1e{power}" for power in range(-6, 1)],
         },
-        hovertemplate="layer %{y}, from token %{x}: 10^%{z:.2f}<extra></extra>",
+        hovertemplate="layer %{y}, around token %{x}: 10^%{z:.2f}<extra></extra>",
     )
     return _map_of(trace, pages)
 
@@ -179,15 +208,6 @@ def _map_of(trace: Any, pages: PageMap) -> go.Figure:
         xaxis_title="position in the text (tokens)",
         yaxis={"title": "layer", "autorange": "reversed", "dtick": max(1, layers // 8)},
     )
-
-
-def _mark(drawn: go.Figure, happenings: list[dict[str, Any]]) -> None:
-    for entry in happenings[:40]:
-        drawn.add_vline(x=entry["at_s"], line={"color": "#8b93a0", "width": 1, "dash": "dot"})
-        drawn.add_annotation(
-            x=entry["at_s"], yref="paper", y=1, text=entry["kind"], showarrow=False, textangle=-90,
-            xanchor="right", yanchor="top", font={"size": 10, "color": "#5d6673"},
-        )  # fmt: skip
 
 
 def _line(at: list[Any], values: list[Any], name: str, line: dict[str, Any], **more: Any) -> Any:
@@ -209,5 +229,7 @@ def _dots(at: NDArray[np.float64], values: NDArray[np.float64], name: str, colou
     return go.Scatter(x=at.tolist(), y=values.tolist(), name=name, mode="markers", marker={"size": 4, "color": colour})
 
 
-def _mib(values: list[Any]) -> list[float]:
-    return [value / MIB for value in values]
+def _in_one_unit(*series: list[Any]) -> tuple[str, list[list[float]]]:
+    """Return the unit that fits the largest of all bytes, and the series in it."""
+    unit, factor = binary_unit(max((value for values in series for value in values), default=0))
+    return unit, [[value / factor for value in values] for values in series]
