@@ -165,7 +165,7 @@ class Governor:
         """Bring pages back from flash while there is room, those that would leave last first."""
         manager = self._manager
         row = np.empty((1, manager.spec.record_bytes), np.uint8)
-        for layer, page in reversed(candidates(manager.table, manager.options, Tier.COLD)):
+        for layer, page in reversed(candidates(manager.table, manager.options, Tier.COLD, among=manager.table.seen())):
             if not manager.has_room_to_warm():
                 return
             manager.read_records(layer, [page], row)

@@ -136,6 +136,8 @@ def prepare_cache(
         inline=manifest.form == "inline",
         selective=attend.selective,
         drops=options.allow_drop and options.offload is None and session is None,
+        windows=model.windows if session is None else (),
+        chunk=options.prefill_chunk,
     )
     with contextlib.ExitStack() as release:
         store: PageStore | None = None
@@ -155,6 +157,8 @@ def prepare_cache(
             compress_at_seal=plan.compress_at_seal,
             allow_drop=options.allow_drop,
             policy=make_policy(options.policy),
+            windows=model.windows,
+            forget_unseen=session is None,  # a session resumes any prompt that begins like it
             merge_layers=frozenset(at for at, window in enumerate(model.windows) if not (window or session)),
         )
         cache = KVCache(spec, cache_options, kernels, store, max_pages=-(-context // spec.page_size))

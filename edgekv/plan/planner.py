@@ -18,9 +18,15 @@ from edgekv.device_profiles.work import StepWork, kv_bytes_per_token, step_work
 from edgekv.errors import BudgetError
 from edgekv.runtime.attention.select import share_limit
 from edgekv.runtime.kernels.choose import load_kernels
-from edgekv.runtime.pages.budget import PIECE_BYTES, RUNTIME_OVERHEAD_BYTES, BudgetPlan, pieces_of, plan_budget
+from edgekv.runtime.pages.budget import (
+    PIECE_BYTES,
+    RUNTIME_OVERHEAD_BYTES,
+    BudgetPlan,
+    held_pages,
+    pieces_of,
+    plan_budget,
+)
 from edgekv.runtime.pages.policy import RECENT_PAGES
-from edgekv.spec import PageSpec
 from edgekv.tiers import KVMode, Tier
 
 from .model import PlannedModel
@@ -94,26 +100,40 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Split:
-    """Pages by tier, all layers."""
+    """Pages by tier, all layers; ``passed`` were freed behind a window."""
 
     hot: int
     warm: int
     cold: int
+    passed: int
 
     @classmethod
-    def of(cls, pages: PageSpec, plan: BudgetPlan, context: int) -> _Split:
+    def of(cls, model: PlannedModel, plan: BudgetPlan, context: int) -> _Split:
         """Divide the pages of ``context`` tokens as the page manager would: one open page per layer is HOT."""
-        total = pages.n_layers * -(-context // pages.page_size)
-        if plan.fits:
-            return cls(pages.n_layers, total - pages.n_layers, 0) if plan.compress_at_seal else cls(total, 0, 0)
-        frames = plan.arena_bytes // pages.frame_bytes
+        pages = model.pages
+        total = held_pages(pages, model.geometry.windows, context, 1)
+        passed = held_pages(pages, (), context, 1) - total
         open_pages = min(total, pages.n_layers)
+        if plan.fits:
+            hot = open_pages if plan.compress_at_seal else total
+            return cls(hot, total - hot, 0, passed)
+        frames = plan.arena_bytes // pages.frame_bytes
         warm = min(total - open_pages, 2 * max(0, frames - open_pages - 1))
-        return cls(open_pages, warm, total - open_pages - warm)
+        return cls(open_pages, warm, total - open_pages - warm, passed)
+
+    @property
+    def held(self) -> int:
+        """Pages that are anywhere."""
+        return self.hot + self.warm + self.cold
+
+    @property
+    def written(self) -> float:
+        """Pages that went to flash so far: of those behind a window, as many in proportion as of those within."""
+        return self.cold * (self.held + self.passed) / max(1, self.held)
 
     def share_cold(self) -> float:
         """Share of the pages that are on flash."""
-        return self.cold / max(1, self.hot + self.warm + self.cold)
+        return self.cold / max(1, self.held)
 
 
 class _Clock:
@@ -151,13 +171,13 @@ class _Clock:
     def fetch(self, context: int, *, decode: bool) -> tuple[float, float]:
         """Return what a step needs from flash: the drive's time, and the host's."""
         pages = self._model.pages
-        split = _Split.of(pages, self._budget, context)
+        split = _Split.of(self._model, self._budget, context)
         cold: float = split.cold
         wanted = self._wanted(context)
         if decode and wanted < 1 and cold:
             resident = 1.0 - split.share_cold()
             hits = min(1.0, HIT_RATE_WHEN_EQUAL * resident / wanted)
-            cold = min(cold, wanted * (split.hot + split.warm + split.cold) * (1.0 - hits))
+            cold = min(cold, wanted * split.held * (1.0 - hits))
         drive = streamed_seconds(self._device.flash, cold * pages.record_bytes, self._piece_bytes)
         pieces = pieces_of(cold, pages.n_layers, self._budget.piece_pages)
         return drive, cold * self.rates.page_fetch_s.value + pieces * self.rates.piece_fetch_s.value
@@ -179,16 +199,16 @@ class _Clock:
     def prompt_seconds(self, n_tokens: int) -> float:
         """Return the time until the first token of a prompt is there."""
         pages, chunk = self._model.pages, self._workload.prefill_chunk
-        seconds, cold_before = 0.0, 0
+        seconds, before = 0.0, 0.0
         for start in range(0, n_tokens, chunk):
             size = min(chunk, n_tokens - start)
             last = start + size == n_tokens
             compute = step_seconds(self.work(size, start, logits=1 if last else 0), self.rates).total
-            cold = _Split.of(pages, self._budget, start + size).cold
-            written = (cold - cold_before) * pages.record_bytes / self._device.flash.write_bytes_per_s.value
+            gone = _Split.of(self._model, self._budget, start + size).written
+            written = (gone - before) * pages.record_bytes / self._device.flash.write_bytes_per_s.value
             drive, host = self.fetch(start, decode=False)
             seconds += max(compute + host, drive) + written
-            cold_before = cold
+            before = gone
         return seconds
 
 
@@ -215,16 +235,14 @@ def make_plan(model: PlannedModel, device: DeviceProfile, workload: Workload) ->
     try:
         if workload.kv_budget is None:
             budget_bytes = kv_budget(device, model.weights_bytes, RUNTIME_OVERHEAD_BYTES).kv_bytes
-        budget = _divide(model, budget_bytes, workload.context, kv, selective=workload.wanted is not None)
+        budget = _divide(model, budget_bytes, workload, kv)
     except BudgetError as error:
         problem = str(error)
-        budget = plan_budget(
-            pages, kv_budget=None, context=workload.context, mode=kv, run_pages=load_kernels().RUN_PAGES
-        )
+        budget = _divide(model, None, workload, kv)
     if problem is None and asked > workload.context:
         problem = f"the model was made for {workload.context} tokens, not {asked}; lower --context"
     clock = _Clock(model, device, budget, workload)
-    split = _Split.of(pages, budget, workload.context)
+    split = _Split.of(model, budget, workload.context)
     if problem and device.memory.kill == "swap":
         touched = model.weights_bytes + split.hot * pages.hot_bytes + split.warm * pages.warm_bytes
         stall = paged_seconds(touched, device.memory.app_limit_bytes.value, device.flash)
@@ -236,7 +254,7 @@ def make_plan(model: PlannedModel, device: DeviceProfile, workload: Workload) ->
     ttft = clock.prompt_seconds(workload.prompt) + stall * -(-workload.prompt // workload.prefill_chunk)
     generated = workload.context - workload.prompt
     sequence_s = ttft + generated * (step + stall)
-    per_day = workload.hours_per_day * SECONDS_PER_DAY / 24 / sequence_s * split.cold * pages.record_bytes
+    per_day = workload.hours_per_day * SECONDS_PER_DAY / 24 / sequence_s * split.written * pages.record_bytes
     return Plan(
         profile=device.name,
         model=model,
@@ -247,8 +265,8 @@ def make_plan(model: PlannedModel, device: DeviceProfile, workload: Workload) ->
         bytes_by_tier=_by_tier(
             split.hot * pages.hot_bytes, split.warm * pages.warm_bytes, split.cold * pages.record_bytes
         ),
-        largest_exact=_largest(model, budget_bytes, wanted=1.0),
-        largest_selective=_largest(model, budget_bytes, wanted=workload.wanted or 0.25),
+        largest_exact=_largest(model, budget_bytes, workload, wanted=1.0),
+        largest_selective=_largest(model, budget_bytes, workload, wanted=workload.wanted or 0.25),
         ttft_s=ttft,
         decode_tokens_per_s=1 / (step + stall),
         sustained_tokens_per_s=1 / (hot_step + stall),
@@ -259,41 +277,45 @@ def make_plan(model: PlannedModel, device: DeviceProfile, workload: Workload) ->
     )
 
 
-def _divide(model: PlannedModel, budget: int, context: int, kv: KVMode, *, selective: bool) -> BudgetPlan:
+def _divide(model: PlannedModel, budget: int | None, workload: Workload, kv: KVMode) -> BudgetPlan:
     return plan_budget(
         model.pages,
         kv_budget=budget,
-        context=context,
+        context=workload.context,
         mode=kv,
         run_pages=load_kernels().RUN_PAGES,
         inline=model.form == "inline",
-        selective=selective,
+        selective=workload.wanted is not None,
+        windows=model.geometry.windows,
+        chunk=workload.prefill_chunk,
     )
 
 
 def _tokens(split: _Split, context: int) -> dict[str, int]:
-    """Return tokens by tier, as a mean over the layers; they sum to the context."""
-    total = split.hot + split.warm + split.cold
-    warm, cold = round(context * split.warm / total), round(context * split.cold / total)
-    return _by_tier(context - warm - cold, warm, cold)
+    """Return tokens by tier, as a mean over the layers; with those behind a window they sum to the context."""
+    total = split.held + split.passed
+    warm, cold, passed = (round(context * part / total) for part in (split.warm, split.cold, split.passed))
+    return _by_tier(context - warm - cold - passed, warm, cold)
 
 
 def _by_tier(hot: int, warm: int, cold: int) -> dict[str, int]:
     return {Tier.NAMES[tier]: count for tier, count in ((Tier.HOT, hot), (Tier.WARM, warm), (Tier.COLD, cold))}
 
 
-def _largest(model: PlannedModel, budget: int, wanted: float) -> int:
+def _largest(model: PlannedModel, budget: int, workload: Workload, wanted: float) -> int:
     """Return the largest context of which the share ``wanted`` of the pages stays in RAM, in whole pages; 0 for none."""
     pages, low = model.pages, 0
     high = model.geometry.max_context // model.page_size if budget > 0 else 0
 
     def stays(n_pages: int) -> bool:
-        context = n_pages * pages.page_size
+        tried = dataclasses.replace(workload, context=n_pages * pages.page_size, wanted=wanted if wanted < 1 else None)
         try:
-            divided = _divide(model, budget, context, KVMode.AUTO, selective=wanted < 1)
+            divided = _divide(model, budget, tried, KVMode.AUTO)
         except BudgetError:
             return False
-        return divided.fits or (1.0 - _Split.of(pages, divided, context).share_cold() >= wanted > 0 and wanted < 1)
+        return divided.fits or (
+            1.0 - _Split.of(model, divided, tried.context).share_cold() >= wanted > 0 and wanted < 1
+        )
 
     while low < high:  # both bounds in pages; what stays at one length stays at every shorter one
         middle = (low + high + 1) // 2

@@ -121,16 +121,17 @@ class Attender:
         Raises:
             CorruptPage, StoreError: a page on flash cannot be read; ``out`` must not be used.
         """
-        n_pages = self._cache.table.n_pages(layer)
+        table = self._cache.table
+        n_pages = table.n_pages(layer)
         mass = np.zeros(n_pages, np.float32) if len(positions) == 1 else None
         step = (q, k, v, positions)
         if mass is not None and self.selects(n_pages):
             self._attend_chosen(layer, step, out, mass)
         else:
-            self._cache.manager.counters.pages_missed += int(
-                np.count_nonzero(self._cache.table.tier[layer, :n_pages] == Tier.DROPPED)
-            )
-            self._attend_pages(layer, step, out, mass, np.ones(n_pages, bool), None)
+            seen = np.arange(n_pages) >= table.first_seen()[layer]
+            missed = np.count_nonzero(seen & (table.tier[layer, :n_pages] == Tier.DROPPED))
+            self._cache.manager.counters.pages_missed += int(missed)
+            self._attend_pages(layer, step, out, mass, seen, None)
         if mass is not None:
             self._cache.touch(layer, mass)
 
@@ -140,16 +141,28 @@ class Attender:
 
     def reaches_all(self, n_pages: int) -> bool:
         """Return whether :meth:`attend_all` reaches the first pages of every layer: in RAM, or where the kernels can stream."""
-        tiers = self._cache.table.tier[:, :n_pages]
-        if not n_pages or tiers.max() < Tier.COLD:
+        wanted = self._wanted(n_pages)
+        if wanted.max(initial=Tier.HOT) < Tier.COLD:
             return True
-        return self._streaming is not None and self._streaming.reaches(tiers)
+        return self._streaming is not None and self._streaming.reaches(wanted)
+
+    def _wanted(self, n_pages: int) -> NDArray[np.uint8]:
+        """Return the tiers of those of the first pages of every layer that the next token sees, in any order."""
+        table = self._cache.table
+        tiers = table.tier[:, :n_pages]
+        if not n_pages or tiers.max() < Tier.COLD:
+            return tiers
+        seen: NDArray[np.uint8] = tiers[table.seen()[:, :n_pages] & (tiers != Tier.FREE)]
+        return seen
 
     def begin_all(self, refs: NDArray[np.void], position: int) -> None:
         """Begin a token's step at ``position`` over ``refs`` [n_layers, n_pages]; :meth:`attend_all` follows for each layer."""
         self._streamed = [False] * len(refs)
+        # What has no address is on flash, or nothing that the kernels would look at.
         if self._streaming is not None and not refs["data"].all():
-            self._streamed = self._streaming.plan(refs.shape[1])
+            n_pages = refs.shape[1]
+            if self._wanted(n_pages).max(initial=Tier.HOT) == Tier.COLD:
+                self._streamed = self._streaming.plan(n_pages)
         self._meter.token_began(refs, position)
 
     def attend_all(

@@ -61,6 +61,8 @@ class Streaming:
         assert self._stream is not None
         assert isinstance(store, FlashStore)
         tiers, records = table.tier[:, :n_pages], table.record[:, :n_pages]
+        if table.has_windows:
+            tiers = np.where(table.seen()[:, :n_pages], tiers, np.uint8(Tier.FREE))
         self._reader.forget()
         if np.array_equal(tiers, self._tiers) and np.array_equal(records, self._records):
             return self._streamed

@@ -123,7 +123,9 @@ class Lookahead:
         table, n_layers = self._cache.table, self._cache.spec.n_layers
         idle = 0  # layers in a row without anything on flash
         while idle <= n_layers:
-            pieces = self.pieces(layer, offloaded(table.tier[layer, : table.n_pages(layer)]))
+            cold = offloaded(table.tier[layer, : table.n_pages(layer)])
+            cold[: int(table.first_seen()[layer])] = False
+            pieces = self.pieces(layer, cold)
             needed = [piece for piece in pieces[index:] if piece.pages]
             yield from needed
             idle = 0 if needed else idle + 1

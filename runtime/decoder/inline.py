@@ -36,7 +36,7 @@ class InlineForward:
             first = self.step(tokens[:limit], positions[:limit], "all" if rows == "all" else "none").copy()
             rest = self.step(tokens[limit:], positions[limit:], rows)
             return np.concatenate([first, rest])
-        self._cache.manager.step += 1
+        self._cache.begin_step()
         self._meter.step_began(len(tokens))
         feeds: dict[str, NDArray[np.generic]] = {"input_ids": tokens, "position_ids": positions}
         sealed = []
@@ -62,10 +62,11 @@ class InlineForward:
         cache, spec = self._cache, self._cache.spec
         table, size = cache.table, spec.page_size
         shape = (spec.n_kv_heads, spec.head_dim, size)
-        tiers = table.tier[layer, : table.n_pages(layer)]
-        packed = np.flatnonzero((tiers == Tier.WARM) | offloaded(tiers))
-        hot = np.flatnonzero(tiers == Tier.HOT)
-        codes = unpack_warm_codes(self._payloads(layer, packed, offloaded(tiers[packed])), *shape)
+        first = int(table.first_seen()[layer])
+        tiers = table.tier[layer, first : table.n_pages(layer)]
+        packed = first + np.flatnonzero((tiers == Tier.WARM) | offloaded(tiers))
+        hot = first + np.flatnonzero(tiers == Tier.HOT)
+        codes = unpack_warm_codes(self._payloads(layer, packed, offloaded(tiers[packed - first])), *shape)
         for name, part in zip(("key_pages", "key_scales", "value_pages", "value_scales"), codes, strict=True):
             feeds[f"{name}.{layer}"] = np.ascontiguousarray(part)
         recent = split_hot(self._resident(layer, hot, spec.hot_bytes), *shape)

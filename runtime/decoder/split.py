@@ -41,7 +41,7 @@ class SplitForward:
         n_layers = cache.spec.n_layers
         self._meter.step_began(len(tokens))
         buffers = engine.prepare(len(tokens))
-        cache.manager.step += 1
+        cache.begin_step()
         self._embedding.look_up(tokens, buffers.residual[0])
         self._rope.fill(positions, buffers.cos, buffers.sin)
         if self._goes_at_once(len(tokens), rows):

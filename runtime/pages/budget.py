@@ -14,7 +14,7 @@ from edgekv.tiers import KVMode
 from ..storage.ring import LEAST_PIECES, LEAST_PIECES_SELECTIVE, RING_PIECES
 from .bounds import summary_bytes
 from .manager import PageManager
-from .policy import PINNED_PAGES
+from .policy import PINNED_PAGES, SPARE_PAGES
 
 #: RAM of the process beyond weights and cache: interpreter, libraries, activations. Measured on Linux x86-64; see README.
 RUNTIME_OVERHEAD_BYTES = 160 * 1024 * 1024
@@ -60,6 +60,22 @@ def resolve_budget(kv_budget: int | str | None, spec: PageSpec, context: int) ->
     return KV_BUDGET.size_bytes(kv_budget, spec.fp16_cache_bytes(context))
 
 
+def held_pages(spec: PageSpec, windows: tuple[int, ...], context: int, chunk: int) -> int:
+    """Return how many pages of all layers a cache of ``context`` tokens holds at the most.
+
+    Args:
+        windows: per layer, how many tokens a token sees, 0 for all; pages that none to come sees are freed. Empty: none are.
+        chunk: new tokens of a step.
+    """
+    pages = -(-context // spec.page_size)
+    if not windows:
+        return spec.n_layers * pages
+    spans = (
+        (window - 1 + chunk + spec.page_size - 1) // spec.page_size + 1 + SPARE_PAGES for window in windows if window
+    )
+    return windows.count(0) * pages + sum(min(pages, span) for span in spans)
+
+
 def plan_budget(
     spec: PageSpec,
     *,
@@ -70,6 +86,8 @@ def plan_budget(
     inline: bool = False,
     selective: bool = False,
     drops: bool = False,
+    windows: tuple[int, ...] = (),
+    chunk: int = 1,
 ) -> BudgetPlan:
     """Divide a budget for a sequence of up to ``context`` tokens.
 
@@ -77,16 +95,17 @@ def plan_budget(
         run_pages: pages that the kernel takes at a time.
         selective: selective attention, which keeps a summary of every page in RAM.
         drops: pages that do not fit are forgotten: none is read back, so there is no staging ring.
+        windows, chunk: as for :func:`held_pages`; without windows every page is held.
 
     Raises:
         BudgetError: it is below what the run needs at the least; the message says how much that is.
     """
-    pages = -(-context // spec.page_size)
-    whole_fp16 = spec.n_layers * pages * spec.frame_bytes
+    held = held_pages(spec, windows, context, chunk)
+    whole_fp16 = held * spec.frame_bytes
     # Sealed pages in pairs per frame, one open page per layer, one frame to work with.
-    whole_int8 = (spec.n_layers * pages + 1) // 2 * spec.frame_bytes + (spec.n_layers + 1) * spec.frame_bytes
+    whole_int8 = (held + 1) // 2 * spec.frame_bytes + (spec.n_layers + 1) * spec.frame_bytes
     budget = resolve_budget(kv_budget, spec, context)
-    summaries = summary_bytes(spec, pages) if selective else 0
+    summaries = summary_bytes(spec, -(-context // spec.page_size)) if selective else 0
     if budget is None:
         compress = mode == KVMode.INT8
         arena = max(whole_int8 if compress else whole_fp16, PageManager.least_bytes(spec))
@@ -98,7 +117,7 @@ def plan_budget(
     piece_pages, ring_pieces = staging_ring(spec, budget, run_pages, selective)
     staging_bytes = summaries + (0 if drops else ring_pieces * piece_pages * spec.record_bytes)
     needed = PageManager.least_bytes(spec, PINNED_PAGES if drops else 0) + staging_bytes
-    gathered = 2 * spec.n_layers * pages * spec.warm_bytes if inline else 0
+    gathered = 2 * held * spec.warm_bytes if inline else 0
     if inline and budget < needed + gathered:
         raise BudgetError(
             f"the inline form takes every page of {context} tokens in one call: {format_bytes(needed + gathered)}, and the KV"

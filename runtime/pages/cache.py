@@ -22,7 +22,7 @@ from .counters import CacheUse
 from .invariants import check_pages
 from .manager import PageManager
 from .merge import merge_pages
-from .policy import CacheOptions
+from .policy import SPARE_PAGES, CacheOptions
 from .table import NOTHING, Int, PageTable, offloaded
 
 Bytes = NDArray[np.uint8]
@@ -56,8 +56,26 @@ class KVCache:
         arena: type[Arena] = Arena,
     ) -> None:
         self.spec = spec
-        self.table = PageTable(spec, max_pages)
+        self.table = PageTable(spec, max_pages, options.windows)
         self.manager = PageManager(spec, self.table, options, kernels, store, arena)
+
+    def begin_step(self) -> None:
+        """Begin a step of new tokens: pages that neither they nor any later token sees are freed, where that was asked for.
+
+        Between two steps all layers hold the same tokens, so that a step that fails can still be taken back.
+        """
+        self.manager.step += 1
+        table, size = self.table, self.spec.page_size
+        if not (table.has_windows and self.manager.options.forget_unseen):
+            return
+        keep = table.first_seen() - SPARE_PAGES
+        for layer in np.flatnonzero(keep > table.passed).tolist():
+            for page in range(int(table.passed[layer]), int(keep[layer])):
+                self.manager.free_page(layer, page)
+            slots = slice(int(table.passed[layer]) * size, int(keep[layer]) * size)
+            table.passed_tokens[layer] += np.count_nonzero(table.tokens[layer, slots] != NOTHING)
+            table.tokens[layer, slots] = NOTHING
+            table.passed[layer] = keep[layer]
 
     def append(self, layer: int, keys: Float, values: Float, tokens: Int) -> None:
         """Add new tokens to one layer; full pages are sealed.
@@ -268,7 +286,8 @@ class KVCache:
         table, page_size = self.table, self.spec.page_size
         tokens = np.unique(tokens)
         held = [table.holds(layer, tokens) for layer in range(self.spec.n_layers)]
-        known = np.any(held, axis=0)
+        behind = (tokens >= 0) & (tokens < int(table.passed.max()) * page_size)
+        known = np.any(held, axis=0) | behind
         for token in tokens[~known].tolist():
             if not any(token in pruned for pruned in table.pruned):
                 raise TokenNotFound(f"token {token} is not in the cache, so it cannot be pruned; nothing was changed")
@@ -294,10 +313,10 @@ class KVCache:
         """Keep the first ``n_slots`` slots of every layer and forget the rest.
 
         A page is quantised once, so a compressed page cannot be reopened: when the cut falls inside one, the
-        whole page goes.
+        whole page goes. When a token behind the cut would see pages that were freed since no later one did, all goes.
 
         Returns:
-            how many slots were kept in the longest layer: ``n_slots``, or less by up to a page.
+            how many slots were kept in the longest layer: ``n_slots``, or less by up to a page, or none.
         """
         table, page_size = self.table, self.spec.page_size
         cut = n_slots // page_size
@@ -306,6 +325,8 @@ class KVCache:
             tiers = table.tier[reaching, cut] if cut < table.max_pages else np.empty(0)
             if not np.isin(tiers, (Tier.HOT, Tier.FREE)).all():
                 n_slots = cut * page_size
+        if self.table.passed.any() and (n_slots - table.windows + 1 < table.passed * page_size)[table.passed > 0].any():
+            n_slots = cut = 0
         first_gone = -(-n_slots // page_size)
         for layer in range(self.spec.n_layers):
             if table.n_slots[layer] <= n_slots:
@@ -329,6 +350,8 @@ class KVCache:
             for page in np.unique(late // page_size).tolist():
                 if table.live_slots(layer, page) == 0:
                     self.manager.free_page(layer, page)
+        if not n_slots:
+            table.passed[:] = table.passed_tokens[:] = 0
         return min(n_slots, int(table.n_slots.max()))
 
     def pin(self, n_tokens: int) -> None:

@@ -201,6 +201,7 @@ class PageManager:
         self._free_record(layer, page)
         table.tier[layer, page] = Tier.FREE
         table.refs["mask"][layer, page] = 0
+        table.refs["n_slots"][layer, page] = 0
         table.marked[layer, page] = False
 
     def _free_record(self, layer: int, page: int) -> None:

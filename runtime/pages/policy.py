@@ -100,6 +100,8 @@ def make_policy(name: str) -> Policy:
     return policies[POLICY.check(name)]
 
 
+#: Pages behind a window that are kept: a sequence that is cut back by less need not be computed again.
+SPARE_PAGES = 1
 #: Sealed pages at the end of a layer that are pinned, and with the first page, all that are.
 RECENT_PAGES = 2
 PINNED_PAGES = 1 + RECENT_PAGES
@@ -111,8 +113,10 @@ class CacheOptions:
 
     ``compress_at_seal``: quantise a page as soon as it is full. ``threshold``: share of the budget above which pages
     are reclaimed after each append. ``recent_pages`` and the first page are pinned: reclaim offloads
-    them last and never drops them. ``merge_layers``: where pages that are mostly pruned may be merged; None: everywhere. A
-    layer with a sliding window is none of them: the kernel takes the slots of a page for consecutive positions.
+    them last and never drops them. ``windows``: per layer, how many tokens a token sees, 0 for all; pages that no token to come
+    sees leave first, and with ``forget_unseen`` they are freed as soon as that is so. ``merge_layers``: where pages that are
+    mostly pruned may be merged; None: everywhere. A layer with a sliding window is none of them: the kernel takes the slots of a
+    page for consecutive positions.
     """
 
     budget_bytes: int
@@ -121,6 +125,8 @@ class CacheOptions:
     allow_drop: bool = False
     threshold: float = 1.0
     recent_pages: int = RECENT_PAGES
+    windows: tuple[int, ...] = ()
+    forget_unseen: bool = False
     merge_layers: frozenset[int] | None = frozenset()
     policy: Policy = field(default_factory=LRU)
 
@@ -133,16 +139,21 @@ def candidates(
     unpinned: bool = False,
     among: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.int64]:
-    """Return sealed pages of a tier, rows (layer, page): unpinned ones first, each group in the policy's order."""
+    """Return sealed pages of a tier, rows (layer, page): those that no token to come sees, then unpinned ones, then the others.
+
+    Each group is in the policy's order.
+    """
     wanted = (table.tier == tier) & table.sealed()
     layers, pages = np.nonzero(wanted if among is None else wanted & among)
     tail = table.n_slots[layers] // table.spec.page_size
     pinned = table.marked[layers, pages] | (pages == 0) | (pages >= tail - options.recent_pages)
+    seen = table.seen()[layers, pages] if table.has_windows else np.ones(len(pages), bool)
+    pinned &= seen
     if unpinned:
-        layers, pages, pinned = layers[~pinned], pages[~pinned], pinned[~pinned]
+        layers, pages, seen, pinned = layers[~pinned], pages[~pinned], seen[~pinned], pinned[~pinned]
     use = PageUse(layers, pages, table.last_used[layers, pages], table.mass[layers, pages])
     order = options.policy.order(use)
-    order = order[np.argsort(pinned[order], kind="stable")]
+    order = order[np.argsort(seen[order].astype(np.int8) + pinned[order], kind="stable")]
     return np.stack([layers[order], pages[order]], axis=1)
 
 

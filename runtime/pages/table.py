@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.errors import TokenNotFound, TokenPruned
+from edgekv.errors import TokenDropped, TokenNotFound, TokenPruned
 from edgekv.spec import PageSpec
 from edgekv.tiers import Tier
 
@@ -33,10 +33,18 @@ class PageTable:
 
     A slot's index is the order of arrival within its layer: slot ``s`` is in page ``s // page_size``. A page is
     sealed once all its slots were written; the tail page is open until then.
+
+    Args:
+        windows: per layer, how many tokens a token sees, itself included; 0: all of them. Without any: 0 in every layer.
     """
 
-    def __init__(self, spec: PageSpec, max_pages: int) -> None:
+    def __init__(self, spec: PageSpec, max_pages: int, windows: tuple[int, ...] = ()) -> None:
         self.spec = spec
+        self.windows = np.array(windows or (0,) * spec.n_layers, np.int64)
+        self.has_windows = bool(self.windows.any())
+        #: Pages before this one were freed, since no token to come sees them, and how many tokens they held.
+        self.passed = np.zeros(spec.n_layers, np.int64)
+        self.passed_tokens = np.zeros(spec.n_layers, np.int64)
         layers = spec.n_layers
         self.refs = np.zeros((layers, max_pages), PAGE_REF)
         self.tier = np.full((layers, max_pages), Tier.FREE, np.uint8)
@@ -71,6 +79,16 @@ class PageTable:
     def n_pages(self, layer: int) -> int:
         """Pages of a layer, the open one included."""
         return -(-int(self.n_slots[layer]) // self.spec.page_size)
+
+    def first_seen(self) -> Int:
+        """Return per layer the first page that the next token sees, and no token to come sees an earlier one."""
+        behind = np.where(self.windows > 0, self.n_slots - self.windows + 1, 0)
+        first: Int = np.maximum(behind, 0) // self.spec.page_size
+        return first
+
+    def seen(self) -> NDArray[np.bool_]:
+        """Return [n_layers, max_pages] False where no token to come sees a page."""
+        return np.arange(self.max_pages)[None, :] >= self.first_seen()[:, None]
 
     def sealed(self) -> NDArray[np.bool_]:
         """Return [n_layers, max_pages] True where every slot of a page was written."""
@@ -110,7 +128,7 @@ class PageTable:
         """Return the slot of each token [n] int64.
 
         Raises:
-            TokenPruned, TokenNotFound: a token has no slot in this layer.
+            TokenPruned, TokenDropped, TokenNotFound: a token has no slot in this layer.
         """
         held = self.tokens[layer, : int(self.n_slots[layer])]
         in_range = (tokens >= 0) & (tokens < held.size)
@@ -125,6 +143,10 @@ class PageTable:
             token = int(tokens[missing][0])
             if token in self.pruned[layer]:
                 raise TokenPruned(f"token {token} was pruned from layer {layer}; its keys and values are gone")
+            if 0 <= token < int(self.passed[layer]) * self.spec.page_size:
+                raise TokenDropped(
+                    f"token {token} lies behind the window of layer {layer}; its keys and values are gone"
+                )
             raise TokenNotFound(
                 f"token {token} is not in the cache of layer {layer}, which holds {self.count(layer)} tokens"
             )
@@ -135,8 +157,8 @@ class PageTable:
         return np.isin(tokens, self.tokens[layer, : int(self.n_slots[layer])]) & (tokens >= 0)
 
     def count(self, layer: int) -> int:
-        """Number of tokens in a layer that were not pruned (dropped ones included)."""
-        return int(np.count_nonzero(self.tokens[layer] != NOTHING))
+        """Number of tokens in a layer that were not pruned (dropped ones included, and those behind its window)."""
+        return int(np.count_nonzero(self.tokens[layer] != NOTHING) + self.passed_tokens[layer])
 
 
 def _widened(column: NDArray[Any], extra: int, fill: int) -> NDArray[Any]:

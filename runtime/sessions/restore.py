@@ -44,7 +44,7 @@ class Restorable(Protocol):
 def restore_pages(cache: KVCache, rows: list[Row], store: Restorable) -> int:
     """Fill an empty cache with the pages of a session: in RAM as far as the budget allows, the rest COLD.
 
-    Every record is read once and checked; the first damaged one ends what is restored.
+    Every record that a token to come may see is read once and checked; the first damaged one ends what is restored.
 
     Returns:
         how many pages (of all layers) the cache holds now.
@@ -54,6 +54,8 @@ def restore_pages(cache: KVCache, rows: list[Row], store: Restorable) -> int:
     """
     manager, spec = cache.manager, cache.spec
     cache.table.grow(len(rows) + 1)
+    behind = np.where(cache.table.windows > 0, len(rows) * spec.page_size - cache.table.windows + 1, 0)
+    unseen = (np.maximum(behind, 0) // spec.page_size).tolist()  # per layer, pages that are not read
     batch = max(1, _BATCH_BYTES // (spec.record_bytes * spec.n_layers))
     buffers = [aligned_rows(batch * spec.n_layers, spec.record_bytes) for _ in range(2)]
 
@@ -62,8 +64,11 @@ def restore_pages(cache: KVCache, rows: list[Row], store: Restorable) -> int:
             (row.records[layer], layer, page)
             for page, row in enumerate(rows[first : first + batch], first)
             for layer in range(len(row.records))
+            if page >= unseen[layer]
         ]
         places.sort()
+        if not places:
+            return places, buffers[0][:0], []
         out = buffers[first // batch % 2][: len(places)]
         return places, out, store.try_read([p[0] for p in places], [tag(*p[1:]) for p in places], out)
 
@@ -76,6 +81,10 @@ def restore_pages(cache: KVCache, rows: list[Row], store: Restorable) -> int:
                 ahead = reader.submit(read, first + batch)
             bad = min((p[2] for p, whole in zip(places, good, strict=True) if not whole), default=len(rows))
             cache.adopt(first, min(bad, first + batch, len(rows)))
+            for page in range(first, min(bad, first + batch, len(rows))):
+                for layer, record in enumerate(rows[page].records):
+                    if page < unseen[layer]:
+                        manager.adopt(layer, page, record)
             room = True
             for (record, layer, page), row in zip(places, out, strict=True):
                 if page < bad:

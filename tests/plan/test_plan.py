@@ -221,11 +221,14 @@ def test_a_profile_that_is_a_file_is_named_as_one(config: Path, tmp_path: Path) 
     assert f"--profile {own} " in advice.commands[-1]
 
 
-def test_a_context_beyond_the_model_is_planned_at_what_it_was_made_for_at_once(config: Path) -> None:
-    data = json.loads(command(str(config), "--profile", "galaxy-s24-8gb", "--context", "999999999", "--json"))
-    assert data["plan"]["problem"] == "the model was made for 131072 tokens, not 999999999; lower --context"
-    assert data["plan"]["workload"]["context"] == 131072
-    assert "--context 131072" in data["advice"]["commands"][-1]
+def test_a_context_beyond_the_model_is_planned_at_what_it_was_made_for(config: Path) -> None:
+    model, workload = read_model(config), Workload(9999999, 9000000)
+    plan, advice = make_plan(model, PHONE, workload), advise(model, PHONE, workload)
+    assert plan.problem == "the model was made for 131072 tokens, not 9999999; lower --context"
+    assert plan.workload.context == 131072
+    assert "--context 131072" in advice.commands[-1]
+    with pytest.raises(UsageError, match="above what the model was made for, 131072"):
+        command(str(config), "--profile", "galaxy-s24-8gb", "--context", "9999999")
 
 
 def test_yarn_in_the_configuration_lengthens_the_context(tmp_path: Path) -> None:

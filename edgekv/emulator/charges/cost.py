@@ -126,7 +126,8 @@ class StepCost:
         """
         if not refs.size:
             return [0] * len(pieces.starts), [0] * len(pieces.starts), 0
-        slots, count = refs["n_slots"].reshape(-1), refs.size
+        slots = refs["n_slots"].reshape(-1)
+        count = int(np.count_nonzero(slots))
         if first_positions is not None:
             inside = refs["position"] + self.pages.page_size > first_positions[:, None]
             slots, count = slots * inside.reshape(-1), int(np.count_nonzero(inside))

@@ -146,6 +146,8 @@ class WeightlessApp:
             run_pages=self._kernels.RUN_PAGES,
             selective=self._attend.selective,
             drops=settings.allow_drop and not settings.session,
+            windows=() if settings.session else shape.model.windows,
+            chunk=settings.prefill_chunk,
         )
         self._scratch = scratch
         self._store: BlankStore | None = None
@@ -168,6 +170,8 @@ class WeightlessApp:
             compress_at_seal=plan.compress_at_seal,
             allow_drop=settings.allow_drop,
             policy=self._policy,
+            windows=self._shape.model.windows,
+            forget_unseen=not settings.session,
         )
         if settings.session or not (plan.fits or settings.allow_drop):
             kept = [record for row in self._saved for record in row.records]
@@ -193,7 +197,8 @@ class WeightlessApp:
         self._cache = cache
         device.watch(cache, plan, lambda: None)
         if self._store is not None and self._saved:
-            device.count_fetched(restore_pages(cache, self._saved, self._store) * spec.n_layers)
+            restore_pages(cache, self._saved, self._store)
+            device.count_fetched(self._store.counters.records_read)
 
     def ask(self, turn: Turn) -> int:
         """Add a prompt by its length.
