@@ -454,6 +454,7 @@ MAX_MEMORY_MB = Real("max_memory_mb", 0, 2**30, above=True)
 MEMORY_THRESHOLD_PERCENT = Real("memory_threshold_percent", 0, 100, above=True)
 QUANTIZATION_ENABLED = Flag("quantization_enabled")
 OFFLOAD_DIR = Place("offload_dir")
+TOKEN_INDEX = Whole("token_index", 0, 2**31 - 1)
 N_PAGES = Whole("n_pages", 1, 2**31 - 1)
 
 APP_LIMIT = Size("app_limit")
@@ -479,6 +480,19 @@ def check_all(values: object, settings: Mapping[str, Setting[Any]], optional: Se
         value = getattr(values, name)
         if value is not None or name not in optional:
             object.__setattr__(values, name, setting.check(value, name))
+
+
+def texts(values: object, setting: Words) -> list[str]:
+    """Check a text or a sequence of texts, and return a list.
+
+    Raises:
+        UsageError: it is neither; the error names the first that is none.
+    """
+    if isinstance(values, str):
+        return [setting.check(values)]
+    if not isinstance(values, Sequence) or isinstance(values, bytes):
+        setting.refuse(values)
+    return [setting.check(value) for value in values]
 
 
 def whole_numbers(values: object, said: str, *, most: int) -> NDArray[np.int64]:

@@ -182,7 +182,7 @@ class Generator:
         sampler = Sampler(sampling)
         self.stats.seed = sampler.seed if sampling.temperature else None
         stop_tokens = self.manifest.model.eos_token_ids
-        sequence = list(prompt)
+        sequence = self._ids(prompt)
         with self._turns:
             self.stats.finish_reason, self.stats.context_full = None, False
             logits = self.prefill(prompt, max_tokens=MAX_TOKENS.check(max_tokens), pin=pin, progress=progress)

@@ -35,6 +35,7 @@ from edgekv.settings import (
     OFFLOAD_DIR,
     PAGE_SIZE,
     QUANTIZATION_ENABLED,
+    TOKEN_INDEX,
     Whole,
     whole_numbers,
 )
@@ -232,7 +233,8 @@ class MemoryManager:
         """
         self._check_layer(layer_idx)
         table, size = self.cache.table, self.page_size
-        slot = int(table.find(layer_idx, self._tokens([token_index]))[0])
+        tokens = self._tokens([TOKEN_INDEX.check(token_index)])
+        slot = int(table.find(layer_idx, tokens)[0])
         held = table.tokens[layer_idx, slot // size * size : (slot // size + 1) * size]
         tier = int(table.tier[layer_idx, slot // size])
         return {

@@ -60,7 +60,7 @@ class Meter(Protocol):
         ...
 
     def token_layer(self, layer: int, streamed: bool) -> int:
-        """A layer has attended, to pages some of which were ``streamed`` from flash.
+        """The segment of a layer ran and its attention too, over pages some of which were ``streamed`` from flash.
 
         Returns:
             -1, or the row of the layer's plan that the drive damaged.
@@ -68,10 +68,6 @@ class Meter(Protocol):
         Raises:
             OSError: the drive failed.
         """
-        ...
-
-    def token_ended(self) -> None:
-        """The token is in the cache."""
         ...
 
     # -- pages from flash --------------------------------------------------------------------------------------
@@ -134,9 +130,6 @@ class Silence:
     def token_layer(self, layer: int, streamed: bool) -> int:
         """Nobody is told, and nothing is damaged."""
         return -1
-
-    def token_ended(self) -> None:
-        """Nobody is told."""
 
     def ring_opened(self, n_slots: int) -> None:
         """Nobody is told."""

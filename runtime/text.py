@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekv.bundle import Manifest
 from edgekv.errors import BundleError, UsageError
+from edgekv.settings import STOP, texts
 
 if TYPE_CHECKING:
     from .chat_template import ChatTemplate
@@ -199,7 +200,7 @@ class TextStream:
 
     def __init__(self, text: Text, stop: str | Sequence[str] = ()) -> None:
         self._special = text.special
-        self._stop = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
+        self._stop = [s for s in texts(stop, STOP) if s]
         self._decoding = _Decoding(text)
         self._read = ""  # text and names of special tokens, from the end of a token on
         self._kinds: list[int] = []  # of each of its characters: text, the first of a name, or a later one

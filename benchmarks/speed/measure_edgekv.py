@@ -9,73 +9,63 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.kernels.choose import load_kernels
-from edgekv.runtime.kernels.interface import Refs
-from edgekv.runtime.machine import Host
-from edgekv.runtime.meter import Silence
 from edgekv.tiers import KVMode
 
 from . import timing
 
 
-class Stopwatch(Silence):
-    """A meter that counts the seconds of a step of one token: segments, attention, and from its beginning to its head.
-
-    Writing a token's keys and values into its page happens between the attention of a layer and the next segment, and counts
-    as that segment's: some microseconds a layer.
-    """
+class Stopwatch:
+    """Counts the seconds that wrapped functions take."""
 
     def __init__(self) -> None:
-        self.dense = self.attention = 0.0
-        self._at = 0.0
+        self.seconds = 0.0
 
-    def _lap(self) -> float:
-        before, self._at = self._at, time.perf_counter()
-        return self._at - before
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, timed."""
 
-    def token_began(self, refs: Refs, position: int) -> None:
-        """Start the watch; what came before was bookkeeping."""
-        self._lap()
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds += time.perf_counter() - started
+            return result
 
-    def segment_ran(self) -> None:
-        """Count a segment."""
-        self.dense += self._lap()
-
-    def token_layer(self, layer: int, streamed: bool) -> int:
-        """Count the attention of a layer."""
-        self.attention += self._lap()
-        return -1
-
-    def token_ended(self) -> None:
-        """Count nothing: adding the token to the cache is bookkeeping."""
-        self._lap()
-
-    def head_ran(self, rows: int) -> None:
-        """Count the last segment."""
-        self.dense += self._lap()
+        return timed
 
 
-class Watched(Host):
-    """A machine with a stopwatch."""
+class Timed:
+    """Stands in for an object and times some of its methods."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.meter = Stopwatch()
+    def __init__(self, inner: Any, stopwatch: Stopwatch, methods: tuple[str, ...]) -> None:
+        self._inner = inner
+        for name in methods:
+            setattr(self, name, stopwatch.wrap(getattr(inner, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
-def profile(generator: Generator, watch: Stopwatch, token: int, rounds: int = 16) -> dict[str, float]:
-    """Return the median milliseconds of a token: dense, attention, and rest: the page manager and Python."""
+def profile(generator: Generator, token: int, rounds: int = 16) -> dict[str, float]:
+    """Return the median milliseconds of a token: dense, attention, and rest."""
+    assert generator.prepared is not None
+    forward: Any = generator.prepared.forward
+    dense, attention = Stopwatch(), Stopwatch()
+    forward._engine = Timed(forward._engine, dense, ("run", "head"))
+    attender = forward._attender
+    attender._attention = Timed(attender._attention, attention, ("run",))
     rows = []
     for _ in range(rounds):
-        watch.dense = watch.attention = 0.0
+        dense.seconds = attention.seconds = 0.0
         started = time.perf_counter()
         generator.step([token])
         total = time.perf_counter() - started
-        rows.append((total, watch.dense, watch.attention, total - watch.dense - watch.attention))
+        rows.append((total, dense.seconds, attention.seconds, total - dense.seconds - attention.seconds))
     names = ("profiled_ms", "dense_ms", "attention_ms", "rest_ms")
     return {
         name: round(1e3 * statistics.median(column), 3)
@@ -107,8 +97,7 @@ def main(options: argparse.Namespace) -> None:
         threads=options.threads,
         own_process=True,
     )
-    machine = Watched()
-    generator = Generator.open(options.model, settings, machine)
+    generator = Generator.open(options.model, settings)
     load_s = time.perf_counter() - started
     generator.prefill([3] * timing.WARM_UP, max_tokens=1)
     start_s = timing.process_age_s()
@@ -126,7 +115,7 @@ def main(options: argparse.Namespace) -> None:
     line = timing.Timing(options, "edgekv", load_s).measure(prefill, step)
     line |= {"isa": generator.kernels.isa(), "start_s": round(start_s, 2)}
     line["limit_tok_s"] = round(memory_limit(generator, options.context, options.threads), 1)
-    timing.emit({**line, **profile(generator, machine.meter, token)})
+    timing.emit({**line, **profile(generator, token)})
 
 
 if __name__ == "__main__":

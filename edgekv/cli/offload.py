@@ -74,8 +74,10 @@ def remove(
         raise UsageError("name the runs to remove, or give --older-than HOURS; edgekv offload list URL shows them")
     found = list_runs(url)
     for wanted in runs or []:
-        if sum(run.name.startswith(wanted) for run in found) != 1:
-            raise UsageError(f"{wanted} is not the beginning of exactly one run; edgekv offload list {url} shows them")
+        if not wanted or sum(run.name.startswith(wanted) for run in found) != 1:
+            raise UsageError(
+                f"{wanted!r} is not the beginning of exactly one run; edgekv offload list {url} shows them"
+            )
     since = datetime.now(timezone.utc) - timedelta(hours=older_than or 0)
     gone = [run.name for run in found if (run.name.startswith(tuple(runs)) if runs else run.newest < since)]
     for name in gone:

@@ -121,8 +121,10 @@ def remove(
         if not ids:
             raise UsageError("name the prefixes to remove, or give --all; edgekv prefix list shows them")
         for wanted in ids:
-            if sum(path.name.startswith(wanted) for path in paths) != 1:
-                raise UsageError(f"{wanted} is not the beginning of exactly one prefix; edgekv prefix list shows them")
+            if not wanted or sum(path.name.startswith(wanted) for path in paths) != 1:
+                raise UsageError(
+                    f"{wanted!r} is not the beginning of exactly one prefix; edgekv prefix list shows them"
+                )
         paths = [path for path in paths if path.name.startswith(tuple(ids))]
     for path in paths:
         prefixes.remove_prefix(path)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from edgekv import settings
-from edgekv.errors import UsageError
+from edgekv.errors import EdgeKVError, UsageError
 
 from .files import write_text
 from .options import argument, option
@@ -48,12 +48,12 @@ def sweep_command(
     """Emulate every combination of devices, contexts, policies and budgets, without weights. Interrupted, it goes on where it was."""
     from edgekv.device_profiles import names
     from edgekv.emulator.play.shape_app import read_shape, shape_of
-    from edgekv.emulator.sweep.html import HEADINGS, cells, to_html
+    from edgekv.emulator.sweep.html import to_html
     from edgekv.emulator.sweep.sweep import all_cases, sweep
 
     chosen = names() if profiles == "all" else _words(profiles)
     cases = all_cases(
-        chosen, [_number(word) for word in _words(contexts)], _words(policies), _words(budgets), _words(attends),
+        chosen, [settings.CONTEXT.read(word, "--contexts") for word in _words(contexts)], _words(policies), _words(budgets), _words(attends),
         max_tokens=max_tokens, seed=seed,
     )  # fmt: skip
     shape = (
@@ -75,7 +75,15 @@ def sweep_command(
         write_text(page, to_html(model.name, rows), "--page")
     if as_json:
         print_json_line(rows)
-        return
+    else:
+        _print_table(rows)
+    if all(row["ttft_s"] is None for row in rows):
+        raise EdgeKVError(f"none of the {len(rows)} cases could be run; of the first: {rows[0]['error']}")
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from edgekv.emulator.sweep.html import HEADINGS, cells
+
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in HEADINGS:
         table.add_column(heading, no_wrap=True)
@@ -92,9 +100,3 @@ def _words(text: str) -> list[str]:
     if not words:
         raise UsageError(f"an empty list: {text!r}; write it like a,b")
     return words
-
-
-def _number(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise UsageError(f"--contexts: {word!r} is not a number of tokens")
-    return int(word)

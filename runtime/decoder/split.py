@@ -33,7 +33,7 @@ class SplitForward:
         self._cache = cache
         self._attender = attender
         self._meter = meter
-        self._token_step = TokenStep(engine, cache, attender, meter)
+        self._token_step = TokenStep(engine, cache, attender)
 
     def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
         """Run T tokens; see :class:`Forward`."""

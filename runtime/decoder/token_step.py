@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from ..attention.attend import Attender
 from ..engines.base import SegmentEngine, StepBuffers
-from ..meter import Meter
 from ..pages.cache import KVCache
 
 Int = NDArray[np.int64]
@@ -20,11 +19,10 @@ Int = NDArray[np.int64]
 class TokenStep:
     """Steps of one token over a cache whose pages are all in RAM, or on flash where the kernels can stream them."""
 
-    def __init__(self, engine: SegmentEngine, cache: KVCache, attender: Attender, meter: Meter) -> None:
+    def __init__(self, engine: SegmentEngine, cache: KVCache, attender: Attender) -> None:
         self._engine = engine
         self._cache = cache
         self._attender = attender
-        self._meter = meter
         # Rows of the page table and of the mass by layer, kept from token to token while the pages are as many.
         self._refs: NDArray[np.void] | None = None
         self._rows: list[NDArray[np.void]] = []
@@ -34,7 +32,6 @@ class TokenStep:
     def run(self, buffers: StepBuffers, positions: Int) -> None:
         """Run the segments on the token in ``buffers`` at ``positions`` [1], and add it to the cache."""
         cache, engine, attender = self._cache, self._engine, self._attender
-        segment_ran = self._meter.segment_ran
         write_hot, page_size = cache.manager.kernels.write_hot, cache.spec.page_size
         place = cache.begin_token()
         try:
@@ -42,14 +39,12 @@ class TokenStep:
             attender.begin_all(cache.table.refs[:, : self._mass.shape[1]], int(positions[0]))
             for layer, address in enumerate(place.addresses):
                 engine.run(layer, buffers)
-                segment_ran()
                 attender.attend_all(layer, buffers, positions, self._rows[layer], self._mass_rows[layer])
                 write_hot(address, place.inside, buffers.k, buffers.v, page_size)
         except BaseException:
             cache.cancel_token(place)
             raise
         cache.commit_token(place, int(positions[0]), self._mass)
-        self._meter.token_ended()
 
     def _view(self, n_pages: int) -> None:
         table = self._cache.table

@@ -82,13 +82,11 @@ class DeviceMeter:
     def step_began(self, n_tokens: int) -> None:
         """Begin a step."""
         self._device.begin_step(n_tokens)
-        self._whole = False
         self._segment_s = self._segment(n_tokens)
 
     def segment_ran(self) -> None:
-        """Charge a segment, unless the step is charged as a whole."""
-        if not self._whole:
-            self._clock.compute(self._segment_s)
+        """Charge a segment."""
+        self._clock.compute(self._segment_s)
 
     def head_ran(self, rows: int) -> None:
         """Charge the last segment."""
@@ -133,6 +131,7 @@ class DeviceMeter:
         walk = self._walk if streamed else None
         if self._whole:
             return self._token.attended(walk)
+        self.segment_ran()
         window = self.cost.model.windows[layer]
         self._from = self._position - window + 1 if window else 0
         refs, own_s = self._refs[layer], self.cost.attention(0.0, 0.0, 1.0)
@@ -147,9 +146,6 @@ class DeviceMeter:
         damaged = walk.pass_through(layer, list(map(self.cost.token_attention, slots, hot)), heed=True)
         self._clock.compute(own_s)
         return damaged
-
-    def token_ended(self) -> None:
-        """What the host does beside is in the price of a step."""
 
     # -- pages from flash --------------------------------------------------------------------------------------
 
