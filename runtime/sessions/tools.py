@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekv.errors import SessionError, SessionMismatch, UsageError
+from edgekv.files import make_folder
 from edgekv.scratch import HIDDEN, ScratchFolder
 
 from ..options import SessionOptions
@@ -138,6 +139,8 @@ def compact(path: Path, secret: bytes | None = None) -> tuple[int, int]:
     """
     session = Session.open(SessionOptions(path, secret=secret), None)
     try:
+        if session.read_only is not None:
+            raise SessionError(f"the session {path} cannot be written: {session.read_only}")
         before = _flash_bytes(path)
         session.rewrite()
         return before, _flash_bytes(path)
@@ -151,8 +154,18 @@ def copy(path: Path, target: Path, secret: bytes | None = None) -> None:
     Raises:
         UsageError: the target exists. StoreLocked, StoreError, SessionError: see :func:`compact`.
     """
-    fork(path, target, secret)
-    compact(target, secret)
+    if target.exists():
+        raise UsageError(f"{target} exists already; choose another name for the copy")
+    try:
+        make_folder(target.parent)
+        with ScratchFolder(target.parent, HIDDEN) as scratch:
+            made = scratch.path / target.name
+            fork(path, made, secret)
+            compact(made, secret)
+            os.rename(made, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise SessionError(f"cannot make the session {target}: {error.strerror}") from error
 
 
 def fork(path: Path, target: Path, secret: bytes | None = None) -> None:

@@ -8,6 +8,7 @@ segment that another session shares (by a hard link) is only read, new records g
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -115,7 +116,7 @@ class SegmentStore:
             if number in self._segments:
                 continue
             try:
-                segment = PageFile.open(path, self._kind, number << 32, write=self._write)
+                segment = self._open_segment(path, number)
             except OSError as error:
                 raise StoreError(
                     f"cannot open the pages of the session {self.folder}: {path.name}: {error.strerror}; a file that is moved"
@@ -123,8 +124,15 @@ class SegmentStore:
                 ) from error
             self._segments[number] = segment
             self._last_number = max(self._last_number, number)
-            if self._write and not segment.shared:
-                self._writable.add(number)
+
+    def _open_segment(self, path: Path, number: int) -> PageFile:
+        if self._write:
+            with contextlib.suppress(PermissionError):  # then it is only read, and new records go to another
+                segment = PageFile.open(path, self._kind, number << 32)
+                if not segment.shared:
+                    self._writable.add(number)
+                return segment
+        return PageFile.open(path, self._kind, number << 32, write=False)
 
     # -- records -----------------------------------------------------------------------------------------------
 
@@ -297,9 +305,9 @@ class SegmentStore:
 
     def _segment_for_writing(self) -> int:
         self._retire_shared()
-        return max(self._writable, default=0) or self._open_segment()
+        return max(self._writable, default=0) or self._begin_segment()
 
-    def _open_segment(self) -> int:
+    def _begin_segment(self) -> int:
         number = self._last_number + 1
         if not self._write:
             raise StoreError(f"{self._kind.name} is only read")

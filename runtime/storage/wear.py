@@ -84,7 +84,7 @@ class WearLedger:
             self._file = open_file(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise StoreError(
-                f"cannot write the wear ledger {self.path}: {error.strerror}; choose another folder with --offload DIR"
+                f"cannot write the wear ledger {self.path}: {error.strerror}; without it nothing may be written there"
             ) from error
 
     def reserve(self, size_bytes: int) -> None:
