@@ -41,7 +41,7 @@ def measure_drive(folder: Path, advance: Callable[[], None] = lambda: None) -> D
         StoreError: the folder cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with ScratchFolder(folder, "calibrate-") as scratch:
             handle, direct = _open(scratch.path / "drive")
             try:
