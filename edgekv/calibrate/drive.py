@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekv.errors import StoreError
+from edgekv.files import make_folder
 from edgekv.runtime.storage.reads import QUEUE_DEPTH
 from edgekv.runtime.system.buffers import aligned_rows
 from edgekv.scratch import ScratchFolder
