@@ -124,7 +124,8 @@ def planned_context(options: RunOptions, max_context: int, prompt_tokens: int, m
     limit = options.context or max_context
     if limit > max_context:
         raise PromptTooLong(f"--context {limit} is above what the model was made for, {max_context}")
-    return options.context or prompt_tokens + answer_room(limit, prompt_tokens, max_tokens)
+    needed = prompt_tokens + answer_room(limit, prompt_tokens, max_tokens)
+    return options.context or needed
 
 
 def answer_room(context: int, prompt_tokens: int, max_tokens: int) -> int:

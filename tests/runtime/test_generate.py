@@ -127,6 +127,7 @@ def test_a_prompt_that_leaves_no_room_in_the_context_is_refused_with_the_numbers
         pytest.raises(PromptTooLong, match=rf"{count} tokens .* context of 64"),
     ):
         next(generator.tokens(prompt(count), max_tokens=10))
+    assert generator.stats.prefill_tokens == 0
 
 
 @pytest.mark.parametrize("form", ["split", "inline"])
