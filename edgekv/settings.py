@@ -25,6 +25,8 @@ from typing import Any, Generic, NoReturn, SupportsFloat, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.contract import ENGINES, FORMS, OPERATORS
+from edgekv.contract import WEIGHTS as WEIGHT_KINDS
 from edgekv.errors import UsageError
 from edgekv.schema import shown
 from edgekv.sizes import parse_bytes
@@ -434,6 +436,10 @@ CONTEXT = Whole("context", 1, MOST_TOKENS)
 KV_BUDGET = Budget("kv_budget")
 KV = Mode("kv", KVMode)
 ATTEND = Attend("attend")
+ENGINE = Choice("engine", ENGINES)
+FORM = Choice("form", FORMS)
+WEIGHTS = Choice("weights", WEIGHT_KINDS)
+OPERATORS_OF = Choice("operators", OPERATORS)
 POLICY = Choice("policy", ("lru", "heavy", "window", "random"))
 OFFLOAD = Target("offload")
 FLASH_LIMIT = Size("flash_limit")

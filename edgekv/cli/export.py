@@ -28,36 +28,32 @@ def export_command(
     engine: Annotated[
         str | None,
         option(
-            settings.WORD,
+            settings.ENGINE,
             "--engine",
-            metavar="onnx|executorch",
             help="What will run it. Default: the one that was measured faster on machines like this one.",
         ),
     ] = None,
     form: Annotated[
         str,
         option(
-            settings.WORD,
+            settings.FORM,
             "--form",
-            metavar="split|inline",
             help="split: fast, for `edgekv run`. inline: one graph that any ONNX Runtime runs without our code.",
         ),
     ] = "split",
     weights: Annotated[
         str | None,
         option(
-            settings.WORD,
+            settings.WEIGHTS,
             "--weights",
-            metavar="int4|int8|fp16|fp32",
             help="How weights are stored. Default: int4 from 100 million parameters on, fp32 below.",
         ),
     ] = None,
     operators: Annotated[
         str | None,
         option(
-            settings.WORD,
+            settings.OPERATORS_OF,
             "--operators",
-            metavar="xnnpack|edgekv",
             help="What an ExecuTorch program computes with. xnnpack: runs everywhere, also in apps of your own. edgekv:"
             " int4 only, on our native kernels; faster on x86-64 with AVX-512 VNNI, slow elsewhere.",
         ),

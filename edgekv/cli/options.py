@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import typer
 
 from edgekv.errors import UsageError
-from edgekv.settings import Choice, Mode, Setting, Whole
+from edgekv.settings import PROFILE, Choice, Mode, Setting, Whole
 
 T = TypeVar("T")
 
@@ -27,8 +27,8 @@ def option(setting: Setting[Any], *names: str, help: str, **rest: Any) -> Any:
         names: as for :func:`typer.Option`, the long one first.
         rest: further arguments of :func:`typer.Option`.
     """
-    if isinstance(setting, (Choice, Mode)) and "autocompletion" not in rest:
-        rest["autocompletion"] = _beginning_with(setting.metavar.split("|"))
+    if "autocompletion" not in rest and (words := _words_of(setting)) is not None:
+        rest["autocompletion"] = beginning_with(words)
     rest.setdefault("metavar", setting.metavar)
     return typer.Option(*names, help=help, parser=reader(setting, names[0]), **rest)
 
@@ -55,8 +55,24 @@ def whole(name: str, least: int, most: int = 2**31 - 1) -> Whole:
     return Whole(name, least, most)
 
 
-def _beginning_with(words: list[str]) -> Callable[[str], list[str]]:
+def profile_names() -> Sequence[str]:
+    """Return the names of the device profiles."""
+    from edgekv.device_profiles import names
+
+    return names()
+
+
+def beginning_with(words: Callable[[], Sequence[str]], *, listed: bool = False) -> Callable[[str], list[str]]:
+    """Return what completes a word to one of some; ``listed``: the last of several with commas between."""
+
     def complete(incomplete: str) -> list[str]:
-        return [word for word in words if word.startswith(incomplete)]
+        before, comma, last = incomplete.rpartition(",") if listed else ("", "", incomplete)
+        return [f"{before}{comma}{word}" for word in words() if word.startswith(last)]
 
     return complete
+
+
+def _words_of(setting: Setting[Any]) -> Callable[[], Sequence[str]] | None:
+    if setting is PROFILE:
+        return profile_names
+    return (lambda: setting.metavar.split("|")) if isinstance(setting, (Choice, Mode)) else None

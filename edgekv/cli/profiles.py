@@ -13,6 +13,7 @@ from edgekv import device_profiles
 from edgekv.device_profiles import Quantity
 from edgekv.errors import ProfileError
 
+from .options import beginning_with, profile_names
 from .output import print_json, stdout
 
 app = typer.Typer(
@@ -22,7 +23,14 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A profile's name, or the path of a .toml file.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="A profile's name, or the path of a .toml file.",
+        autocompletion=beginning_with(profile_names),
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -79,8 +87,15 @@ def show(name: Name, as_json: Json = False) -> None:
 
 @app.command(epilog="Examples:  edgekv profiles diff galaxy-s23-8gb galaxy-s24-8gb")
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="A profile's name or file.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another profile's name or file.")],
+    first: Annotated[
+        str, typer.Argument(metavar="A", help="A profile's name or file.", autocompletion=beginning_with(profile_names))
+    ],
+    second: Annotated[
+        str,
+        typer.Argument(
+            metavar="B", help="Another profile's name or file.", autocompletion=beginning_with(profile_names)
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Show the fields in which two profiles differ."""
@@ -102,7 +117,12 @@ def diff(
     "edgekv profiles validate android-low-4gb"
 )
 def validate(
-    profiles: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Profiles: names or files.")],
+    profiles: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME|FILE...", help="Profiles: names or files.", autocompletion=beginning_with(profile_names)
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Check profiles; exit 2 when one is wrong."""

@@ -13,7 +13,7 @@ from edgekv import settings
 from edgekv.errors import EdgeKVError, UsageError
 
 from .files import write_text
-from .options import argument, option
+from .options import argument, beginning_with, option, profile_names
 from .output import print_json_line, stderr, stdout
 
 EPILOG = """
@@ -29,15 +29,15 @@ Examples:
 
 def sweep_command(
     model: Annotated[Path, argument(settings.FILE, "MODEL", help="The config.json of a Hugging Face model, or a bundle, of which only the shape is used.")],
-    profiles: Annotated[str, option(settings.WORD, "--profiles", metavar="A,B|all", help="Devices: names or files.")],
+    profiles: Annotated[str, option(settings.WORD, "--profiles", metavar="A,B|all", autocompletion=beginning_with(lambda: ["all", *profile_names()], listed=True), help="Devices: names or files.")],
     contexts: Annotated[str, option(settings.WORD, "--contexts", metavar="N,N", help="Tokens, prompt and answer together.")],
     out: Annotated[Path, option(settings.FILE, "--out", metavar="FILE", help="Where the table goes: .csv or .parquet. Cases that it holds are not run again.")],
-    policies: Annotated[str, option(settings.WORD, "--policies", metavar="A,B", help="lru, heavy, window, random.")] = "lru",
+    policies: Annotated[str, option(settings.WORD, "--policies", metavar="A,B", autocompletion=beginning_with(lambda: settings.POLICY.words, listed=True), help="lru, heavy, window, random.")] = "lru",
     budgets: Annotated[str, option(settings.WORD, "--budgets", metavar="A,B", help="KV budgets, as in `edgekv run`; device is what the device leaves.")] = "device",
     attends: Annotated[str, option(settings.WORD, "--attends", metavar="A,B", help="exact, selective:25%, ...")] = "exact",
     max_tokens: Annotated[int, option(settings.MAX_TOKENS, "--max-tokens", "-n", help="Tokens to generate in each case.")] = 64,
-    engine: Annotated[str, option(settings.WORD, "--engine", help="For a config.json: onnx or executorch.")] = "onnx",
-    weights: Annotated[str, option(settings.WORD, "--weights", help="For a config.json: int4, int8, fp16 or fp32.")] = "int4",
+    engine: Annotated[str, option(settings.ENGINE, "--engine", help="For a config.json: onnx or executorch.")] = "onnx",
+    weights: Annotated[str, option(settings.WEIGHTS, "--weights", help="For a config.json: int4, int8, fp16 or fp32.")] = "int4",
     page_size: Annotated[int, option(settings.PAGE_SIZE, "--page-size", help="For a config.json: tokens per page.")] = 32,
     seed: Annotated[int, option(settings.SEED, "--seed", help="Equal seeds give equal tables.")] = 0,
     page: Annotated[Path | None, option(settings.FILE, "--page", metavar="FILE.html", help="Also write a page that compares the cases, complete in one file.")] = None,
