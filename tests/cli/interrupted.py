@@ -18,15 +18,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import edgekv.__main__
 import edgekv.cli.main
 import edgekv.runtime.engines.onnx.options
-import edgekv.runtime.generate  # noqa: F401
-from edgekv.__main__ import main
+import edgekv.runtime.generate
+from edgekv.cli.interrupt import Signals
 
 TOKENS = 60
 PROMPT_CHARACTERS = 2600
 #: Of waiting for a process, before the run counts as hung.
 HUNG_S = 60.0
+
+
+class Watching(Signals):
+    """The signals of a run, which are held back until it watches them: what starts Python is not what is tested."""
+
+    def watch(self) -> None:
+        super().watch()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @dataclass(frozen=True)
@@ -59,13 +68,13 @@ def run(folder: Path, arguments: list[str], moment: Moment | None = None) -> End
     out.write_text("")
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell, wherever this test runs
+        edgekv.__main__.Signals = Watching  # type: ignore[attr-defined]
         for path, descriptor in ((out, 1), (errors, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.argv = ["edgekv", *arguments]
         code: object = 0
         try:
-            main()
+            edgekv.__main__.main()
         except SystemExit as end:
             code = end.code
         sys.stdout.flush()
@@ -105,6 +114,8 @@ def cpu_seconds(process: int) -> float:
 
 def check(bundle: str, folder: Path, count: int, seed: int) -> dict[str, object]:
     """Interrupt runs, and return what was seen of them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell, even where this runs in the background
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     prompt = folder / "prompt.txt"
     text = Path(__file__).resolve().parents[2] / "examples" / "long_prompt.txt"
     prompt.write_text(text.read_text()[:PROMPT_CHARACTERS])
