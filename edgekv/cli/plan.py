@@ -21,7 +21,7 @@ from edgekv.runtime.attention.select import attend_options
 from edgekv.sizes import format_bytes
 from edgekv.tiers import KVMode
 
-from .options import argument, option
+from .options import argument, beginning_with, option
 from .output import Facts, print_json, stdout
 
 #: Tokens of an answer, when --prompt does not say how much of the context is prompt.
@@ -48,7 +48,7 @@ def plan_command(
     all_profiles: Annotated[bool, typer.Option("--all-profiles", help="One line for every device.")] = False,
     context: Annotated[int, option(settings.CONTEXT, "--context", help="Tokens in the sequence at the most.")] = 4096,
     prompt: Annotated[int | None, option(settings.PROMPT_TOKENS, "--prompt", help=f"Tokens of it that are read before the first answer. Default: all but {ANSWER}, half at the least.")] = None,
-    engine: Annotated[str | None, option(settings.ENGINE, "--engine", help="onnx or executorch. Default: the bundle's, or onnx.")] = None,
+    engine: Annotated[str | None, option(settings.WORD, "--engine", autocompletion=beginning_with(lambda: settings.ENGINE.words), help="onnx or executorch. Default: the bundle's, or onnx.")] = None,
     weights: Annotated[str | None, option(settings.WEIGHTS, "--weights", help="int4, int8, fp16 or fp32. Default: the bundle's, or what `edgekv export` would choose.")] = None,
     attend: Annotated[str, option(settings.ATTEND, "--attend", metavar="exact|selective[:SHARE]", help="As for `edgekv run`.")] = "exact",
     kv: Annotated[KVMode | None, option(settings.KV, "--kv", help="As for `edgekv run`. Default: auto, or int8 where that is faster.")] = None,
