@@ -14,7 +14,7 @@ from edgekv.scratch import HIDDEN, ScratchFolder
 
 from .generate import Generator
 from .options import RunOptions, SessionOptions
-from .sessions.prefixes import key_name, limit_bytes, prefix_name, prefix_root, shrink
+from .sessions.prefixes import key_name, limit_bytes, prefix_name, prefix_root, shrink, unit_tokens
 from .sessions.tools import verify
 
 
@@ -27,10 +27,10 @@ def add_prefix(
         folder: the bundle. name: shown by ``edgekv prefix list``. limit: bytes of all prefixes at the most.
 
     Returns:
-        where it is, and how many tokens it has: whole pages only.
+        where it is, and how many tokens it has: it ends where prefill is cut.
 
     Raises:
-        UsageError: it is shorter than a page, or larger than the limit. StoreError: it could not be written.
+        UsageError: it is shorter than a step of prefill, or larger than the limit. StoreError: it could not be written.
     """
     limit = limit_bytes() if limit is None else limit
     root = prefix_root()
@@ -40,12 +40,13 @@ def add_prefix(
             made = scratch.path / "prefix.kv"
             with Generator.open(folder, replace(options, session=SessionOptions(made, 0))) as generator:
                 manifest = generator.manifest
-                whole = len(tokens) // manifest.page_size * manifest.page_size
+                unit = unit_tokens(manifest, options.prefill_chunk)
+                whole = len(tokens) // unit * unit
                 if not whole:
                     raise UsageError(
-                        f"a prefix of {len(tokens)} tokens does not fill a page of {manifest.page_size}; nothing would be saved"
+                        f"a prefix of {len(tokens)} tokens is shorter than a step of prefill, {unit}; nothing would be saved"
                     )
-                path = root / key_name(manifest) / prefix_name(manifest, tokens[:whole])
+                path = root / key_name(manifest, options.prefill_chunk) / prefix_name(manifest, tokens[:whole])
                 if _holds(path, whole):
                     return path, whole
                 generator.prefill(tokens[:whole], max_tokens=0)

@@ -7,8 +7,10 @@ with Generator.open("llama.edgekv", kv_budget="64MiB") as generator:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+from collections import abc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy as np
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.errors import EngineError, UsageError
 from edgekv.settings import KV_BUDGET, MAX_TOKENS, PINNED, PROMPT, whole_numbers
+from edgekv.tiers import KVMode
 
 from .decoder.base import Rows
 from .engines.base import Float
@@ -31,11 +34,13 @@ from .options import RunOptions as RunOptions
 from .options import answer_room, check_length, planned_context, verified_stamp
 from .pages.budget import BudgetPlan
 from .pages.cache import KVCache
-from .prepare import Prepared, Segments, check_options, load_dense, prepare_cache
+from .prepare import Prepared, Segments, check_options, load_dense, plan_cache, prepare_cache
 from .sampling import Sampler, SamplingOptions
 from .sessions.folder import signals_held
+from .sessions.prefixes import find_prefix
 from .sessions.restore import common_prefix
 from .sessions.session import Session
+from .sessions.steps import Steps
 from .stats import RunStats
 from .system.lifetime import leave_to_parent
 from .system.process import cache_home as cache_home
@@ -61,7 +66,9 @@ class Generator:
         check_files(folder, self.manifest, stamp=verified_stamp(folder))
         self.kernels: Kernels = load_kernels()
         check_options(options, self.manifest.form)
-        self._tokens: list[int] = []
+        self._tokens: list[int] = []  # whose keys and values are in the cache
+        self._sequence: list[int] = []  # those in the cache, and what was asked for or generated after them
+        self._steps = Steps(self.manifest.page_size)
         self._turns = Turns()
         #: The cache of the sequence and what runs on it, once a prompt gave it a size.
         self.prepared: Prepared | None = None
@@ -91,7 +98,8 @@ class Generator:
         other.options = options
         other.stats = RunStats()
         check_options(options, self.manifest.form)
-        other._tokens = []
+        other._tokens, other._sequence = [], []
+        other._steps = Steps(self.manifest.page_size)
         other._turns = Turns(self._turns)
         other.prepared = None
         other._keeper = other._open_session()
@@ -120,12 +128,17 @@ class Generator:
 
     def _save(self, *, whole: bool = False) -> None:
         if self._keeper is not None and self.prepared is not None:
-            self._keeper.save(self.prepared.cache, self._tokens, whole=whole)
+            self._keeper.save(self.prepared.cache, len(self._tokens), self._sequence, self._steps, whole=whole)
 
     def _open_session(self) -> SessionKeeper | None:
         if self.options.session is None:
             return None
         return SessionKeeper(self.options, self.manifest, machine=self._machine)
+
+    @property
+    def sequence(self) -> list[int]:
+        """The tokens of the last prompt and its answer; a session holds the same ones."""
+        return list(self._sequence)
 
     # -- generation --------------------------------------------------------------------------------------------
 
@@ -136,6 +149,7 @@ class Generator:
         max_tokens: int = 256,
         sampling: SamplingOptions | None = None,
         stop: str | Sequence[str] = (),
+        before: Sequence[int] = (),
         pin: str | int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Iterator[str]:
@@ -144,6 +158,8 @@ class Generator:
         Args:
             prompt: text, or tokens.
             stop: the text ends before any of these; one may name a special token, such as ``<|im_end|>``.
+                The sequence, and its session, then end there too.
+            before: tokens whose text the answer goes on in the middle of, such as those of a session that is continued.
             pin: what must stay, such as a system prompt: the beginning of the prompt, or its number of tokens. Reclaim
                 offloads its pages last and never drops them.
             progress: called during prefill with (tokens done, tokens to do).
@@ -154,16 +170,31 @@ class Generator:
             PromptTooLong: the prompt leaves no room in the context. BudgetError: the budget is too small.
             OutOfPages, StoreError: no room, or flash failed; the text so far is right.
         """
-        tokens = self.text.encode(PROMPT.check(prompt)) if isinstance(prompt, str) else self._ids(prompt)
-        stream = TextStream(self.text, stop)
+        tokens = self._begun(self.text.encode(PROMPT.check(prompt)) if isinstance(prompt, str) else self._ids(prompt))
+        stream = TextStream(self.text, stop, before)
         if isinstance(pin, str):
             pin = common_prefix(self.text.encode(PROMPT.check(pin)), tokens)
-        for token in self.tokens(tokens, max_tokens=max_tokens, sampling=sampling, pin=pin, progress=progress):
-            yield stream.push(token)
-            if stream.stopped:
-                self.stats.finish_reason = "stop"
-                return
-        yield stream.flush()
+        given: list[int] = []
+        with contextlib.closing(
+            self.tokens(tokens, max_tokens=max_tokens, sampling=sampling, pin=pin, progress=progress)
+        ) as answer:
+            for token in answer:
+                given.append(token)
+                yield stream.push(token)
+                if stream.stopped:
+                    break
+        if not stream.stopped:
+            yield stream.flush()
+        if stream.stopped:
+            self.stats.finish_reason = "stop"
+            self._end_at([*tokens, *given], [*tokens, *given[: stream.n_before]], stream.rest)
+
+    def _end_at(self, sequence: list[int], kept: list[int], rest: str) -> None:
+        """Let a sequence end where the text did that was given: behind the tokens ``kept`` and a part of the next one."""
+        with self._turns:
+            if self._sequence == sequence:  # else it is another one by now
+                self._follow(kept + self.text.encode_behind(kept, rest) if rest else kept)
+                self._save()
 
     def tokens(
         self,
@@ -173,7 +204,7 @@ class Generator:
         sampling: SamplingOptions | None = None,
         pin: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Iterator[int]:
+    ) -> abc.Generator[int]:
         """Generate tokens; ends at ``max_tokens``, where the context ends, or before an end-of-sequence token.
 
         ``stats.finish_reason`` then says which. See :meth:`stream`.
@@ -182,22 +213,20 @@ class Generator:
         sampler = Sampler(sampling)
         self.stats.seed = sampler.seed if sampling.temperature else None
         stop_tokens = self.manifest.model.eos_token_ids
-        sequence = self._ids(prompt)
+        prompt = self._begun(self._ids(prompt))
         with self._turns:
             self.stats.finish_reason, self.stats.context_full = None, False
             logits = self.prefill(prompt, max_tokens=MAX_TOKENS.check(max_tokens), pin=pin, progress=progress)
             text = self._turns.begin()
             self._turns.take(text)
-            token = sampler.choose(logits, sequence)
-        count = answer_room(self.options.context or self.manifest.model.max_context, max(len(prompt), 1), max_tokens)
+            token = sampler.choose(logits, self._sequence)
+        count = answer_room(self.options.context or self.manifest.model.max_context, len(prompt), max_tokens)
         try:
             for left in reversed(range(count)):
                 if token in stop_tokens:
                     self.stats.finish_reason = "stop"
                     return
-                sequence.append(token)
-                if self._keeper is not None:
-                    self._keeper.sequence = sequence
+                self._sequence.append(token)
                 if not left:
                     self.stats.finish_reason, self.stats.context_full = "length", count < max_tokens
                 yield token
@@ -209,7 +238,7 @@ class Generator:
                     logits = self._run([token], "last")[-1]
                     self.stats.decode_seconds += self._machine.now() - started
                     self.stats.decode_tokens += 1
-                    token = sampler.choose(logits, sequence)
+                    token = sampler.choose(logits, self._sequence)
         finally:
             self._turns.over(text, self._save)
 
@@ -226,27 +255,25 @@ class Generator:
         Args:
             pin: the first so many tokens of the prompt are pinned, and no others; see :meth:`stream`.
         """
-        prompt = self._ids(prompt) or [self.manifest.model.bos_token_id or 0]
+        prompt = self._begun(self._ids(prompt))
         with self._turns:
             self._turns.begin()
             return self._prefill(prompt, max_tokens, pin, progress)
 
     def _prefill(self, prompt: Sequence[int], max_tokens: int, pin: int, progress: Callable[[int, int], None]) -> Float:
-        fresh, machine = self.prepared is None, self._machine
-        self._keeper = with_prefix(self._keeper, self.options, self.manifest, prompt, fresh=fresh, machine=machine)
+        if self.prepared is None:
+            self._begin_with_prefix(prompt, max_tokens)
         self.prepare(len(prompt), max_tokens)
         assert self.prepared is not None
         reused = self._reuse(prompt)
         self.prepared.cache.pin(min(PINNED.check(pin), len(prompt)))
         started = self._machine.now()
         done, total = reused, len(prompt)
-        chunk = self.options.prefill_chunk
         logits = None
         if self._keeper is not None:
             self._keeper.began(self.prepared.cache, reused, total)
         while done < total:
-            stop = done + chunk if self._keeper is None else self._keeper.stop(done, total, chunk)
-            part = prompt[done:stop]
+            part = prompt[done : self._steps.next_stop(done, total, self.options.prefill_chunk)]
             logits = self._run(part, "last" if done + len(part) == total else "none")
             done += len(part)
             progress(done - reused, total - reused)
@@ -280,9 +307,10 @@ class Generator:
         with self._turns:
             self._turns.begin()
             self.prepare(len(self._tokens) + len(tokens), 0)
-            parts = []
-            for start in range(0, len(tokens), self.options.prefill_chunk):
-                parts.append(self._run(tokens[start : start + self.options.prefill_chunk], "all").copy())
+            parts, first = [], len(self._tokens)
+            while (done := len(self._tokens) - first) < len(tokens):
+                stop = self._steps.next_stop(first + done, first + len(tokens), self.options.prefill_chunk)
+                parts.append(self._run(tokens[done : stop - first], "all").copy())
         return np.concatenate(parts)
 
     def _ids(self, tokens: Sequence[int]) -> list[int]:
@@ -310,28 +338,76 @@ class Generator:
             self._tokens += map(int, tokens)
         except BaseException:
             # A step that failed half way leaves some layers longer than others: back to what all of them hold.
-            with signals_held():
-                kept = prepared.cache.truncate(start)
-                del self._tokens[kept:]
+            self._shorten(start)
             raise
+        if self._sequence[start : len(self._tokens)] != self._tokens[start:]:
+            self._sequence[start:] = self._tokens[start:]
+        self._steps.add(start, len(self._tokens))
         if self._keeper is not None:
-            self._keeper.stepped(start, prepared.cache, self._tokens)
+            self._keeper.stepped(prepared.cache, len(self._tokens), self._sequence, self._steps)
         return logits
 
+    def _begin_with_prefix(self, prompt: Sequence[int], max_tokens: int) -> None:
+        """Let a new sequence begin with a cached prefix, if one fits its prompt and a run without it gives the same bits."""
+        options, manifest, keeper = self.options, self.manifest, self._keeper
+        other_pages = options.allow_drop or options.kv == KVMode.FP16
+        known = keeper is not None and (keeper.session.read_only is not None or keeper.session.tokens)
+        if known or other_pages or not options.prefixes:
+            return
+        found = find_prefix(manifest, prompt, options.prefill_chunk)
+        if found is None:
+            return
+        path, tokens = found
+        context = planned_context(options, manifest.model.max_context, len(prompt), max_tokens)
+        in_session = keeper is not None
+        if not plan_cache(manifest, self.kernels, options, context, in_session=in_session).compress_at_seal:
+            self.stats.unused_prefix_tokens = tokens
+            return
+        self._keeper = with_prefix(keeper, path, options, manifest, self._machine)
+
     def _reuse(self, prompt: Sequence[int]) -> int:
-        """Cut the cache to the longest common prefix; at least the last token is computed again, for its logits."""
+        """Cut the cache to what the prompt begins with alike; at least the last token is computed again, for its logits."""
         assert self.prepared is not None
-        cache = self.prepared.cache
         if self._keeper is not None:
-            restored = self._keeper.restore(cache, prompt)
+            restored = self._keeper.restore(self.prepared.cache, prompt, self._sequence)
             if restored is not None:
-                self._tokens = restored
-        common = common_prefix(self._tokens, prompt[:-1])
-        if common < len(self._tokens):
-            with signals_held():
-                common = cache.truncate(common)
-                del self._tokens[common:]
-        return common
+                count, self._steps = restored
+                self._tokens, self._sequence = list(prompt[:count]), list(prompt)
+        self._follow(prompt)
+        if len(self._tokens) == len(prompt):
+            self._shorten(self._steps.keep(len(prompt) - 1, len(prompt)))
+        return len(self._tokens)
+
+    def _follow(self, sequence: Sequence[int]) -> None:
+        """Let the sequence be another one; what both begin with alike stays, back to where a step began."""
+        common = common_prefix(self._sequence, sequence)
+        if common < self._steps.end:
+            self._steps.cut(self._steps.keep(common))
+            if len(self._tokens) > self._steps.end:
+                self._shorten(self._steps.end)
+        self._sequence = list(sequence)
+
+    def _shorten(self, count: int) -> None:
+        """Keep ``count`` tokens in the cache, or less where it cannot be cut there: then the steps to there are repeated."""
+        assert self.prepared is not None
+        with signals_held():
+            while (held := self.prepared.cache.truncate(count)) < count:
+                count = self._steps.keep(held, -1)
+            del self._tokens[count:]
+            if not count:  # then all is read at once, as in a fresh run
+                self._steps.cut(0)
+
+    def _begun(self, prompt: Sequence[int]) -> list[int]:
+        """Return the tokens of a prompt; an empty one begins with the token that begins a text.
+
+        Raises:
+            UsageError: the model has none.
+        """
+        if len(prompt):
+            return list(prompt)
+        if self.manifest.model.bos_token_id is None:
+            raise UsageError("the prompt is empty, and this model has no token that begins a text; write a prompt")
+        return [self.manifest.model.bos_token_id]
 
     # -- memory ------------------------------------------------------------------------------------------------
 
@@ -434,7 +510,8 @@ class Generator:
 
     def _drop_cache(self) -> None:
         prepared, self.prepared = self.prepared, None
-        self._tokens = []
+        self._tokens, self._sequence = [], []
+        self._steps = Steps(self.manifest.page_size)
         if prepared is not None:
             prepared.close()
 

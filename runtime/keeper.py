@@ -1,9 +1,7 @@
-"""Between a generator and its session: when to save, what to restore, and in which steps to compute.
+"""Between a generator and its session: when to save, and what to restore.
 
-Floating point depends on how tokens are cut into steps. So that a resumed run gives the bits of one that never stopped, a
-step of prefill ends at the last page boundary before the end of the prompt, and the positions at which the last steps
-began are saved: tokens of the open page, which a checkpoint does not store, are computed again in the same steps. Those among
-them that were pruned are pruned again.
+Tokens of the open page, which a checkpoint does not store, are computed again in the same steps. Those among them that were
+pruned are pruned again.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +23,10 @@ from .machine import HOST, Machine
 from .options import RunOptions, SessionOptions
 from .pages.cache import KVCache
 from .sessions.index import from_ranges
-from .sessions.prefixes import find_prefix
+from .sessions.prefixes import open_prefix
 from .sessions.restore import common_prefix
 from .sessions.session import Session
+from .sessions.steps import Steps
 
 
 class SessionKeeper:
@@ -57,73 +57,55 @@ class SessionKeeper:
             prefix = Session.open(limited, manifest, medium=machine.medium)
         self.session = prefix
         self.options = options.session or SessionOptions(prefix.path, 0)
-        self.sequence: list[int] = []
-        self._starts: list[int] = []
-        self._steps: list[int] = []
         self._cache: KVCache | None = None
         #: Positions that are computed again, and were pruned.
         self._gone: NDArray[np.int64] = np.empty(0, np.int64)
         self._saved = (0, self._now())
 
-    def restore(self, cache: KVCache, prompt: Sequence[int]) -> list[int] | None:
-        """Fill a new cache from the session; returns the tokens that it holds now, or None if the cache is in use.
+    def restore(self, cache: KVCache, prompt: Sequence[int], sequence: Sequence[int]) -> tuple[int, Steps] | None:
+        """Fill a new cache from the session; returns how many tokens of the prompt it holds now and in which steps.
+
+        Args:
+            sequence: what the prompt replaces; nothing is restored, and None returned, where the cache is in use.
 
         Raises:
             StoreError: the medium refused.
         """
-        known = self.sequence if cache is self._cache else self.session.tokens
+        known = sequence if cache is self._cache else self.session.tokens
         gone = self._gone if cache is self._cache else from_ranges(self.session.state.tail.pruned)
         self._gone = gone[gone < common_prefix(known, prompt)]
-        self.sequence = list(prompt)
         if cache is self._cache:
             return None
-        count, self._steps = self.session.restore(cache, prompt)
+        count, steps = self.session.restore(cache, prompt)
         self._gone = self._gone[self._gone >= count]
-        self._starts = [start for start in self.session.starts if start < count]
         self._saved = (count, self._now())
-        return self.sequence[:count]
+        return count, steps
 
     def began(self, cache: KVCache, reused: int, total: int) -> None:
         """A cache holds ``reused`` tokens of a prompt of ``total``: from now on it is what is saved."""
         self._cache = cache
         self.session.reused_tokens, self.session.computed_tokens = reused, total - reused
 
-    def stop(self, done: int, total: int, chunk: int) -> int:
-        """Return where the next step of prefill ends."""
-        size = self._manifest.page_size
-        last = (total - 1) // size * size
-        stop = min(done + chunk, last if done < last else total)
-        recorded = next((step for step in self._steps if step > done), None)
-        if recorded is not None:
-            return min(stop if done + chunk < recorded else recorded, total)
-        if done < stop < total and stop // size * size > done:
-            stop = stop // size * size
-        return stop
-
-    def stepped(self, start: int, cache: KVCache, tokens: Sequence[int]) -> None:
-        """A step that began at ``start`` is done: prune again what was pruned, and save if it is time to."""
+    def stepped(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps) -> None:
+        """A step is done, and the cache holds ``n_kv`` tokens: prune again what was pruned, and save if it is time to."""
         if self._gone.size:
-            cache.prune(self._gone[self._gone < len(tokens)])
-            self._gone = self._gone[self._gone >= len(tokens)]
-        while self._starts and self._starts[-1] >= start:
-            self._starts.pop()
-        self._starts.append(start)
+            cache.prune(self._gone[self._gone < n_kv])
+            self._gone = self._gone[self._gone >= n_kv]
         every, seconds = self.options.checkpoint_tokens, self.options.checkpoint_seconds
-        if (every and len(tokens) - self._saved[0] >= every) or (seconds and self._now() - self._saved[1] >= seconds):
-            self.save(cache, tokens, whole=False)
+        if (every and n_kv - self._saved[0] >= every) or (seconds and self._now() - self._saved[1] >= seconds):
+            self.save(cache, n_kv, sequence, steps, whole=False)
 
-    def save(self, cache: KVCache, tokens: Sequence[int], *, whole: bool) -> None:
-        """Write a checkpoint; a failure is remembered, the run goes on.
+    def save(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps, *, whole: bool) -> None:
+        """Write a checkpoint of a sequence whose first ``n_kv`` tokens are in the cache; a failure is remembered, the run
+        goes on.
 
         While a cache is not restored, or tokens are still to be pruned again, the last checkpoint stays: it says what was there.
         """
         if self._gone.size or cache is not self._cache:
             return
-        self._saved = (len(tokens), self._now())
-        pending = self.sequence[len(tokens) :] if self.sequence[: len(tokens)] == list(tokens) else []
-        starts = [start for start in self._starts if start < len(tokens)]
+        self._saved = (n_kv, self._now())
         try:
-            self.session.checkpoint(cache, tokens, pending, starts, whole=whole)
+            self.session.checkpoint(cache, sequence[:n_kv], sequence[n_kv:], steps, whole=whole)
             self.session.failure = None
         except StoreError as error:
             self.session.failure = str(error)
@@ -140,23 +122,10 @@ class SessionKeeper:
 
 
 def with_prefix(
-    keeper: SessionKeeper | None,
-    options: RunOptions,
-    manifest: Manifest,
-    prompt: Sequence[int],
-    *,
-    fresh: bool,
-    machine: Machine = HOST,
+    keeper: SessionKeeper | None, path: Path, options: RunOptions, manifest: Manifest, machine: Machine = HOST
 ) -> SessionKeeper | None:
-    """Let a sequence that begins now begin with a cached prefix, if one fits its prompt.
-
-    Args:
-        fresh: nothing is in the cache yet.
-    """
-    empty = keeper is None or (keeper.session.read_only is None and not keeper.session.tokens)
-    if not (fresh and empty and options.prefixes) or options.kv == KVMode.FP16 or options.allow_drop:
-        return keeper
-    found = find_prefix(manifest, prompt)
+    """Let a sequence that begins now begin with a cached prefix, if that can be read; returns its keeper."""
+    found = open_prefix(path, manifest)
     if found is None or keeper is None:
         return keeper if found is None else SessionKeeper(options, manifest, found, machine)
     try:

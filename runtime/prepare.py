@@ -101,6 +101,28 @@ def _let_go(turns: Turns, release: contextlib.ExitStack) -> None:
         release.close()
 
 
+def plan_cache(
+    manifest: Manifest, kernels: Kernels, options: RunOptions, context: int, *, in_session: bool
+) -> BudgetPlan:
+    """Divide the budget for a sequence of up to ``context`` tokens; one in a session is of INT8 pages.
+
+    Raises:
+        BudgetError: it is too small.
+    """
+    return plan_budget(
+        manifest.model.pages(manifest.page_size),
+        kv_budget=options.kv_budget,
+        context=context,
+        run_pages=kernels.RUN_PAGES,
+        mode=KVMode.INT8 if in_session else options.kv,
+        inline=manifest.form == "inline",
+        selective=attend_options(options.attend, manifest.form).selective,
+        drops=options.allow_drop and options.offload is None and not in_session,
+        windows=() if in_session else manifest.model.windows,
+        chunk=options.prefill_chunk,
+    )
+
+
 def prepare_cache(
     manifest: Manifest,
     dense: Segments | InlineEngine,
@@ -127,18 +149,7 @@ def prepare_cache(
     model = manifest.model
     spec = model.pages(manifest.page_size)
     attend = attend_options(options.attend, manifest.form)
-    plan = plan_budget(
-        spec,
-        kv_budget=options.kv_budget,
-        context=context,
-        run_pages=kernels.RUN_PAGES,
-        mode=options.kv if session is None else KVMode.INT8,
-        inline=manifest.form == "inline",
-        selective=attend.selective,
-        drops=options.allow_drop and options.offload is None and session is None,
-        windows=model.windows if session is None else (),
-        chunk=options.prefill_chunk,
-    )
+    plan = plan_cache(manifest, kernels, options, context, in_session=session is not None)
     with contextlib.ExitStack() as release:
         store: PageStore | None = None
         if session is not None and session.read_only is None:

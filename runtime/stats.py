@@ -18,6 +18,7 @@ class RunStats:
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     reused_tokens: int = 0
+    unused_prefix_tokens: int = 0  #: of a cached prefix that fits, but is of INT8 pages where the run keeps fp16
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     seed: int | None = None  #: of the last answer; None where it was greedy

@@ -152,11 +152,7 @@ class _Decoding:
         self._window: list[int] = []  # the last tokens whose text was given, and those after them
         self._settled = 0  # how many of the window these are
         self._given = ""  # what was given of the window's text
-
-    @property
-    def settled(self) -> bool:
-        """The text of every token was given."""
-        return self._settled == len(self._window)
+        self.uncertain = ""  # what comes behind it if no further token does
 
     def push(self, token: int) -> str:
         """Return the text that is certain now and was not given yet."""
@@ -166,8 +162,10 @@ class _Decoding:
         now = self._text.decode_plain(self._window)
         certain = now.rstrip(REPLACEMENT)  # the rest may be part of a character
         if len(certain) < len(now):
-            return self._give(certain) if certain.startswith(self._given) else ""
-        out = self._give(now)
+            out = self._give(certain) if certain.startswith(self._given) else ""
+            self.uncertain = now[len(self._given) :]
+            return out
+        out, self.uncertain = self._give(now), ""
         # Some tokens are needed again to decode the next ones behind them: a first token may lose its space. Bytes may not
         # be, since the next could make them invalid.
         self._window = [self._text.anchor] if self._text.is_byte(token) else self._window[self._settled :]
@@ -177,9 +175,8 @@ class _Decoding:
 
     def flush(self) -> str:
         """Return the rest, at the end."""
-        out = self._give(self._text.decode_plain(self._window))
-        self._settled = len(self._window)
-        return out
+        self.uncertain = ""
+        return self._give(self._text.decode_plain(self._window))
 
     def _give(self, text: str) -> str:
         out, self._given = text[len(self._given) :], text
@@ -192,20 +189,25 @@ class TextStream:
     A stop string may name special tokens, which are no part of the text that is given; what is given never contains a
     stop string. A part of a special token's name stops nothing.
 
+    Args:
+        before: tokens in the middle of whose text this one goes on; what they end with may need the first ones pushed.
+
     Attributes:
         stopped: a stop string was found; the text before it was given.
         n_before: of the tokens that were pushed, how many lie before the stop string.
         rest: the text between those tokens and the stop string, where it begins inside a token.
     """
 
-    def __init__(self, text: Text, stop: str | Sequence[str] = ()) -> None:
+    def __init__(self, text: Text, stop: str | Sequence[str] = (), before: Sequence[int] = ()) -> None:
         self._special = text.special
         self._stop = [s for s in texts(stop, STOP) if s]
         self._decoding = _Decoding(text)
+        for token in before[-16:]:
+            self._decoding.push(token)
         self._read = ""  # text and names of special tokens, from the end of a token on
         self._kinds: list[int] = []  # of each of its characters: text, the first of a name, or a later one
         self._given = 0  # how many of its characters were given
-        self._ends = [(0, 0)]  # after so many tokens, so many of its characters are complete
+        self._ends = [(0, 0, "")]  # after so many tokens: so many of its characters are certain, and these are not
         self._n_tokens = 0
         self.stopped = False
         self.n_before = 0
@@ -216,8 +218,7 @@ class TextStream:
         self._n_tokens += 1
         name = self._special.get(token)
         self._add(self._decoding.push(token) if name is None else name, shown=name is None)
-        if self._decoding.settled:
-            self._ends.append((self._n_tokens, len(self._read)))
+        self._ends.append((self._n_tokens, len(self._read), self._decoding.uncertain))
         return self._release(final=False)
 
     def flush(self) -> str:
@@ -240,7 +241,9 @@ class TextStream:
                     held += self._find_begun(text, places, s)[:1]
         if found:
             self.stopped = True
-            self.n_before, end = max((tokens, at) for tokens, at in self._ends if at <= min(found))
+            text = self._read[: min(found)]
+            ends = [(tokens, at + len(more)) for tokens, at, more in self._ends if text.startswith(more, at)]
+            self.n_before, end = max((tokens, at) for tokens, at in ends if at <= len(text))
             self.rest = self._visible(end, min(found))
             return self._give(min(found))
         return self._give(min(held))
@@ -277,7 +280,7 @@ class TextStream:
     def _give(self, stop: int) -> str:
         out, self._given = self._visible(self._given, stop), stop
         # Forget what lies before the last token that was given whole.
-        index, (_, start) = max((i, end) for i, end in enumerate(self._ends) if end[1] <= stop)
-        self._ends = [(tokens, at - start) for tokens, at in self._ends[index:]]
+        index, start = max((i, at) for i, (_, at, more) in enumerate(self._ends) if at <= stop and not more)
+        self._ends = [(tokens, at - start, more) for tokens, at, more in self._ends[index:]]
         self._read, self._kinds, self._given = self._read[start:], self._kinds[start:], stop - start
         return out

@@ -133,6 +133,8 @@ def run_command(
 
         system_tokens = _system_tokens(generator, remembered(generator, system)) if pin_prompt and chat else 0
 
+        before: list[int] = []  # of which the answer is the next part
+
         def stream(request: str | list[int], most: int, progress: Progressed) -> Iterator[str]:
             def advance(done: int, total: int) -> None:
                 signals.check()
@@ -144,7 +146,7 @@ def run_command(
             )
             with signals.between_tokens():
                 for piece in generator.stream(
-                    request, max_tokens=most, sampling=sampling, stop=stop or [], pin=pinned, progress=advance
+                    request, max_tokens=most, sampling=sampling, stop=stop or [], before=before, pin=pinned, progress=advance
                 ):
                     yield piece
                     signals.check()
@@ -160,7 +162,10 @@ def run_command(
             assert context is not None
             converse(generator, answer, console, system, context=context, max_tokens=max_tokens)
         else:
-            request: str | list[int] | None = continued(generator, text) if resume else text
+            request: str | list[int] | None = text
+            if resume:
+                request = continued(generator, text)
+                before = [] if text else request
             assert request is not None
             answer(request, max_tokens, [])
         if stats is not None:
@@ -256,6 +261,11 @@ def _summary(generator: Generator) -> Facts:
     )
     if generator.session is not None:
         table.add_row("session", session_line(generator))
+    if stats.unused_prefix_tokens:
+        table.add_row(
+            "prefix",
+            f"{stats.unused_prefix_tokens} cached tokens not used: their pages are INT8, and this run keeps fp16; --kv int8 uses them",
+        )
     table.add_row("engine", f"{generator.engine}, {generator.manifest.weights} weights")
     full = "; the context is full, raise --context for more" if stats.context_full else ""
     table.add_row("generated", f"{stats.decode_tokens + 1} tokens, {stats.decode_tokens_per_s:.1f}/s{full}")

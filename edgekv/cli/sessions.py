@@ -226,8 +226,7 @@ def continued(generator: Generator, text: str | None) -> list[int]:
     assert generator.session is not None
     tokens = generator.session.tokens
     if text is not None:
-        special = len(generator.text.encode(""))
-        tokens = tokens + generator.text.encode(text)[special if tokens else 0 :]
+        tokens = tokens + generator.text.encode_behind(tokens, text) if tokens else generator.text.encode(text)
     if not tokens:
         raise UsageError(f"the session {generator.session.path} is empty: give it a --prompt first")
     return tokens

@@ -86,8 +86,8 @@ class Tail:
     """What comes after the sealed pages.
 
     ``tokens``: after the last sealed page. ``n_kv``: how many tokens of the session, from its first, had keys and values
-    (the last one that was generated has none yet). ``starts``: positions at which the last steps of the model began, so that
-    tokens whose keys and values are not stored are computed again in the same steps, to the same bits.
+    (the last one that was generated has none yet). ``steps``: in which steps tokens are computed, also again, see
+    :meth:`Steps.lengths`; ``starts`` is what older versions wrote instead: positions at which the last ones began.
     ``records``, ``checks``: the open page as fp16, two records per layer; empty when it was not stored.
     ``chain``: of the last sealed page, in hexadecimal. ``pruned``: [start, stop) of the positions whose tokens were pruned,
     one after the other; they are masked again when the session is resumed.
@@ -101,6 +101,7 @@ class Tail:
     checks: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
     chain: str = ""
     pruned: tuple[Natural, ...] = ()
+    steps: tuple[Positive, ...] = ()
 
     def check(self, spec: PageSpec) -> None:
         """Hold the fields against each other and the shape of the pages.
@@ -116,6 +117,7 @@ class Tail:
             "records": len(self.records) not in (0, 2 * spec.n_layers),
             "checks": len(self.checks) != len(self.records) or any(check >> 64 for check in self.checks),
             "pruned": len(self.pruned) % 2 != 0 or not increasing or any(place > held for place in self.pruned),
+            "steps": len(self.steps) % 2 != 0 or sum(map(operator.mul, self.steps[::2], self.steps[1::2])) > held,
         }
         for name, is_wrong in wrong.items():
             if is_wrong:

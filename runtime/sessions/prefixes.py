@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,18 +93,19 @@ def _folders(path: Path) -> list[Path]:
         return []
 
 
-def find_prefix(manifest: Manifest, prompt: Sequence[int]) -> Session | None:
-    """Return the prefix that shares most whole pages with a prompt, open for reading, or None.
+def find_prefix(manifest: Manifest, prompt: Sequence[int], chunk: int) -> tuple[Path, int] | None:
+    """Return the prefix that saves most of the prefill of a prompt, and how many tokens it saves, or None.
 
-    The caller closes it. A prefix that cannot be read is passed over.
+    What is saved ends where a run without the prefix cuts its prefill too, so that both give the same bits.
+    A prefix that cannot be read is passed over.
     """
-    size = manifest.page_size
-    folder = prefix_root() / key_name(manifest)
+    size, unit = manifest.page_size, unit_tokens(manifest, chunk)
+    folder = prefix_root() / key_name(manifest, chunk)
     # Keys and values that others may have changed could make a model say anything.
-    if len(prompt) <= size or not (is_own_folder(prefix_root()) and is_own_folder(folder)):
+    if len(prompt) <= unit or not (is_own_folder(prefix_root()) and is_own_folder(folder)):
         return None
     start = chain(b"", prompt[:size]).hex()
-    best: tuple[int, Path] | None = None
+    best: tuple[Path, int] | None = None
     for path in sorted(folder.glob(f"{start}-*")):
         with contextlib.suppress(StoreError, SessionMismatch):
             rows = read_state(path, None).rows
@@ -112,18 +114,27 @@ def find_prefix(manifest: Manifest, prompt: Sequence[int]) -> Session | None:
                 if tuple(prompt[shared * size : shared * size + size]) != rows[shared].tokens:
                     break
                 shared += 1
-            if shared and (best is None or shared > best[0]):
-                best = (shared, path)
-    if best is None:
-        return None
+            saved = shared * size // unit * unit
+            if saved and (best is None or saved > best[1]):
+                best = (path, saved)
+    return best
+
+
+def open_prefix(path: Path, manifest: Manifest) -> Session | None:
+    """Open a prefix for reading, and mark it as used; None: it cannot be read. The caller closes it."""
     with contextlib.suppress(OSError):
-        os.utime(best[1])
+        os.utime(path)
     try:
-        session = Session.open(SessionOptions(best[1]), manifest, save=False)
+        session = Session.open(SessionOptions(path), manifest, save=False)
     except (StoreError, SessionMismatch, UsageError):
         return None
     session.read_only = "it is a shared prefix"
     return session
+
+
+def unit_tokens(manifest: Manifest, chunk: int) -> int:
+    """Return what the length of a prefix is a multiple of: it ends with a page, and where prefill is cut."""
+    return math.lcm(manifest.page_size, chunk)
 
 
 def shrink(limit: int, keep: Path | None = None) -> list[Path]:
@@ -159,9 +170,10 @@ def remove_prefix(path: Path) -> bool:
     return True
 
 
-def key_name(manifest: Manifest) -> str:
-    """Return the folder of the prefixes that fit a bundle."""
-    return hashlib.sha256(json.dumps(session_key(manifest), sort_keys=True).encode()).hexdigest()[:16]
+def key_name(manifest: Manifest, chunk: int) -> str:
+    """Return the folder of the prefixes that fit a bundle, and a run that cuts its prefill every ``chunk`` tokens."""
+    key = {**session_key(manifest), "prefill_chunk": chunk}
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def prefix_name(manifest: Manifest, tokens: Sequence[int]) -> str:

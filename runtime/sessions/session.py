@@ -46,6 +46,7 @@ from .folder import (
 )
 from .index import INDEX, Row, SessionIndex, State, Tail, chain, from_ranges, to_ranges
 from .restore import OPEN_HALVES, common_prefix, records_of, restore_open, restore_pages, store_open
+from .steps import Steps
 
 Part = TypeVar("Part", Row, Tail)
 
@@ -173,58 +174,66 @@ class Session:
         return self._state
 
     @property
-    def starts(self) -> tuple[int, ...]:
-        """Where the last steps before the last checkpoint began."""
-        return self._state.tail.starts
+    def steps(self) -> Steps:
+        """In which steps the tokens with keys and values were computed."""
+        tail, size = self._state.tail, self._spec.page_size
+        steps = Steps.of_lengths(size, tail.steps)
+        if steps.end < self._n_kv:  # an older session, or a damaged one: pages are all that is known
+            return Steps(size, sorted({*range(0, self._n_kv, size), *tail.starts} - {self._n_kv}), self._n_kv)
+        return steps
 
-    def restore(self, cache: KVCache, prompt: Sequence[int]) -> tuple[int, list[int]]:
-        """Fill an empty cache with the longest common prefix of the session and a prompt, all but its last token.
+    @property
+    def _n_kv(self) -> int:
+        """How many tokens have keys and values."""
+        tail = self._state.tail
+        return tail.n_kv or len(self._state.rows) * self._spec.page_size
+
+    def restore(self, cache: KVCache, prompt: Sequence[int]) -> tuple[int, Steps]:
+        """Fill an empty cache with what the session and a prompt begin with alike, all but the prompt's last token.
 
         Returns:
-            how many tokens the cache holds now, and the positions at which the steps that follow must end so that the
-            tokens after it get the same bits as before.
+            how many tokens the cache holds now, and the steps of these and of those that must be computed again, so that they
+            get the same bits as before.
 
         Raises:
             StoreError: the medium refused.
         """
-        state, size = self._state, self._spec.page_size
-        held = self.tokens
-        common = common_prefix(held, prompt[:-1])
-        sealed = len(state.rows) * size
-        known = state.tail.n_kv if state.tail.tokens or state.tail.starts else sealed
-        steps = sorted(step for step in {*state.tail.starts, known} if step <= common)
-        whole = min(common // size, len(state.rows))
+        state, size, n_kv, steps = self._state, self._spec.page_size, self._n_kv, self.steps
+        held, sealed = self.tokens, len(state.rows) * size
+        common, wanted = common_prefix(held, prompt), len(prompt) - 1
+        if common < steps.end:
+            steps.cut(steps.keep(common))
+        pruned = from_ranges(state.tail.pruned)
+        stored = state.tail.records or np.isin(np.arange(sealed, min(n_kv, steps.end)), pruned).all()
+        count = steps.keep(min(wanted, n_kv), n_kv) if stored else steps.keep(min(wanted, sealed), -1)
+        whole = min(count // size, len(state.rows))
         restored = restore_pages(cache, state.rows[:whole], self.store)
         if restored < whole:
             self.problems.append(f"page {restored} is damaged; the tokens from {restored * size} on are computed again")
-        count = restored * size
-        open_to = max((step for step in steps if count < step <= known), default=0)
-        pruned = from_ranges(state.tail.pruned)
-        stored = state.tail.records or np.isin(np.arange(sealed, open_to), pruned).all()
-        if restored == len(state.rows) and open_to and stored:
-            if restore_open(cache, open_to, state.tail.records, self.store):
-                count = open_to
-            else:
-                self.problems.append("the open page is damaged; its tokens are computed again")
+            count = steps.keep(restored * size, -1)
+        elif count > sealed and not restore_open(cache, count, state.tail.records, self.store):
+            self.problems.append("the open page is damaged; its tokens are computed again")
+            count = steps.keep(sealed, -1)
+        cache.truncate(count)
         cache.prune(pruned[pruned < count])
         for record in (record for row in state.rows[restored:] for record in row.records):
             self.store.free(record)
-        self._rows = state.rows[:restored]
-        self.discarded_tokens = max(0, len(held) - common_prefix(held, prompt))
-        return count, [step for step in steps if step > count]
+        self._rows = state.rows[: count // size]
+        self.discarded_tokens = len(held) - common
+        return count, steps
 
     # -- saving ------------------------------------------------------------------------------------------------
 
     def checkpoint(
-        self, cache: KVCache, tokens: Sequence[int], pending: Sequence[int], starts: Sequence[int], *, whole: bool
+        self, cache: KVCache, tokens: Sequence[int], pending: Sequence[int], steps: Steps, *, whole: bool
     ) -> bool:
         """Save what is new.
 
         Args:
             tokens: whose keys and values the cache holds. pending: tokens after them, without any yet.
-            starts: positions at which the last steps began.
-            whole: store the open page too, so that resuming computes nothing again. Without it at most a page of
-                tokens is computed again, to the same bits; one that has pruned tokens is always stored.
+            steps: in which they were computed, and pending ones will be.
+            whole: store the open page too, so that resuming computes nothing again. Without it the tokens of the last steps
+                that reach into it are, to the same bits; one that has pruned tokens is always stored.
 
         Returns:
             False when the session is read-only.
@@ -259,11 +268,11 @@ class Session:
                 sealed,
                 (*tokens[sealed * size :], *pending),
                 len(tokens),
-                tuple(start for start in starts if start >= len(tokens) - 2 * size),
-                tuple(opened),
-                tuple(map(self.store.check_of, opened)),
-                rows[-1].chain.hex() if rows else "",
-                to_ranges(pruned),
+                records=tuple(opened),
+                checks=tuple(map(self.store.check_of, opened)),
+                chain=rows[-1].chain.hex() if rows else "",
+                pruned=to_ranges(pruned),
+                steps=steps.lengths(),
             )
             state = State(self._state.meta, self.notes, rows, tail)
             try:
@@ -353,7 +362,8 @@ class Session:
         except OSError as error:
             raise SessionError(f"cannot make the session {self.path}: {error.strerror}") from error
         self.store.open_segments()
-        tail = Tail(len(other._state.rows), chain=other._state.rows[-1].chain.hex(), pruned=other._state.tail.pruned)
+        sealed = len(other._state.rows) * self._spec.page_size
+        tail = replace(other._state.tail, tokens=(), n_kv=sealed, records=(), checks=())
         state = State(self._state.meta, self.notes, list(other._state.rows), tail)
         self._held.index.commit(state, 0, 0)
         self._state = state

@@ -156,6 +156,16 @@ def test_tokens_before_the_stop_and_the_rest_are_the_text_that_was_given(
     assert text.decode(again) == got, "a session that ends here ends where the text does"
 
 
+def test_bytes_that_are_no_character_are_kept_before_a_stop() -> None:
+    text, tokenizer = opened("llama_2")
+    tokens = [token_id(tokenizer, f"<0x{byte:02X}>") for byte in (0xFF, 0x80)] + tokenizer.encode("over").ids
+    stream = TextStream(text, "ver")
+    got = "".join(stream.push(token) for token in tokens)
+    assert got == 2 * REPLACEMENT + " o"
+    assert stream.n_before >= 2
+    assert text.decode(tokens[: stream.n_before]) + stream.rest == got
+
+
 def test_what_only_began_like_a_stop_string_is_printed_at_the_end() -> None:
     text, tokenizer = opened("byte_level")
     stream = TextStream(text, stop=["THE END"])

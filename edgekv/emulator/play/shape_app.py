@@ -219,7 +219,7 @@ class WeightlessApp:
         total = self._request + self._said
         self._max_tokens = answer_room(self._context, self._request, self._max_tokens)
         while held < total:
-            count = min(self._settings.prefill_chunk, total - held)
+            count = min(self._settings.prefill_chunk - held % self._settings.prefill_chunk, total - held)
             self._step(held, count, "last" if held + count == total else "none")
             held += count
             self.computed_tokens += count

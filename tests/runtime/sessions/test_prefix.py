@@ -36,8 +36,12 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return numbers
 
 
+#: Prefill in steps of a page, so that short prefixes have several.
+SHORT = RunOptions(threads=2, prefill_chunk=16, kv=KVMode.INT8)
+
+
 def run(folder: Path, prompt: list[int], count: int = 20, **options: object) -> tuple[list[int], int]:
-    with Generator.open(folder, RunOptions(threads=2, **options)) as generator:  # type: ignore[arg-type]
+    with Generator.open(folder, dataclasses.replace(SHORT, **options)) as generator:  # type: ignore[arg-type]
         answer = list(generator.tokens(prompt, max_tokens=count))
         generator.cache.check()  # type: ignore[union-attr]
         return answer, generator.report().reused_tokens
@@ -45,14 +49,17 @@ def run(folder: Path, prompt: list[int], count: int = 20, **options: object) -> 
 
 def test_a_run_that_begins_with_a_prefix_skips_its_prefill(bundle: Bundle) -> None:
     folder, long = bundle("demo"), tokens(300)
-    path, kept = add_prefix(folder, long, RunOptions(threads=2))
+    path, kept = add_prefix(folder, long, SHORT)
     assert kept == 300 // 16 * 16
     prompt = long + tokens(20, 1)
-    expected, reused = run(folder, prompt, prefixes=False, kv=KVMode.INT8)
+    expected, reused = run(folder, prompt, prefixes=False)
     assert reused == 0
     assert run(folder, prompt) == (expected, kept)
     assert run(folder, prompt, kv_budget="40%", context=700) == (expected, kept)
     assert run(folder, prompt, kv=KVMode.FP16)[1] == 0, "fp16 pages were asked for"
+    assert run(folder, prompt, kv=KVMode.AUTO)[1] == 0, "fp16 pages fit, so a run without the prefix has them"
+    assert run(folder, prompt, kv=KVMode.AUTO, kv_budget="40%", context=700) == (expected, kept)
+    assert run(folder, prompt, prefill_chunk=32)[1] == 0, "it was cut at other places"
     assert run(folder, tokens(300, 2))[1] == 0
     other = long[:100] + tokens(50, 3)
     assert run(folder, other)[1] == 96, "as far as they agree"
@@ -61,7 +68,7 @@ def test_a_run_that_begins_with_a_prefix_skips_its_prefill(bundle: Bundle) -> No
 
 def test_sessions_share_the_pages_of_a_prefix_and_keep_them_when_it_goes(bundle: Bundle, tmp_path: Path) -> None:
     folder, long = bundle("demo"), tokens(300)
-    path, kept = add_prefix(folder, long, RunOptions(threads=2))
+    path, kept = add_prefix(folder, long, SHORT)
     sessions = [tmp_path / "a.kv", tmp_path / "b.kv"]
     for seed, session in enumerate(sessions):
         _, reused = run(folder, long + tokens(9, seed), session=SessionOptions(session))
@@ -78,31 +85,31 @@ def test_sessions_share_the_pages_of_a_prefix_and_keep_them_when_it_goes(bundle:
 
 def test_a_prefix_of_another_bundle_is_never_used(bundle: Bundle) -> None:
     long = tokens(100)
-    add_prefix(bundle("demo"), long, RunOptions(threads=2))
+    add_prefix(bundle("demo"), long, SHORT)
     manifest = read_manifest(bundle("demo"))
     other = dataclasses.replace(manifest, tokenizer_sha256="0" * 64)
-    assert prefixes.find_prefix(other, [*long, 5]) is None
+    assert prefixes.find_prefix(other, [*long, 5], SHORT.prefill_chunk) is None
     assert run(bundle("demo", "inline"), [*long, 5])[1] == 96, "the other form of the same checkpoint may"
 
 
 def test_the_prefix_that_was_not_used_for_longest_goes_first(bundle: Bundle) -> None:
     folder = bundle("demo")
-    paths = [add_prefix(folder, tokens(200, seed), RunOptions(threads=2))[0] for seed in range(3)]
+    paths = [add_prefix(folder, tokens(200, seed), SHORT)[0] for seed in range(3)]
     for age, path in enumerate(paths):
         os.utime(path, (1000 + age, 1000 + age))
     run(folder, [*tokens(200, 0), 5])
     size = prefixes.list_prefixes()[0].bytes_on_flash
-    newest, _ = add_prefix(folder, tokens(200, 3), RunOptions(threads=2), limit=int(2.5 * size))
+    newest, _ = add_prefix(folder, tokens(200, 3), SHORT, limit=int(2.5 * size))
     assert [entry.path for entry in prefixes.list_prefixes()] == [newest, paths[0]]
     with pytest.raises(UsageError, match="above the limit"):
-        add_prefix(folder, tokens(200, 4), RunOptions(threads=2), limit=1000)
+        add_prefix(folder, tokens(200, 4), SHORT, limit=1000)
     assert len(prefixes.list_prefixes()) == 2
 
 
 def test_a_damaged_prefix_costs_time_not_correctness(bundle: Bundle) -> None:
     folder, long = bundle("demo"), tokens(200)
-    path, _ = add_prefix(folder, long, RunOptions(threads=2))
-    expected, _ = run(folder, [*long, 5], prefixes=False, kv=KVMode.INT8)
+    path, _ = add_prefix(folder, long, SHORT)
+    expected, _ = run(folder, [*long, 5], prefixes=False)
     [file] = path.glob("pages-*")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
@@ -117,7 +124,7 @@ def test_a_damaged_prefix_costs_time_not_correctness(bundle: Bundle) -> None:
 
 def test_prefixes_from_the_command_line(bundle: Bundle, tmp_path: Path) -> None:
     text = tmp_path / "system.txt"
-    text.write_text("You are the keeper of the lighthouse, and you speak of nothing but the sea. " * 6)
+    text.write_text("You are the keeper of the lighthouse, and you speak of nothing but the sea. " * 12)
     runner = CliRunner()
 
     def call(*arguments: str) -> Any:
@@ -128,8 +135,11 @@ def test_prefixes_from_the_command_line(bundle: Bundle, tmp_path: Path) -> None:
     made = call("prefix", "add", str(bundle("demo")), "--file", str(text))
     [entry] = call("prefix", "list")
     assert entry["name"] == "system.txt"
-    answer = call("run", str(bundle("demo")), "--prompt", text.read_text() + "Once", "-n", "5")
-    assert answer["reused_tokens"] in (made["tokens"], made["tokens"] - 16)
+    command = ("run", str(bundle("demo")), "--prompt", text.read_text() + "Once", "-n", "5")
+    answer = call(*command, "--kv", "int8")
+    assert answer["reused_tokens"] == made["tokens"] == 256
+    answer = call(*command)
+    assert (answer["reused_tokens"], answer["unused_prefix_tokens"]) == (0, 256)
     assert call("prefix", "rm", made["id"][:6]) == {"removed": [made["id"]]}
     assert call("prefix", "list") == []
     result = runner.invoke(app, ["prefix", "rm", "beef"])

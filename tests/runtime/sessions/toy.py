@@ -20,6 +20,7 @@ from edgekv.runtime.options import SessionOptions
 from edgekv.runtime.pages.cache import KVCache
 from edgekv.runtime.pages.policy import CacheOptions
 from edgekv.runtime.sessions.session import Session
+from edgekv.runtime.sessions.steps import Steps
 from edgekv.spec import ModelSpec, RopeSpec
 
 MODEL = ModelSpec("toy", 2, 32, 4, 2, 8, 64, 1000, 4096, RopeSpec((1.0, 0.1, 0.01, 0.001)), 0.35, (0, 0))
@@ -67,8 +68,8 @@ class Chat:
 
     def save(self, *, whole: bool = True) -> None:
         assert self.session is not None
-        starts = list(range(len(self.tokens)))
-        assert self.session.checkpoint(self.cache, self.tokens, [], starts, whole=whole)
+        steps = Steps(PAGE_SIZE, range(len(self.tokens)), len(self.tokens))
+        assert self.session.checkpoint(self.cache, self.tokens, [], steps, whole=whole)
 
     def check(self) -> None:
         """Every token has the bits that a cache in memory gives it."""

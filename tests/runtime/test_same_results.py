@@ -1,0 +1,203 @@
+"""Results depend on tokens, model and options, to the bit: not on what is saved, cached, on flash or resumed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgekv.runtime.add_prefix import add_prefix
+from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.runtime.options import SessionOptions
+from edgekv.tiers import KVMode
+
+Bundle = Callable[..., Path]
+Logits = list[NDArray[np.float32]]
+
+CHUNK = 64
+#: Prompts that end before, at and behind a cut of the prefill, and at and beside the end of a page.
+LENGTHS = (33, 64, 150, 263)
+#: The longest prompt and what is generated after it, one by one.
+MANY: list[int] = np.random.default_rng(0).integers(2, 1000, 300).tolist()
+ANSWER: list[int] = np.random.default_rng(1).integers(2, 1000, 24).tolist()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def opened(folder: Path, session: Path | None = None, every: int = 16, **options: object) -> Generator:
+    settings = {"threads": 2, "prefill_chunk": CHUNK, "kv": KVMode.INT8, "context": 400, **options}
+    kept = SessionOptions(session, checkpoint_tokens=every) if session is not None else None
+    return Generator.open(folder, RunOptions(session=kept, **settings))  # type: ignore[arg-type]
+
+
+def logits(generator: Generator, prompt: list[int], answer: list[int] = ANSWER) -> Logits:
+    """Read a prompt and then an answer token by token."""
+    first = generator.prefill(prompt, max_tokens=len(answer)).copy()
+    return [first, *(generator.step([token]).copy() for token in answer)]
+
+
+def equal(got: Logits, expected: Logits) -> None:
+    for mine, right in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(mine, right)
+
+
+def killed(generator: Generator) -> None:
+    """Let a generator end as kill -9 would end it."""
+    generator._abandon_session()
+    generator.close()
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Bundle) -> dict[int, Logits]:
+    """What runs give that save nothing, have all pages in RAM and never stopped."""
+    results = {}
+    for length in LENGTHS:
+        with opened(bundle("demo"), prefixes=False) as generator:
+            results[length] = logits(generator, MANY[:length])
+    return results
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_saving_offloading_and_a_prefix_change_no_bit(
+    length: int, bundle: Bundle, tmp_path: Path, expected: dict[int, Logits]
+) -> None:
+    folder, prompt = bundle("demo"), MANY[:length]
+    ways: dict[str, dict[str, object]] = {
+        "a session": {"session": tmp_path / "a.kv"},
+        "a session, never saved": {"session": tmp_path / "b.kv", "every": 0},
+        "flash": {"kv_budget": "30%"},
+        "flash, chosen by the budget": {"kv_budget": "30%", "kv": KVMode.AUTO},
+        "a session on flash": {"session": tmp_path / "c.kv", "kv_budget": "30%"},
+    }
+    for way, options in ways.items():
+        with opened(folder, **options) as generator:  # type: ignore[arg-type]
+            equal(logits(generator, prompt), expected[length])
+            assert generator.report().reused_tokens == 0, way
+    _, kept = add_prefix(folder, [*MANY[:200], 7], RunOptions(threads=2, prefill_chunk=CHUNK))
+    for way, options in {"nothing": {}, **ways}.items():
+        if "session" in options:
+            options["session"] = tmp_path / f"{way} and a prefix.kv"
+        with opened(folder, **options) as generator:  # type: ignore[arg-type]
+            equal(logits(generator, prompt), expected[length])
+            assert generator.report().reused_tokens == min(kept, (length - 1) // CHUNK * CHUNK), way
+
+
+def test_fp16_pages_are_the_same_with_a_prefix_that_is_of_int8_pages(bundle: Bundle) -> None:
+    folder = bundle("demo")
+    with opened(folder, kv=KVMode.AUTO) as generator:
+        right = logits(generator, MANY)
+    add_prefix(folder, MANY, RunOptions(threads=2, prefill_chunk=CHUNK))
+    with opened(folder, kv=KVMode.AUTO) as generator:
+        equal(logits(generator, MANY), right)
+        assert generator.report().unused_prefix_tokens == 256
+
+
+@pytest.mark.parametrize("end", ["in order", "killed", "killed, saved by token"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_resumed_run_has_the_bits_of_the_one_that_never_stopped(
+    length: int, end: str, bundle: Bundle, tmp_path: Path, expected: dict[int, Logits]
+) -> None:
+    folder, prompt = bundle("demo"), MANY[:length]
+    every = 1 if end.endswith("token") else 16
+    for said in (0, 1, 15, 16):
+        path = tmp_path / f"{said}.kv"
+        generator = opened(folder, path, every)
+        logits(generator, prompt, ANSWER[:said])
+        generator.close() if end == "in order" else killed(generator)
+        with opened(folder, path, every) as generator:
+            assert generator.session is not None
+            known = max(generator.session.tokens, prompt, key=len)  # what was not saved is generated again
+            assert known == (prompt + ANSWER[:said])[: len(known)]
+            said_before = len(known) - length
+            equal(logits(generator, known, ANSWER[said_before:]), expected[length][said_before:])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_prefill_that_was_interrupted_again_and_again_has_the_same_bits(
+    length: int, bundle: Bundle, tmp_path: Path, expected: dict[int, Logits]
+) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(done: int, total: int) -> None:
+        raise Interrupted
+
+    for kill in (False, True):
+        path, prompt = tmp_path / f"{kill}.kv", MANY[:length]
+        for _ in range(6):  # at most one step in each run
+            generator = opened(bundle("demo"), path)
+            with contextlib.suppress(Interrupted):
+                generator.prefill(prompt, max_tokens=0, progress=interrupt)
+            killed(generator) if kill else generator.close()
+        with opened(bundle("demo"), path) as generator:
+            equal(logits(generator, prompt), expected[length])
+
+
+@pytest.mark.parametrize("session", [False, True])
+@pytest.mark.parametrize("change", [40, 64, 262])
+def test_an_edited_prompt_has_the_bits_of_a_fresh_one(
+    change: int, session: bool, bundle: Bundle, tmp_path: Path
+) -> None:
+    folder, before = bundle("demo"), MANY[:263]
+    edited = [*before[:change], 7, *before[change + 1 :], 8, 9]
+    with opened(folder) as generator:
+        right = logits(generator, edited)
+    with opened(folder, tmp_path / "a.kv" if session else None) as generator:
+        logits(generator, before)
+        equal(logits(generator, edited), right)
+        assert generator.report().reused_tokens == change // CHUNK * CHUNK
+    if session:
+        with opened(folder, tmp_path / "a.kv") as generator:
+            equal(logits(generator, [*edited[:-1], 10])[:0], [])
+            assert generator.report().reused_tokens == (len(edited) - 1) // CHUNK * CHUNK
+
+
+def test_a_conversation_is_the_same_saved_or_not_and_resumed_between_any_turns(bundle: Bundle, tmp_path: Path) -> None:
+    """Its turns go on from the steps of the turns before, generated tokens included."""
+    folder = bundle("demo")
+    turns: list[list[int]] = []
+    sequence: list[int] = []
+    for length in (70, 5, 90):
+        sequence = [*sequence, *MANY[len(sequence) : len(sequence) + length]]
+        turns.append(list(sequence))
+        sequence += ANSWER
+        turns.append(sequence[:-4])  # as if the answer were cut: what is behind it goes
+    with opened(folder) as generator:
+        right = [logits(generator, turn) for turn in turns]
+    for end in ("not", "in order", "killed"):
+        path = tmp_path / f"{end}.kv"
+        generator = opened(folder, path)
+        for turn, expected in zip(turns, right, strict=True):
+            equal(logits(generator, turn), expected)
+            if end == "killed":
+                generator.save()
+                killed(generator)
+            elif end == "in order":
+                generator.close()
+            if end != "not":
+                generator = opened(folder, path)
+        generator.close()
+
+
+def test_a_chunk_that_is_no_multiple_of_a_page_changes_nothing_of_that(bundle: Bundle, tmp_path: Path) -> None:
+    folder, prompt = bundle("demo"), MANY[:200]
+    with opened(folder, prefill_chunk=40, prefixes=False) as generator:
+        right = logits(generator, prompt)
+    _, kept = add_prefix(folder, prompt, RunOptions(threads=2, prefill_chunk=40))
+    assert kept == 160
+    for said in (0, 3, 9):
+        path = tmp_path / f"{said}.kv"
+        generator = opened(folder, path, prefill_chunk=40)
+        equal(logits(generator, prompt, ANSWER[:said]), right[: said + 1])
+        assert generator.report().reused_tokens == 160
+        generator.save()
+        killed(generator)
+        with opened(folder, path, prefill_chunk=40) as generator:
+            equal(logits(generator, prompt + ANSWER[:said], ANSWER[said:]), right[said:])
