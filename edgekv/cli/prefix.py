@@ -57,7 +57,7 @@ def add(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute the whole pages of a text and keep them."""
+    """Compute a text up to the last multiple of 256 tokens and keep its pages, for runs with INT8 pages."""
     from edgekv.bundle import read_manifest
     from edgekv.runtime.add_prefix import add_prefix
     from edgekv.runtime.options import RunOptions
@@ -82,7 +82,7 @@ def add(
     if as_json:
         typer.echo(json.dumps({"id": path.name, "tokens": kept, "tokens_of_text": len(tokens)}))
     else:
-        typer.echo(f"{path.name}: {kept} of {len(tokens)} tokens kept (whole pages)")
+        typer.echo(f"{path.name}: {kept} of {len(tokens)} tokens kept (prefill is cut there); for runs with INT8 pages")
 
 
 @app.command("list", epilog="Examples:  edgekv prefix list  |  edgekv prefix list --json")

@@ -74,7 +74,7 @@ def test_a_session_is_its_text_however_often_it_is_stopped_and_continued(
             count = data.draw(st.integers(1, 30))
             printed += said(generator, tokens, count, stop=stop, before=tokens)
             held = generator.session.tokens
-            assert held == generator._sequence
+            assert held == generator.sequence
             text = generator.text.decode(held)
             generator.cache.check()  # type: ignore[union-attr]
         if REPLACEMENT not in text + printed:
@@ -92,13 +92,13 @@ def test_what_stands_at_and_behind_the_stop_string_is_gone(session: bool, folder
     path = tmp_path / "b.kv" if session else None
     with opened(folder, path) as generator:
         assert said(generator, prompt, 60, stop=stop) == visible
-        kept = generator._sequence
+        kept = generator.sequence
         assert generator.text.decode(kept) == generator.text.decode(prompt) + visible
         assert len(generator._tokens) <= len(kept)
         if generator.session is not None:
             assert generator.session.tokens == kept
         rest = said(generator, kept, 12, before=kept)
-        expected = generator._sequence
+        expected = generator.sequence
     if path is not None:
         with opened(folder, tmp_path / "b.kv") as generator:
             assert generator.session is not None
@@ -151,15 +151,15 @@ def test_an_empty_prompt_begins_a_text_and_keeps_its_session_whole(folder: Path,
     for session in (None, tmp_path / "a.kv"):
         with opened(folder, session) as generator:
             text = said(generator, [], 20)
-            assert generator._sequence[0] == generator.manifest.model.bos_token_id
-            assert len(generator._sequence) == 21
-            assert text == generator.text.decode(generator._sequence)
-            sequence = generator._sequence
+            assert generator.sequence[0] == generator.manifest.model.bos_token_id
+            assert len(generator.sequence) == 21
+            assert text == generator.text.decode(generator.sequence)
+            sequence = generator.sequence
     with opened(folder, tmp_path / "a.kv") as generator:
         assert generator.session is not None
         assert generator.session.tokens == sequence
         said(generator, sequence, 5)
-        assert generator._sequence[:21] == sequence, "the last token is not generated twice"
+        assert generator.sequence[:21] == sequence, "the last token is not generated twice"
 
 
 def test_an_empty_prompt_for_a_model_that_begins_texts_with_nothing_says_so(folder: Path) -> None:
