@@ -43,8 +43,8 @@ BUNDLE = Path(__file__).parent / "data" / "bundle-1"
 SECRET = "a secret of more than sixteen bytes"
 LIMIT_BYTES = 48 * 1024
 NEEDLE_BYTES = 16
-#: Tokens of the prefix, and of what a session holds before the run.
-SHARED = 160
+#: Tokens of the prefix (a step of prefill), and of what a session holds before the run.
+SHARED = 256
 OFFLOAD = ("nowhere", "folder", "objects", "objects and flash")
 SESSIONS = ("none", "new", "continued", "forked", "read only")
 
@@ -195,7 +195,7 @@ class World:
             arguments += ["--offload", home / "flash"]
         elif case.offload != "nowhere":
             arguments += ["--offload", f"file://{home}/objects"]
-            arguments += ["--flash-limit", "100KiB"] if case.offload == "objects and flash" else []
+            arguments += ["--flash-limit", "64KiB"] if case.offload == "objects and flash" else []
         if case.encrypted:
             arguments += ["--encrypt"]
         if case.limited:
@@ -329,11 +329,11 @@ def test_pages_that_are_copied_for_want_of_hard_links_count_as_written(
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     tokens = [int(token) for token in np.random.default_rng(0).integers(2, 300, 170)]
-    add_prefix(BUNDLE, tokens[:160], RunOptions(threads=1))
+    add_prefix(BUNDLE, tokens[:160], RunOptions(threads=1, prefill_chunk=32))
     monkeypatch.setattr(os, "link", no_link)
     for limit, reused in ((10**6, 160), (60_000, 0)):
         path = tmp_path / f"{limit}.kv"
-        options = RunOptions(threads=1, session=SessionOptions(path), max_write_per_day=limit)
+        options = RunOptions(threads=1, prefill_chunk=32, session=SessionOptions(path), max_write_per_day=limit)
         generator = Generator.open(BUNDLE, options)
         generator.prefill(tokens, max_tokens=0)
         assert generator.report().reused_tokens == reused
