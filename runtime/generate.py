@@ -385,6 +385,8 @@ class Generator:
             self._steps.cut(self._steps.keep(common))
             if len(self._tokens) > self._steps.end:
                 self._shorten(self._steps.end)
+                if not self._tokens:  # it could not be cut: all is read as in a fresh run
+                    self._steps.cut(0)
         self._sequence = list(sequence)
 
     def _shorten(self, count: int) -> None:
@@ -394,8 +396,6 @@ class Generator:
             while (held := self.prepared.cache.truncate(count)) < count:
                 count = self._steps.keep(held, -1)
             del self._tokens[count:]
-            if not count:  # then all is read at once, as in a fresh run
-                self._steps.cut(0)
 
     def _begun(self, prompt: Sequence[int]) -> list[int]:
         """Return the tokens of a prompt; an empty one begins with the token that begins a text.

@@ -146,7 +146,13 @@ def run_command(
             )
             with signals.between_tokens():
                 for piece in generator.stream(
-                    request, max_tokens=most, sampling=sampling, stop=stop or [], before=before, pin=pinned, progress=advance
+                    request,
+                    max_tokens=most,
+                    sampling=sampling,
+                    stop=stop or [],
+                    before=before,
+                    pin=pinned,
+                    progress=advance,
                 ):
                     yield piece
                     signals.check()

@@ -123,9 +123,10 @@ def test_a_sequence_that_is_cut_back_goes_on_as_if_it_had_never_been_longer(
     windowed: Callable[..., Path], cut: int, budget: int | None, session: bool, tmp_path: Path
 ) -> None:
     other = [*PROMPT[: len(PROMPT) - cut], 251, 252]
-    expected, fresh = answer(windowed("split"), other, kv=KVMode.INT8)
+    # Steps of a page: a sequence is cut back to where a step began.
+    expected, fresh = answer(windowed("split"), other, kv=KVMode.INT8, prefill_chunk=PAGE)
     kept = SessionOptions(tmp_path / "session") if session else None
-    _, generator = answer(windowed("split"), kv=KVMode.INT8, kv_budget=budget, session=kept)
+    _, generator = answer(windowed("split"), kv=KVMode.INT8, kv_budget=budget, session=kept, prefill_chunk=PAGE)
     with fresh, generator:
         before = generator.stats.prefill_tokens
         assert list(generator.tokens(other, max_tokens=12)) == expected
@@ -134,8 +135,8 @@ def test_a_sequence_that_is_cut_back_goes_on_as_if_it_had_never_been_longer(
         if session or cut <= PAGE - 12:  # a session has every page; without one a cut of less than a page needs none
             assert generator.stats.prefill_tokens - before <= cut + 2 + 2 * PAGE
     if session:
-        again, resumed = answer(windowed("split"), PROMPT[:100], kv=KVMode.INT8, session=kept)
-        alone, plain = answer(windowed("split"), PROMPT[:100], kv=KVMode.INT8)
+        again, resumed = answer(windowed("split"), PROMPT[:100], kv=KVMode.INT8, session=kept, prefill_chunk=PAGE)
+        alone, plain = answer(windowed("split"), PROMPT[:100], kv=KVMode.INT8, prefill_chunk=PAGE)
         with resumed, plain:
             assert again == alone
 
