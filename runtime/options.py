@@ -57,6 +57,7 @@ class RunOptions:
     ``allow_drop``: forget pages that do not fit, instead of writing them to flash (unless ``offload`` names a
     folder); changes results, and says how much.
     ``max_write_per_day``: bytes, or ``"2GB"``, that all runs with this offload folder may write to flash in a day (UTC).
+    ``threads``: of this generator; those that run on ExecuTorch share the number of the first that is open in the process.
     ``own_process``: nothing else in this process runs on ONNX Runtime, so that all its sessions may share one pool of
     threads; decoding is then up to a quarter faster, and sessions of others must set ``use_per_session_threads=False``.
     ``pressure``: ``auto`` gives memory back when the system runs short of it; see :mod:`edgekv.runtime.governor`.

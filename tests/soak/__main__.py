@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import faulthandler
 import gc
@@ -69,6 +70,9 @@ def main() -> int:
     asked = arguments()
     seed = asked.seed if asked.seed is not None else random.SystemRandom().randrange(10**6)
     home = Path(tempfile.mkdtemp(prefix="edgekv-soak-"))
+    good: list[bool] = []
+    # Registered first, so that it comes last, after what others want to remove from there.
+    atexit.register(lambda: shutil.rmtree(home, ignore_errors=True) if good else None)
     cache, temporary = home / "cache", home / "tmp"
     for folder in (cache, temporary, home / "work"):
         folder.mkdir()
@@ -140,7 +144,7 @@ def main() -> int:
         flush=True,
     )
     if not failures and not grown:
-        shutil.rmtree(home)
+        good.append(True)
         return 0
     print(f"what it left is in {home}", flush=True)
     return 1

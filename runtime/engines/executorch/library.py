@@ -7,6 +7,7 @@ import functools
 import importlib
 import os
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,7 @@ class Library:
                 if name in _LIBRARIES[:2] or path.is_file():
                     raise EngineError(f"executorch {version()} cannot be loaded: {error}") from error
                 # A delegate or kernel library that is not there: the program says whether it needs it.
+        self._open: weakref.WeakSet[Program] = weakref.WeakSet()
         self.functions: Any = SimpleNamespace()
         pointer, text, integer = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
         for name, result, arguments in (
@@ -90,8 +92,8 @@ class Library:
             setattr(self.functions, name, function)
 
     def set_threads(self, threads: int) -> None:
-        """Set the number of threads of every program of this process."""
-        if self.functions.set_threads(threads):
+        """Set the number of threads of every program of this process; it stays while one is open, which holds the pool."""
+        if not self._open and self.functions.set_threads(threads):
             raise EngineError(f"executorch: {self._reason()}")
 
     def set_operators(self, threads: int) -> tuple[str, int]:
@@ -136,7 +138,9 @@ class Library:
         handle = self.functions.open(os.fsencode(path), os.fsencode(packed_cache) if packed_cache else b"")
         if not handle:
             raise EngineError(f"executorch {version()} cannot load {path}: {self._reason()}; export the bundle again")
-        return Program(self, path, handle)
+        program = Program(self, path, handle)
+        self._open.add(program)
+        return program
 
     def _reason(self) -> str:
         return str(self.functions.error().decode(errors="replace").splitlines()[0])
@@ -170,6 +174,7 @@ class Program:
         if getattr(self, "_handle", 0):
             self._methods.clear()
             self._library.functions.close(self._handle)
+            self._library._open.discard(self)
             self._handle = 0
 
     __del__ = close

@@ -1,7 +1,8 @@
 """The file that keeps XNNPACK's packed weights, so that a start maps them instead of packing again.
 
 XNNPACK trusts the file's contents. So its name says for what it was made (model, executorch version, CPU), and a note
-beside it says how the process that wrote it left it: a file that differs from its note is made again.
+beside it says how the process that wrote it left it: a file that differs from its note is made again. Until the note is there
+one process has the file to itself; whoever comes meanwhile packs into RAM. A file without a note is what a killed one left.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import sys
 import weakref
 from pathlib import Path
 
@@ -20,6 +22,9 @@ from edgekv.errors import FormatError
 from edgekv.files import make_own_folder, open_file, read_own, replace_own
 from edgekv.host import processor
 from edgekv.schema import plain_json
+
+if sys.platform != "win32":
+    import fcntl
 
 _log = logging.getLogger(__name__)
 
@@ -52,14 +57,56 @@ class PackedCache:
             return None
         try:
             make_own_folder(self.path.parent)
-            state = _state(self.path)
-            if os.path.lexists(self.path) and (state is None or state != _read(self._note)):
-                _log.warning("edgekv: %s is not as it was written; the weights are packed again", self.path)
-                self.path.unlink()
+            lock = open_file(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
         except OSError:
             return None
-        weakref.finalize(self, _write_note, self.path, self._note)
+        try:
+            if not self._take(lock):
+                os.close(lock)
+                return None
+        except OSError:
+            os.close(lock)
+            return None
+        weakref.finalize(self, _leave, self.path, self._note, lock)
         return self.path
+
+    def _take(self, lock: int) -> bool:
+        """Share a file that is whole, or have one to oneself that is not there yet; False: others have it.
+
+        Raises:
+            OSError: what is there cannot be removed.
+        """
+        if self._whole() and _locked(lock, alone=False) and self._whole():
+            return True
+        if not _locked(lock, alone=True):
+            return False
+        if os.path.lexists(self.path) and not self._whole():
+            if os.path.lexists(self._note):
+                _log.warning("edgekv: %s is not as it was written; the weights are packed again", self.path)
+                self._note.unlink()
+            self.path.unlink()
+        return True
+
+    def _whole(self) -> bool:
+        state = _state(self.path)
+        return state is not None and state == _read(self._note)
+
+
+def _locked(handle: int, *, alone: bool) -> bool:
+    """Lock a file, alone or with others; False: somebody has it. Where there are no locks, nobody does."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+    return True
+
+
+def _leave(path: Path, note: Path, lock: int) -> None:
+    _write_note(path, note)
+    os.close(lock)
 
 
 def _write_note(path: Path, note: Path) -> None:

@@ -145,3 +145,19 @@ def test_without_a_compiler_the_python_bindings_run_it_and_say_so(bundle: Bundle
     engine, tokens = result.stdout.splitlines()[-2:]
     assert "through torch, slower (the ExecuTorch engine is compiled on first use and no C++ compiler" in engine
     assert tokens == str(expected)
+
+
+def test_generators_that_are_open_at_once_may_ask_for_different_threads(bundle: Bundle) -> None:
+    """ExecuTorch has one pool of threads for a process, and what is open holds it."""
+    folder, tokens = bundle("demo", engine="executorch"), prompt(100, 1000)
+    code = (
+        "from edgekv.runtime.generate import Generator, RunOptions\n"
+        f"first = Generator.open({str(folder)!r}, RunOptions(threads=1))\n"
+        f"said = list(first.tokens({tokens}, max_tokens=8))\n"
+        f"second = Generator.open({str(folder)!r}, RunOptions(threads=2))\n"
+        f"assert list(second.tokens({tokens}, max_tokens=8)) == said\n"
+        f"first.prefill({tokens[::-1]}, max_tokens=8)\n"
+        f"assert list(first.tokens({tokens}, max_tokens=8)) == said\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{result.returncode}: {result.stderr}"

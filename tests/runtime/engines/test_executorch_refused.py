@@ -125,6 +125,19 @@ def test_a_packed_weights_file_that_is_not_as_it_was_written(bundle: Bundle, tmp
     assert run(folder, **cache).stderr == ""
 
 
+def test_two_generators_at_once_and_a_kill_before_the_note_are_no_changed_file(bundle: Bundle, tmp_path: Path) -> None:
+    folder = bundle("demo", engine="executorch")
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    twice = f"from edgekv.runtime.generate import Generator; other = Generator.open({str(folder)!r}); next(other.stream('It'))"
+    both, again = run(folder, first=twice, **cache), run(folder, **cache)
+    assert (both.stderr, again.stderr, both.stdout) == ("", "", again.stdout)
+    (note,) = (tmp_path / "edgekv" / "packed").glob("*.json")
+    note.unlink()
+    killed = run(folder, **cache)
+    assert (killed.stderr, killed.stdout) == ("", again.stdout)
+    assert note.exists()
+
+
 def test_a_manifest_of_another_decoder(bundle: Bundle, tmp_path: Path) -> None:
     folder = changed(bundle("demo", engine="executorch"), tmp_path / "b", lambda data: data)
     manifest = json.loads((folder / "manifest.json").read_text())
