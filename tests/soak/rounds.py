@@ -455,7 +455,7 @@ def killed_sessions(world: World, chance: random.Random) -> None:
         command = [
             "run", str(world.bundles[bundle]), "--session", str(path), "-q", "-n", str(ANSWER - held),
             "--threads", str(chance.choice((1, 2))), "--checkpoint-every", chance.choice(("1", "8", "64", "0.05s")),
-            "--kv-budget", chance.choice(("100%", "80%", "70%")),
+            "--kv-budget", chance.choice(("100%", "80%", "70%")), "--context", "1024",
         ]  # fmt: skip
         command += ["--key-file", str(world.key)] if encrypted else []
         command += ["--continue"] if held else ["--prompt", world.prompts[prompt]]
