@@ -67,6 +67,7 @@ void ThreadPool::dispatch(int n_items, void* context, Invoke invoke) {
         const auto task = [](void* pool, size_t thread) { static_cast<ThreadPool*>(pool)->work(static_cast<int>(thread)); };
         // When it cannot, this thread does it all: whoever works takes what the others left.
         if (!executor_(task, this, static_cast<size_t>(n_threads_))) work(0);
+        while (remaining_.load() != 0) pause_core();  // never; the load makes what the others wrote visible here
         return;
     }
     generation_.fetch_add(1);  // seq_cst: ordered against a helper's asleep_ count, so no wake-up is lost

@@ -22,7 +22,7 @@ PROMPT = [random.Random(0).randrange(2, 250) for _ in range(900)]
 
 def begin(bundle: Path) -> tuple[Generator, Iterator[int]]:
     """Return a generator and the rest of its tokens, with reads in flight for the next one."""
-    options = RunOptions(kv=KVMode.INT8, threads=2, kv_budget="25%", pressure=PressureMode.IGNORE, prefixes=False)
+    options = RunOptions(kv=KVMode.INT8, threads=2, kv_budget="1240KiB", pressure=PressureMode.IGNORE, prefixes=False)
     generator = Generator.open(bundle, options)
     tokens = generator.tokens(PROMPT, max_tokens=20)
     next(tokens)
@@ -60,7 +60,7 @@ def callback(bundle: Path) -> None:
         if done > 300:
             raise LookupError("enough")
 
-    options = RunOptions(kv=KVMode.INT8, threads=2, kv_budget="25%", prefill_chunk=64, prefixes=False)
+    options = RunOptions(kv=KVMode.INT8, threads=2, kv_budget="1240KiB", prefill_chunk=64, prefixes=False)
     generator = Generator.open(bundle, options)
     try:
         next(generator.tokens(PROMPT, max_tokens=20, progress=fail))

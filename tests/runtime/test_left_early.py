@@ -17,7 +17,7 @@ from tests.runtime.leaver import WAYS
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 64,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 16,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "head_dim": 48,
