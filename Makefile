@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.edgekv-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow soak arm64 check duplicates map bench bench-flash format clean
+.PHONY: help setup demo test test-slow soak arm64 sanitize check duplicates map bench bench-flash format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -29,6 +29,9 @@ soak: setup ## half an hour of random options, kills and pressure; MINUTES=N, or
 
 arm64: setup ## the kernels and the ExecuTorch shim, cross-compiled, under qemu; says why where that cannot be
 	@tools/arm64.sh
+
+sanitize: setup ## the native kernels and their tests under AddressSanitizer, UBSan and ThreadSanitizer
+	@tools/sanitize.sh
 
 check: setup duplicates ## lint, types, repeated code and quick tests
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(VENV)/bin/pytest -q -x -n auto

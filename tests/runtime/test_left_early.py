@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,6 +32,7 @@ def streams(bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_is_left_early_harms_nothing_and_keeps_nothing_open(way: str, streams: Path) -> None:
-    command = [sys.executable, "-m", "tests.runtime.leaver", str(streams), way, "5"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    times = 100 if way == "drop" and "EDGEKV_SANITIZED" in os.environ else 5
+    command = [sys.executable, "-m", "tests.runtime.leaver", str(streams), way, str(times)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (run.returncode, run.stdout, run.stderr) == (0, "ok\n", "")
