@@ -20,7 +20,7 @@ build() { # name, sanitizers: the kernels, which EDGEKV_SANITIZED names from the
   local dir=$PWD/build/sanitize/$1
   PATH=$PWD/.venv/bin:$bin:$PATH cmake -S runtime/native -B "$dir" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEDGEKV_SANITIZE="$2" \
     -DPython_EXECUTABLE="$python" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$dir" -DCMAKE_CXX_COMPILER=g++ >/dev/null
-  cmake --build "$dir" --parallel >"$dir/log" || { cat "$dir/log"; exit 1; }
+  cmake --build "$dir" --parallel >"$dir/log" 2>&1 || { cat "$dir/log"; exit 1; }
   EDGEKV_SANITIZED=$(ls "$dir"/_kernels*.so)
   export EDGEKV_SANITIZED PYTHONPATH=$PWD/tools/sanitized
 }
