@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.edgekv-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow soak arm64 sanitize check duplicates map bench bench-flash format clean
+.PHONY: help setup demo test test-slow test-exhaustive soak arm64 sanitize check duplicates map bench bench-flash format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -23,6 +23,9 @@ test: setup ## the suite, as CI runs it
 
 test-slow: setup ## the slow tests
 	@$(VENV)/bin/pytest -q -n auto -m slow
+
+test-exhaustive: setup ## longer forms of tests that CI runs: every value, thousands of faults, 300 interruptions
+	@$(VENV)/bin/pytest -q -n auto -m exhaustive
 
 soak: setup ## half an hour of random options, kills and pressure; MINUTES=N, or SEED=N ROUND=K for a round that failed
 	@$(PY) -m tests.soak --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED)) $(if $(ROUND),--round $(ROUND))

@@ -208,7 +208,7 @@ def test_two_commands_that_write_the_same_do_their_work_or_say_why_not(
     check(pair, *narrow[pair], world)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair not in NARROW], ids=named)
 def test_any_two_commands_on_the_same_folder_do_their_work_or_say_why_not(
     pair: Pair, others: dict[Pair, tuple[Path, list[Ended]]], world: World

@@ -50,7 +50,7 @@ Result = TypeVar("Result")
 
 def examples(quick: int, long: int) -> pytest.MarkDecorator:
     """Run a test with few examples in the default suite, and with many among the slow ones."""
-    return pytest.mark.parametrize("count", [quick, pytest.param(long, marks=pytest.mark.slow)])
+    return pytest.mark.parametrize("count", [quick, pytest.param(long, marks=pytest.mark.exhaustive)])
 
 
 def for_all(count: int, cases: SearchStrategy[Case], check: Callable[[Case], None]) -> None:

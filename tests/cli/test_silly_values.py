@@ -121,7 +121,7 @@ def test_a_silly_value_of_any_option_is_one_line_and_an_exit_code_of_the_docs(bu
     assert faults(lines, tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_silly_value_of_any_option_is_one_line_and_an_exit_code_of_the_docs(
     bundle: Bundle, tmp_path: Path
 ) -> None:
