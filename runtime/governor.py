@@ -14,7 +14,6 @@ import numpy as np
 from edgekv.errors import BudgetError, EdgeKVError, UsageError
 from edgekv.settings import KV_BUDGET, Mode
 from edgekv.sizes import format_bytes
-from edgekv.spec import RECORD_HEADER_BYTES
 from edgekv.tiers import PressureMode, Tier
 
 from .attention.attend import Attender
@@ -31,6 +30,8 @@ from .system.pressure import Calm, Pressure
 CHECK_SECONDS = 0.05
 #: After so long without pressure, a part of what was given back is used again.
 CALM_SECONDS = 10.0
+#: Pages that are read back together when the budget grows: RAM beyond the budget, for a moment.
+REFILL_PAGES = 16
 #: The part of the first arena that a stall costs, or calm brings back.
 STEP_SHARE = 8
 
@@ -164,12 +165,12 @@ class Governor:
     def _refill(self) -> None:
         """Bring pages back from flash while there is room, those that would leave last first."""
         manager = self._manager
-        row = np.empty((1, manager.spec.record_bytes), np.uint8)
-        for layer, page in reversed(candidates(manager.table, manager.options, Tier.COLD, among=manager.table.seen())):
-            if not manager.has_room_to_warm():
-                return
-            manager.read_records(layer, [page], row)
-            manager.warm(layer, page, row[0, RECORD_HEADER_BYTES:])
+        last = candidates(manager.table, manager.options, Tier.COLD, among=manager.table.seen())[::-1]
+        chosen = last[: manager.spare_room()]
+        for layer in np.unique(chosen[:, 0]).tolist():
+            pages = np.sort(chosen[chosen[:, 0] == layer, 1]).tolist()
+            for start in range(0, len(pages), REFILL_PAGES):
+                manager.bring(layer, pages[start : start + REFILL_PAGES])
 
     @property
     def _may_spill(self) -> bool:
@@ -183,7 +184,7 @@ class Governor:
         """Give the page manager a store, if it may have one, and room to read pages back from it."""
         manager, staging = self._manager, self._staging_to_come(budget_bytes)
         if self._may_spill:
-            self._store = open_offload(self._options.storage, manager.spec, self._machine.medium)
+            self._store = open_offload(self._options.storage, manager.spec, self._machine.open_medium())
             manager.store = self._store
             if self._attender is not None:
                 self._attender.stream(self._store)

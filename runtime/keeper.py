@@ -54,7 +54,7 @@ class SessionKeeper:
                 raise UsageError("a session keeps its pages in its own files: encrypt it, with a secret of its own")
             limit = settings.MAX_WRITE_PER_DAY.optional(options.max_write_per_day)
             limited = replace(options.session, max_bytes_per_day=limit)
-            prefix = Session.open(limited, manifest, medium=machine.medium)
+            prefix = Session.open(limited, manifest, medium=machine.open_medium())
         self.session = prefix
         self.options = options.session or SessionOptions(prefix.path, 0)
         self._cache: KVCache | None = None

@@ -11,24 +11,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from .meter import SILENT, Meter
-from .storage.medium import SYSTEM, Medium
-from .storage.reads import Reads
+from .storage.medium import Medium, SystemMedium
 from .system.pressure import Pressure, SystemPressure
 from .system.process import peak_rss_bytes
 
 if TYPE_CHECKING:
-    from .kernels.interface import Pool
     from .pages.budget import BudgetPlan
     from .pages.cache import KVCache
 
 
 class Machine(Protocol):
     """Stands between a run and the parts that take time, memory or flash. All calls but the medium's come from one thread."""
-
-    @property
-    def medium(self) -> Medium:
-        """Where page files are."""
-        ...
 
     @property
     def meter(self) -> Meter:
@@ -39,8 +32,8 @@ class Machine(Protocol):
         """Seconds from any fixed moment."""
         ...
 
-    def reads(self, pool: Pool) -> Reads:
-        """Return what reads ahead; ``pool`` checks what came."""
+    def open_medium(self) -> Medium:
+        """Return where the page files of one store are; the store closes it."""
         ...
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
@@ -59,16 +52,15 @@ class Machine(Protocol):
 class Host:
     """The machine itself: everything is what it is."""
 
-    medium: Medium = SYSTEM
     meter: Meter = SILENT
 
     def now(self) -> float:
         """Return the time of the performance counter."""
         return time.perf_counter()
 
-    def reads(self, pool: Pool) -> Reads:
-        """Return reads on threads of their own."""
-        return Reads(pool)
+    def open_medium(self) -> Medium:
+        """Return the file system, with threads of its own."""
+        return SystemMedium()
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
         """Let it run."""

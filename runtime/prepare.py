@@ -156,12 +156,12 @@ def prepare_cache(
             store = session.store
         elif session is not None:
             storage = replace(options.storage, encrypt_offload=options.encrypt_offload or session.encrypted)
-            over = store = OverlaidStore(session.store, lambda: open_offload(storage, spec, machine.medium))
+            over = store = OverlaidStore(session.store, lambda: open_offload(storage, spec, machine.open_medium()))
             release.callback(over.close)
             if not plan.fits:
                 over.open()
         elif not plan.fits and (options.offload is not None or not options.allow_drop):
-            store = open_offload(options.storage, spec, machine.medium)
+            store = open_offload(options.storage, spec, machine.open_medium())
             release.callback(store.close)
         cache_options = CacheOptions(
             budget_bytes=plan.arena_bytes,

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgekv.errors import StoreError
 from edgekv.files import make_folder
-from edgekv.runtime.storage.reads import QUEUE_DEPTH
+from edgekv.runtime.storage.medium import QUEUE_DEPTH
 from edgekv.runtime.system.buffers import aligned_rows
 from edgekv.scratch import ScratchFolder
 

@@ -22,11 +22,10 @@ from edgekv.device_profiles.speed import paged_seconds
 from edgekv.device_profiles.thermal import ThermalState
 from edgekv.errors import EdgeKVError
 from edgekv.runtime.generate import Generator
-from edgekv.runtime.kernels.interface import Pool
 from edgekv.runtime.options import RunOptions
 from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES, BudgetPlan
 from edgekv.runtime.pages.cache import KVCache
-from edgekv.runtime.storage.reads import Reads
+from edgekv.runtime.storage.medium import Medium
 from edgekv.runtime.system.pressure import Calm, Pressure
 from edgekv.settings import APP_LIMIT, SEED
 from edgekv.sizes import format_bytes
@@ -35,7 +34,7 @@ from edgekv.tiers import Tier
 from .charges.cost import StepCost
 from .charges.meter import DeviceMeter
 from .clock import Clock
-from .drive import EmulatedMedium, ReadsAtOnce
+from .drive import EmulatedMedium
 from .events import Agenda, Event
 from .link import Link, LinkTraffic
 from .memory import AppMemory
@@ -153,9 +152,9 @@ class Device:
         """Return the virtual time."""
         return self.clock.now
 
-    def reads(self, pool: Pool) -> Reads:
-        """Return reads at the speed of the drive."""
-        return ReadsAtOnce(pool, still=self.medium.still)
+    def open_medium(self) -> Medium:
+        """Return the drive."""
+        return self.medium
 
     def watch(self, cache: KVCache, plan: BudgetPlan, abandon: Callable[[], None]) -> None:
         """Count the memory of a new cache."""

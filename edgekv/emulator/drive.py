@@ -5,18 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.device_profiles.flash import FlashDevice
 from edgekv.device_profiles.schema import Flash
-from edgekv.errors import EdgeKVError
-from edgekv.runtime.kernels.interface import Int64, RowStreams
+from edgekv.runtime.kernels.interface import Int64, Pool, RowStreams
 from edgekv.runtime.storage.interface import Bytes
-from edgekv.runtime.storage.medium import SYSTEM
-from edgekv.runtime.storage.reads import Reads
+from edgekv.runtime.storage.medium import Arrival, SystemMedium
 from edgekv.runtime.storage.record import Wanted, neighbours
 
 from .clock import Clock
@@ -53,35 +50,6 @@ class StillRows:
         """Nothing was read ahead."""
 
 
-class ReadsAtOnce(Reads):
-    """The reads of an app on an emulated drive: those that the drive cannot do ahead happen when they are asked for.
-
-    Args:
-        still: nothing is moved; where page files have no contents.
-    """
-
-    def __init__(self, pool: object, *, still: bool) -> None:
-        super().__init__(pool)
-        self._still = still
-
-    def call(self, read: Callable[[], None]) -> Callable[[], None]:
-        """Read now, on the thread that runs the app, and return what raises what that raised."""
-        try:
-            read()
-        except EdgeKVError as error:
-            failed = error
-
-            def fail() -> None:
-                raise failed
-
-            return fail
-        return lambda: None
-
-    def stream(self, rows: NDArray[np.uint8], capacity: int, n_layers: int) -> RowStreams | None:
-        """Return the kernels' way, or one that moves nothing."""
-        return StillRows() if self._still else super().stream(rows, capacity, n_layers)
-
-
 class EmulatedMedium:
     """A :class:`~edgekv.runtime.storage.medium.Medium` whose requests take the time of a profile's drive.
 
@@ -99,6 +67,7 @@ class EmulatedMedium:
         self.error_rate = self.damage_rate = 0.0
         self.reads = self.writes = self.faults = 0
         self.still = False
+        self._files = SystemMedium()
         self._clock = clock
         self._random = random.Random(seed)
         self.asked_until = 0.0
@@ -109,29 +78,31 @@ class EmulatedMedium:
         fault = self.draw()
         if fault == "error":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        got = len(out) if self.still else SYSTEM.read(file, out, offset)
+        got = len(out) if self.still else self._files.read(file, out, offset)
         if fault == "damage":
             out[got // 2] ^= 1
         return got
 
-    def start(
-        self, reads: Reads, file: int, places: NDArray[np.int64], wanted: Wanted, out: Bytes
-    ) -> Callable[[], list[bool]]:
+    def start(self, file: int, places: NDArray[np.int64], wanted: Wanted, out: Bytes) -> Arrival:
         """Ask the drive, and start to read; ``asked_until`` says when it is done, and who takes it waits until then."""
         now = self.asked_until = self._clock.now
         faults = []
         for start, stop in neighbours(places.tolist()):
             self.asked_until = max(self.asked_until, self.charge_read(now, out[start:stop].nbytes))
             faults.append(self.draw())
-        finish = None if self.still else SYSTEM.start(reads, file, places, wanted, out)
+        arrive = None if self.still else self._files.start(file, places, wanted, out)
 
-        def finished() -> list[bool]:
-            good = finish() if finish is not None else [True] * len(places)
+        def arrived(pool: Pool | None) -> list[bool]:
+            good = arrive(pool) if arrive is not None else [True] * len(places)
             if "error" in faults:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return [*good[:-1], good[-1] and "damage" not in faults]
 
-        return finished
+        return arrived
+
+    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RowStreams | None:
+        """The native page walk, or one that moves nothing."""
+        return StillRows() if self.still else self._files.walk(rows, capacity, n_layers)
 
     def write(self, file: int, data: memoryview, offset: int) -> int:
         """Write, and wait until the drive took it."""
@@ -140,11 +111,15 @@ class EmulatedMedium:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.writes += 1
         self._clock.wait_until(self.drive.write(self._clock.now, len(data)))
-        return len(data) if self.still else SYSTEM.write(file, data, offset)
+        return len(data) if self.still else self._files.write(file, data, offset)
 
     def sync(self, file: int) -> None:
         """Sync the real file; the time of a flush is in that of the writes."""
-        SYSTEM.sync(file)
+        self._files.sync(file)
+
+    def close(self) -> None:
+        """End the threads that move the bytes; the drive is there for the next store."""
+        self._files.close()
 
     def charge_read(self, at_s: float, size_bytes: int) -> float:
         """Return when a read that is asked for at ``at_s`` is done."""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.settings import AttendOptions
-from edgekv.spec import RECORD_HEADER_BYTES, ModelSpec
+from edgekv.spec import ModelSpec
 from edgekv.tiers import Tier
 
 from ..engines.base import StepBuffers
@@ -101,8 +101,7 @@ class Attender:
     def stream(self, store: PageStore) -> None:
         """Read pages back from a store from now on, through the staging ring."""
         spec = self._cache.spec
-        reads = self._machine.reads(self._pool)
-        self._reader = PageReader(store, spec, self._piece_pages, self._ring_pieces, reads, self._meter)
+        self._reader = PageReader(store, spec, self._piece_pages, self._ring_pieces, self._pool, self._meter)
         self._lookahead = Lookahead(self._cache, self._reader, self._piece_pages, self._run_pages)
         attention = cast(StreamingAttention, self._attention)
         self._streaming = Streaming(self._cache, attention, self._reader, self._lookahead, self._windows, self._meter)
@@ -219,8 +218,7 @@ class Attender:
             following = cold[start + self._piece_pages :][: self._piece_pages]
             if following:
                 self._reader.request(self._records(layer, following))
-            for page, row in zip(pages, rows, strict=True):
-                manager.admit(layer, page, row[RECORD_HEADER_BYTES:])
+            manager.bring(layer, pages, rows)
             manager.counters.pages_fetched += len(pages)
 
     def _predict(self, layer: int) -> None:

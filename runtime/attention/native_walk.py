@@ -18,8 +18,6 @@ from ..kernels.interface import StreamingAttention
 from ..meter import Meter
 from ..pages.cache import KVCache
 from ..storage.flash import FlashStore
-from ..storage.interface import PageStore
-from ..storage.record import is_short
 from ..storage.ring import PageReader
 from .walk import Lookahead, Piece
 
@@ -44,7 +42,7 @@ class Streaming:
         self._lookahead = lookahead
         self._windows = windows
         self._meter = meter
-        self._stream = None if is_short(cache.spec.warm_bytes) else reader.stream(cache.spec.n_layers)
+        self._stream = reader.stream(cache.spec.n_layers)
         self._tiers: NDArray[np.uint8] = np.empty((0, 0), np.uint8)
         self._records: NDArray[np.int64] = np.empty((0, 0), np.int64)
         self._pieces: list[list[Piece]] = []
@@ -52,8 +50,7 @@ class Streaming:
 
     def reaches(self, tiers: NDArray[np.uint8]) -> bool:
         """Say whether pages in these tiers are all in RAM or in one page file."""
-        store = self._cache.manager.store
-        return self._stream is not None and _is_plain_flash(store) and tiers.max() <= Tier.COLD
+        return self._stream is not None and bool(tiers.max() <= Tier.COLD)
 
     def plan(self, n_pages: int) -> list[bool]:
         """Plan a step over ``n_pages`` in every layer, which :meth:`reaches`; returns which layers have pages on flash."""
@@ -111,8 +108,3 @@ class Streaming:
         store.counters.records_read += count
         store.counters.bytes_read += count * store.spec.record_bytes
         self._cache.manager.counters.pages_fetched += count
-
-
-def _is_plain_flash(store: PageStore | None) -> bool:
-    """Say whether a record, once read, is a page: the kernels do not decrypt."""
-    return isinstance(store, FlashStore) and store.cipher is None

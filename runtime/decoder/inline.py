@@ -86,8 +86,7 @@ class InlineForward:
         spec = self._cache.spec
         if not away.any():
             return self._resident(layer, pages, spec.warm_bytes)
-        records = np.empty((int(away.sum()), spec.record_bytes), np.uint8)
-        self._cache.manager.read_records(layer, pages[away].tolist(), records)
+        records = self._cache.manager.read(layer, pages[away].tolist())
         payloads = np.empty((len(pages), spec.warm_bytes), np.uint8)
         payloads[away] = records[:, RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + spec.warm_bytes]
         payloads[~away] = self._resident(layer, pages[~away], spec.warm_bytes)

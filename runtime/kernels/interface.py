@@ -116,8 +116,8 @@ class RowReads(Protocol):
         """
         ...
 
-    def wait(self, ticket: int) -> bytes:
-        """Wait for a request, once.
+    def wait(self, ticket: int, pool: Any = None) -> bytes:
+        """Wait for a request, once; what came is checked on the threads of ``pool``, without one on this thread.
 
         Returns:
             for each row 1 where it is a whole record that begins as ``heads`` [n, RECORD_HEAD_BYTES] said, but for its
@@ -249,12 +249,11 @@ class Kernels(Protocol):
     def checksums(self, rows: Bytes, start: int, stop: int, out: Addresses) -> None:
         """XXH3-64 of bytes [start, stop), more than 240, of each row of ``rows`` [n, row_bytes]; ``out`` [n] uint64."""
 
-    def RowReader(self, depth: int, pool: Any = None, how: str = "") -> Any:
+    def RowReader(self, depth: int, how: str = "") -> Any:
         """Return what reads rows of files in the background: a :class:`RowReads`.
 
         Args:
             depth: reads in flight at a time, where threads read.
-            pool: checks what came, on the thread that waits for it; None checks on that thread alone.
             how: "io_uring" or "threads"; "" is the first of them that the system allows. The NumPy kernels have "caller".
 
         Raises:

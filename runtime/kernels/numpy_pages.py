@@ -122,7 +122,7 @@ class RowReader:
 
     how = "caller"
 
-    def __init__(self, depth: int, pool: object = None, how: str = "") -> None:
+    def __init__(self, depth: int, how: str = "") -> None:
         if how not in ("", self.how):
             raise ValueError(f"this system does not read rows with {how!r}")
         self._done: dict[int, bytes | OSError] = {}
@@ -137,7 +137,7 @@ class RowReader:
             self._done[self._next] = error
         return self._next
 
-    def wait(self, ticket: int) -> bytes:
+    def wait(self, ticket: int, pool: object = None) -> bytes:
         """Say what came of a request."""
         done = self._done.pop(ticket)
         if isinstance(done, OSError):

@@ -248,7 +248,9 @@ class KVCache:
         """Decode one page to [n_kv_heads, page_size, head_dim] float32 twice."""
         spec, table = self.spec, self.table
         if offloaded(table.tier[layer, page]):
-            self.manager.fetch(layer, page)
+            if not self.manager.arena.half_free_frames:
+                self.manager.make_room(1)
+            self.manager.bring(layer, [page])
         offset = int(table.offset[layer, page])
         if table.tier[layer, page] == Tier.HOT:
             return unpack_hot(

@@ -8,6 +8,7 @@ flash leaves RAM without a write, and a page that came back is bit-identical.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,22 +96,32 @@ class PageManager:
         table.arrived[layer, first : first + self.spec.page_size] = NOTHING
         self._forget(layer, page)
 
-    def fetch(self, layer: int, page: int) -> None:
-        """Bring a COLD page back to RAM; others may have to leave."""
-        table = self.table
-        if not self.arena.half_free_frames:
-            self.make_room(1)
-        row = np.empty((1, self.spec.record_bytes), np.uint8)
-        self.read_records(layer, [page], row)
-        self._place_warm(layer, page, row[0, RECORD_HEADER_BYTES:])
-        table.last_used[layer, page] = self.step
+    def bring(self, layer: int, pages: list[int], rows: Sequence[Bytes] | None = None) -> None:
+        """Bring COLD and REMOTE pages of a layer back to RAM: they are read, unless they were, and admitted.
 
-    def read_records(self, layer: int, pages: list[int], out: Bytes) -> None:
-        """Read COLD pages of a layer into ``out`` [n, record_bytes] uint8, checked; residency does not change."""
+        The caller has made room: by :meth:`make_room`, :meth:`room_for` or within :meth:`spare_room`.
+
+        Args:
+            rows: the records of the pages [record_bytes] uint8, checked, from who has read them already.
+
+        Raises:
+            CorruptPage, StoreError: a page cannot be read; none was admitted.
+        """
+        for page, row in zip(pages, self.read(layer, pages) if rows is None else rows, strict=True):
+            self._place_warm(layer, page, row[RECORD_HEADER_BYTES:])
+
+    def read(self, layer: int, pages: list[int]) -> Bytes:
+        """Read COLD and REMOTE pages of a layer: their records [n, record_bytes] uint8, checked; residency does not change.
+
+        Raises:
+            CorruptPage, StoreError: a page cannot be read.
+        """
         assert self.store is not None
+        rows = np.empty((len(pages), self.spec.record_bytes), np.uint8)
         records = [int(self.table.record[layer, page]) for page in pages]
-        self.store.read(records, [tag(layer, page) for page in pages], out)
+        self.store.read(records, [tag(layer, page) for page in pages], rows)
         self.counters.pages_fetched += len(pages)
+        return rows
 
     def _place_warm(self, layer: int, page: int, payload: Bytes) -> None:
         table = self.table
@@ -159,10 +170,6 @@ class PageManager:
     def _room(self) -> int:
         return self.arena.half_free_frames + 2 * max(0, self.arena.free_frames - 1)
 
-    def admit(self, layer: int, page: int, payload: Bytes) -> None:
-        """Bring the payload of a COLD page into RAM; :meth:`room_for` made the room."""
-        self._place_warm(layer, page, payload)
-
     def summarise(self, layer: int, page: int, payload: Bytes) -> None:
         """Note the key bounds of a COLD page whose payload is at hand, for selective attention."""
         if self.summaries is not None:
@@ -170,16 +177,9 @@ class PageManager:
             ref["data"] = payload.ctypes.data
             self.summaries.add(layer, np.array([page]), ref)
 
-    def warm(self, layer: int, page: int, payload: Bytes) -> bool:
-        """Put the payload of a COLD page into RAM if there is room beyond what open pages need; says if it did."""
-        if not self.has_room_to_warm():
-            return False
-        self._place_warm(layer, page, payload)
-        return True
-
-    def has_room_to_warm(self) -> bool:
-        """Say whether a page fits beside what open pages need."""
-        return self.arena.half_free_frames > 0 or self.arena.free_frames > self.spec.n_layers + 1
+    def spare_room(self) -> int:
+        """Return how many WARM pages fit beside what open pages need."""
+        return self.arena.half_free_frames + 2 * max(0, self.arena.free_frames - self.spec.n_layers - 1)
 
     def persist(self, pages: list[tuple[int, int]]) -> None:
         """Write the sealed pages (layer, page) among these that have no record yet; residency does not change.

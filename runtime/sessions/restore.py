@@ -85,12 +85,12 @@ def restore_pages(cache: KVCache, rows: list[Row], store: Restorable) -> int:
                 for layer, record in enumerate(rows[page].records):
                     if page < unseen[layer]:
                         manager.adopt(layer, page, record)
-            room = True
             for (record, layer, page), row in zip(places, out, strict=True):
                 if page < bad:
                     manager.adopt(layer, page, record)
                     manager.summarise(layer, page, row[RECORD_HEADER_BYTES:])
-                    room = room and manager.warm(layer, page, row[RECORD_HEADER_BYTES:])
+                    if manager.spare_room():
+                        manager.bring(layer, [page], [row])
             if bad < len(rows):
                 return bad
     return len(rows)

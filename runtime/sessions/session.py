@@ -27,7 +27,7 @@ from ..options import SessionOptions
 from ..pages.cache import KVCache
 from ..pages.manager import tag
 from ..storage.cipher import Cipher
-from ..storage.medium import SYSTEM, Medium
+from ..storage.medium import Medium
 from ..storage.segments import SegmentStore, segment_paths, sync_folder
 from ..storage.wear import WearLedger
 from ..system.buffers import aligned_rows
@@ -104,7 +104,7 @@ class Session:
 
     @classmethod
     def open(
-        cls, options: SessionOptions, manifest: Manifest | None, *, save: bool = True, medium: Medium = SYSTEM
+        cls, options: SessionOptions, manifest: Manifest | None, *, save: bool = True, medium: Medium | None = None
     ) -> Session:
         """Open a session, or start one.
 

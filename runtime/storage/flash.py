@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,12 @@ from edgekv.scratch import ScratchFolder
 from edgekv.spec import PageSpec
 from edgekv.tiers import Tier
 
+from ..kernels.interface import Pool, RowStreams
 from .cipher import Cipher
-from .interface import StoreCounters
-from .medium import SYSTEM, Medium
+from .interface import Landing, StoreCounters
+from .medium import Medium, SystemMedium
 from .page_file import FileKind, PageFile
-from .reads import Reads
-from .record import Wanted, neighbours
+from .record import Wanted, is_short, neighbours
 from .wear import WearLedger
 
 if sys.platform != "win32":
@@ -39,7 +38,8 @@ class FlashStore:
     """A :class:`PageStore` in one file of a folder.
 
     Args:
-        wear: counts what is written, and may refuse it; the store closes it.
+        medium: where its file is; this machine's by default. wear: counts what is written, and may refuse it. The store closes
+            both.
         cipher: encrypts the pages. scratch: removed when the store is closed.
 
     Raises (from the constructor):
@@ -54,7 +54,7 @@ class FlashStore:
         self,
         folder: Path,
         spec: PageSpec,
-        medium: Medium = SYSTEM,
+        medium: Medium | None = None,
         wear: WearLedger | None = None,
         cipher: Cipher | None = None,
         scratch: ScratchFolder | None = None,
@@ -63,6 +63,7 @@ class FlashStore:
         self.spec = spec
         self.counters = StoreCounters()
         self.cipher = cipher
+        self._medium = medium = medium or SystemMedium()
         self._wear = wear
         self._scratch = scratch
         self._lock = lock_folder(folder)
@@ -70,9 +71,9 @@ class FlashStore:
             spec,
             f"the offload folder {folder}",
             "free some space, choose another with --offload DIR, raise --kv-budget or lower --context",
+            medium,
             cipher,
             wear,
-            medium,
         )
         try:
             self.file = self.file_type.create(
@@ -109,18 +110,23 @@ class FlashStore:
             raise self.unreadable(error) from error
         self.count(records, tags, good)
 
-    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
+    def start(self, wanted: Wanted, out: Bytes) -> Landing:
         """Start to read ``wanted`` into ``out``, and return what waits for it; see :class:`PageStore`."""
-        finish = self.file.start(reads, wanted, out)
+        arrive = self.file.start(wanted, out)
 
-        def finished() -> None:
+        def land(pool: Pool | None) -> None:
             try:
-                good = finish()
+                good = arrive(pool)
             except OSError as error:
                 raise self.unreadable(error) from error
             self.count(wanted.records, wanted.tags, good)
 
-        return finished
+        return land
+
+    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RowStreams | None:
+        """The native page walk, or None without native kernels; the kernels do not decrypt."""
+        plain = self.cipher is None and not is_short(self.spec.warm_bytes)
+        return self._medium.walk(rows, capacity, n_layers) if plain else None
 
     def unreadable(self, error: OSError) -> StoreError:
         """Return what a read that the system refused means to a user."""
@@ -154,6 +160,7 @@ class FlashStore:
 
     def close(self) -> None:
         """Close the file, the lock and the ledger; the space goes back to the file system."""
+        self._medium.close()
         self.file.close()
         os.close(self._lock)
         if self._wear is not None:

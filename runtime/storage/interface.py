@@ -10,10 +10,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .reads import Reads
+from ..kernels.interface import Pool, RowStreams
 from .record import Wanted
 
 Bytes = NDArray[np.uint8]
+#: Waits for what a store was started to read, which the threads of a pool check, and raises what ``read`` would.
+Landing = Callable[[Pool | None], None]
 
 
 @dataclass
@@ -55,8 +57,15 @@ class PageStore(Protocol):
         """Read records into out [n, record_bytes] uint8, checked; from any thread."""
         ...
 
-    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
+    def start(self, wanted: Wanted, out: Bytes) -> Landing:
         """Start to read, and return what waits for the end and raises what ``read`` would."""
+        ...
+
+    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RowStreams | None:
+        """The native page walk, through slots of ``capacity`` rows; None where it cannot be had.
+
+        Nor can it where a record, once read, is not a page, or where records are not in one file.
+        """
         ...
 
     def free(self, record: int) -> None:

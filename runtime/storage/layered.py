@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from edgekv.errors import StoreError, StoreFull
 
-from .interface import PageStore, StoreCounters
-from .reads import Reads
+from ..kernels.interface import Pool, RowStreams
+from .interface import Landing, PageStore, StoreCounters
 from .record import Wanted
 
 Bytes = NDArray[np.uint8]
@@ -48,12 +48,28 @@ class TwoStores:
                 store.read([record - base for record in records[start:stop]], tags[start:stop], out[start:stop])
                 start = stop
 
-    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
-        """Start to read; see :class:`PageStore`. Records that are all in one store are read there."""
-        [(store, base), *others] = {self._at(record) for record in wanted.records}
-        if others:
-            return reads.call(lambda: self.read(wanted.records, wanted.tags, out))
-        return store.start(reads, wanted.shifted(base) if base else wanted, out)
+    def start(self, wanted: Wanted, out: Bytes) -> Landing:
+        """Start to read, from both at once; see :class:`PageStore`."""
+        landings = []
+        for second, part, rows in wanted.split(lambda record: record >= self._SECOND):
+            store, base = self._at(self._SECOND if second else 0)
+            landings.append(store.start(part.shifted(base) if base else part, out[rows]))
+
+        def land(pool: Pool | None) -> None:
+            failed: StoreError | None = None
+            for one in landings:  # all of them, also when one fails
+                try:
+                    one(pool)
+                except StoreError as error:
+                    failed = error
+            if failed is not None:
+                raise failed
+
+        return land
+
+    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RowStreams | None:
+        """None: the records are not in one file."""
+        return None
 
     def free(self, record: int) -> None:
         """Forget a record."""

@@ -17,7 +17,7 @@ from .cipher import Cipher
 from .flash import FlashStore, unusable
 from .interface import PageStore
 from .layered import LayeredStore
-from .medium import SYSTEM, Medium
+from .medium import Medium
 from .objects import PATIENCE_S, is_url
 from .remote import ObjectStore
 from .wear import WearLedger
@@ -44,8 +44,8 @@ def check_offload(options: OffloadOptions) -> None:
         raise UsageError("--flash-limit says what stays on flash before the object store; give --offload URL with it")
 
 
-def open_offload(options: OffloadOptions, spec: PageSpec, medium: Medium = SYSTEM) -> PageStore:
-    """Open the flash tier of one run, or the object store below it.
+def open_offload(options: OffloadOptions, spec: PageSpec, medium: Medium | None = None) -> PageStore:
+    """Open the flash tier of one run, on a medium that it closes, or the object store below it.
 
     Raises:
         StoreLocked, StoreError: folder or object store cannot be used. EngineMissing: no package for it, or for encryption.
@@ -66,7 +66,7 @@ def open_offload(options: OffloadOptions, spec: PageSpec, medium: Medium = SYSTE
     return LayeredStore(flash, remote, FLASH_LIMIT.check(options.flash_limit) // spec.record_bytes)
 
 
-def _open_flash(options: OffloadOptions, spec: PageSpec, chosen: Path | None, medium: Medium) -> PageStore:
+def _open_flash(options: OffloadOptions, spec: PageSpec, chosen: Path | None, medium: Medium | None) -> PageStore:
     beside = chosen or cache_home() / "offload"
     cipher = Cipher.ephemeral() if options.encrypt_offload else None  # the key is in no file
     with contextlib.ExitStack() as undo:

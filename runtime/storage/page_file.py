@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,7 @@ from edgekv.spec import RECORD_ALIGN_BYTES, PageSpec
 
 from ..system.buffers import aligned_rows
 from .cipher import Cipher
-from .medium import SYSTEM, Medium
-from .reads import Reads
+from .medium import Arrival, Medium
 from .record import Wanted, check_records, checksum_of, decrypt, neighbours, pack_record
 from .wear import WearLedger
 
@@ -45,9 +44,9 @@ class FileKind:
     spec: PageSpec
     name: str
     when_full: str
+    medium: Medium
     cipher: Cipher | None = None
     wear: WearLedger | None = None
-    medium: Medium = SYSTEM
 
 
 class PageFile:
@@ -155,10 +154,10 @@ class PageFile:
         good = came & check_records(out[: len(records)], records, tags, self._kind.spec.warm_bytes)
         return self._decrypt(good.tolist(), out)
 
-    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], list[bool]]:
+    def start(self, wanted: Wanted, out: Bytes) -> Arrival:
         """Start to read ``wanted`` into ``out``; what comes back waits for it and does what :meth:`read` does."""
-        finish = self._kind.medium.start(reads, self._source(out), wanted.places - self._first, wanted, out)
-        return lambda: self._decrypt(finish(), out)
+        arrive = self._kind.medium.start(self._source(out), wanted.places - self._first, wanted, out)
+        return lambda pool: self._decrypt(arrive(pool), out)
 
     def free(self, records: Iterable[int]) -> None:
         """Let records be overwritten by later pages."""

@@ -15,8 +15,9 @@ A record is (little endian), padded to ``PageSpec.record_bytes``::
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +79,18 @@ class Wanted:
     def shifted(self, base: int) -> Wanted:
         """Return the same records as a store names them whose numbers lie ``base`` lower."""
         return Wanted([record - base for record in self.records], self.tags, self.payload_bytes)
+
+    def split(self, where: Callable[[int], int]) -> list[tuple[int, Wanted, slice]]:
+        """Cut into runs of records of which ``where`` says the same; returns what it says, the records, and their rows."""
+        parts = []
+        first = 0
+        for place, run in itertools.groupby(map(where, self.records)):
+            rows = slice(first, first + len(list(run)))
+            whole = rows == slice(0, len(self.records))
+            part = self if whole else Wanted(self.records[rows], self.tags[rows], self.payload_bytes)
+            parts.append((place, part, rows))
+            first = rows.stop
+        return parts
 
 
 def open_record(row: Bytes, record: int, tag: int, payload_bytes: int, cipher: Cipher | None) -> bool:

@@ -30,10 +30,10 @@ from edgekv.errors import CorruptPage, StoreError
 from edgekv.spec import PageSpec
 from edgekv.tiers import Tier
 
+from ..kernels.interface import Pool, RowStreams
 from .cipher import Cipher
-from .interface import StoreCounters
+from .interface import Landing, StoreCounters
 from .objects import FIRST_PATIENCE_S, PATIENCE_S, RUN_PREFIX, first_line, open_objects
-from .reads import Reads
 from .record import Wanted, neighbours, open_record, pack_record
 
 Bytes = NDArray[np.uint8]
@@ -150,25 +150,35 @@ class ObjectStore:
             CorruptPage: a record is not what was written; ``out`` must not be used.
             StoreError: the store did not answer, or lost an object.
         """
-        waiting, sought = self._waiting, []
+        self.start(Wanted(records, tags, self.spec.warm_bytes), out)(None)
+
+    def start(self, wanted: Wanted, out: Bytes) -> Landing:
+        """Start to read, on the store's threads; what is asked for counts as read from now on. See :class:`PageStore`."""
+        records, tags = wanted.records, wanted.tags
+        waiting, sought, spoilt = self._waiting, [], False
         for index, (record, tag) in enumerate(zip(records, tags, strict=True)):
             if record not in waiting:
                 sought.append(index)
                 continue
             out[index] = waiting[record]
-            if not open_record(out[index], record, tag, self.spec.warm_bytes, self._cipher):
-                raise CorruptPage(f"a page that waits for {self.url} changed in memory; it was not used")
+            spoilt = spoilt or not open_record(out[index], record, tag, self.spec.warm_bytes, self._cipher)
         runs = self._runs(records, sought)
         reads = [self._threads.submit(self._read_run, *run, records, tags, out) for run in runs]
-        wait(reads)  # all of them, also when one fails: none may write into ``out`` after this
-        for read in reads:
-            read.result()
         self.counters.records_read += len(records)
         self.counters.remote_bytes_read += len(sought) * self.spec.record_bytes
 
-    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
-        """Start to read, on a thread; see :class:`PageStore`."""
-        return reads.call(lambda: self.read(wanted.records, wanted.tags, out))
+        def land(pool: Pool | None) -> None:
+            wait(reads)  # all of them, also when one fails: none may write into ``out`` after this
+            for read in reads:
+                read.result()
+            if spoilt:
+                raise CorruptPage(f"a page that waits for {self.url} changed in memory; it was not used")
+
+        return land
+
+    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RowStreams | None:
+        """None: the records are in no file."""
+        return None
 
     def _runs(self, records: list[int], sought: list[int]) -> Iterator[tuple[_Object, int, int]]:
         """Cut what is sought, indices into records, into runs [start, stop) of one object each."""

@@ -1,4 +1,4 @@
-"""Reads pages from flash ahead of need, on threads of its own.
+"""Reads pages from flash ahead of need.
 
 A staging ring of a few slots: while the kernel attends to the pages in one, the others are being filled, so that the medium
 always has something to do. A request is a guess that costs nothing when it was wrong: what is taken is compared with what was
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +17,10 @@ from numpy.typing import NDArray
 from edgekv.errors import StoreError
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 
-from ..kernels.interface import RowStreams
+from ..kernels.interface import Pool, RowStreams
 from ..meter import SILENT, Meter
 from ..system.buffers import aligned_rows
-from .interface import PageStore
-from .reads import Reads
+from .interface import Landing, PageStore
 from .record import Wanted
 
 Bytes = NDArray[np.uint8]
@@ -40,7 +38,7 @@ class Request:
 
     wanted: Wanted
     slot: int
-    wait: Callable[[], None]
+    land: Landing
 
 
 class PageReader:
@@ -49,7 +47,7 @@ class PageReader:
     Args:
         capacity: pages per request at the most.
         ring: requests that the staging ring holds, those included that were taken last; 2 or more.
-        reads: the threads that read; None starts its own.
+        pool: checks what came; None: the thread that takes it does.
         meter: is told what is asked for and taken.
     """
 
@@ -59,7 +57,7 @@ class PageReader:
         spec: PageSpec,
         capacity: int,
         ring: int = 2,
-        reads: Reads | None = None,
+        pool: Pool | None = None,
         meter: Meter = SILENT,
     ) -> None:
         self._store = store
@@ -71,7 +69,7 @@ class PageReader:
         self._held: list[int] = []
         self._pending: deque[Request] = deque()
         self._addresses = [_payloads(buffer) for buffer in self._buffers]
-        self._reads = reads or Reads()
+        self._pool = pool
         self._meter = meter
         meter.ring_opened(ring)
 
@@ -101,7 +99,7 @@ class PageReader:
         self._meter.asking()
         slot = self._free.pop()
         rows = self._buffers[slot][: len(wanted.records)]
-        self._pending.append(Request(wanted, slot, self._store.start(self._reads, wanted, rows)))
+        self._pending.append(Request(wanted, slot, self._store.start(wanted, rows)))
         self._meter.asked(slot)
         return slot
 
@@ -160,7 +158,7 @@ class PageReader:
 
     def stream(self, n_layers: int) -> RowStreams | None:
         """Return the kernels' way through the ring, if they have one; what either reads ahead, the other forgets."""
-        self._stream = self._reads.stream(self._rows, self._capacity, n_layers)
+        self._stream = self._store.walk(self._rows, self._capacity, n_layers)
         return self._stream
 
     def forget(self) -> None:
@@ -169,11 +167,10 @@ class PageReader:
             self._forget(self._pending.popleft())
 
     def close(self) -> None:
-        """End the threads."""
+        """Forget everything that is on its way, once it has landed."""
         self.forget()
         if self._stream is not None:
             self._stream.forget()
-        self._reads.close()
 
     def _found(self, request: Request) -> dict[tuple[int, int], tuple[np.uint64, Bytes]]:
         """Return where each record of a finished request is; it stays there until the next take."""
@@ -184,7 +181,7 @@ class PageReader:
     def _finish(self, request: Request) -> None:
         """Wait for a request; its rows stay as they are until the next take."""
         self._held.append(request.slot)
-        request.wait()
+        request.land(self._pool)
         self._meter.took(request.slot, len(request.wanted.records))
 
     def _release(self) -> None:
@@ -195,7 +192,7 @@ class PageReader:
     def _forget(self, request: Request) -> None:
         """Let a request go: an error of a read that nobody needs is nobody's error."""
         with contextlib.suppress(StoreError):
-            request.wait()
+            request.land(self._pool)
         self._free.append(request.slot)
 
 

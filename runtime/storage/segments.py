@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,11 @@ from edgekv.errors import CorruptPage, StoreError
 from edgekv.spec import PageSpec
 from edgekv.tiers import Tier
 
+from ..kernels.interface import Pool, RowStreams
 from .cipher import Cipher
-from .interface import StoreCounters
-from .medium import SYSTEM, Medium
+from .interface import Landing, StoreCounters
+from .medium import Arrival, Medium, SystemMedium
 from .page_file import FileKind, PageFile
-from .reads import Reads
 from .record import Wanted, checksum_of, neighbours
 from .wear import WearLedger
 
@@ -55,7 +55,8 @@ class SegmentStore:
     """The records of one session folder.
 
     Args:
-        wear: counts what is written, and may refuse it; the store closes it.
+        medium: where its files are; this machine's by default. wear: counts what is written, and may refuse it. The store closes
+            both.
         write: False for a session that is only read.
 
     Raises (from the constructor):
@@ -67,13 +68,13 @@ class SegmentStore:
         folder: Path,
         spec: PageSpec,
         cipher: Cipher | None = None,
-        medium: Medium = SYSTEM,
+        medium: Medium | None = None,
         wear: WearLedger | None = None,
         *,
         write: bool = True,
     ) -> None:
         self.folder = folder
-        self.medium = medium
+        self._medium = medium = medium or SystemMedium()
         self.spec = spec
         self.counters = StoreCounters()
         self.cipher = cipher
@@ -83,9 +84,9 @@ class SegmentStore:
             spec,
             f"the session {folder}",
             "free some space, remove old sessions (edgekv sessions list, rm) or compact this one (edgekv sessions compact)",
+            medium,
             cipher,
             wear,
-            medium,
         )
         self._segments: dict[int, PageFile] = {}
         self._writable: set[int] = set()
@@ -195,21 +196,33 @@ class SegmentStore:
                         raise self._unreadable(error) from error
         return self._usable(records, good, out)
 
-    def start(self, reads: Reads, wanted: Wanted, out: Bytes) -> Callable[[], None]:
+    def start(self, wanted: Wanted, out: Bytes) -> Landing:
         """Start to read ``wanted`` into ``out``, and return what waits for it; see :class:`PageStore`."""
-        number = wanted.records[0] >> 32
-        if number not in self._segments or any(record >> 32 != number for record in wanted.records):
-            return reads.call(lambda: self.read(wanted.records, wanted.tags, out))
-        finish = self._segments[number].start(reads, wanted, out)
+        parts = wanted.split(lambda record: record >> 32)
+        arrivals = [self._arrival(number, part, out[rows]) for number, part, rows in parts]
 
-        def finished() -> None:
-            try:
-                good = finish()
-            except OSError as error:
-                raise self._unreadable(error) from error
+        def land(pool: Pool | None) -> None:
+            good: list[bool] = []
+            failed: OSError | None = None
+            for arrive in arrivals:  # all of them, also when one fails
+                try:
+                    good += arrive(pool)
+                except OSError as error:
+                    failed = error
+            if failed is not None:
+                raise self._unreadable(failed) from failed
             self._refuse_bad(wanted.records, wanted.tags, self._usable(wanted.records, good, out))
 
-        return finished
+        return land
+
+    def _arrival(self, number: int, wanted: Wanted, out: Bytes) -> Arrival:
+        if number not in self._segments:
+            return lambda pool: [False] * len(wanted.records)
+        return self._segments[number].start(wanted, out)
+
+    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RowStreams | None:
+        """None: the index has checksums that the kernels do not know."""
+        return None
 
     def _unreadable(self, error: OSError) -> StoreError:
         return StoreError(f"cannot read the session {self.folder}: {error.strerror}")
@@ -283,6 +296,7 @@ class SegmentStore:
 
     def close(self) -> None:
         """Close the files."""
+        self._medium.close()
         for segment in self._segments.values():
             segment.close()
         self._segments = {}

@@ -33,7 +33,7 @@ from edgekv.runtime.options import RunOptions
 from edgekv.runtime.pages.bounds import Summaries, summary_bytes
 from edgekv.runtime.pages.cache import KVCache
 from edgekv.runtime.prepare import Segments, prepare_cache
-from edgekv.runtime.storage.medium import SYSTEM, SystemMedium
+from edgekv.runtime.storage.medium import SystemMedium
 from edgekv.runtime.storage.ring import LEAST_PIECES_SELECTIVE
 from edgekv.runtime.turns import Turns
 from edgekv.tiers import KVMode
@@ -112,19 +112,24 @@ class CountingMedium(SystemMedium):
     """The file system, and how often it was asked to write."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.writes = 0
 
     def write(self, file: int, data: memoryview, offset: int) -> int:
         """Write and count."""
         self.writes += 1
-        return SYSTEM.write(file, data, offset)
+        return super().write(file, data, offset)
 
 
 class CountingHost(Host):
     """This machine."""
 
     def __init__(self, medium: CountingMedium) -> None:
-        self.medium = medium
+        self._medium = medium
+
+    def open_medium(self) -> CountingMedium:
+        """Return where writes are counted."""
+        return self._medium
 
 
 class _Walked:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edgekv.runtime.kernels.interface import Int64
-from edgekv.runtime.storage.reads import most_on_the_way
+from edgekv.runtime.storage.medium import most_on_the_way
 from edgekv.runtime.storage.record import neighbours
 
 from ..clock import Clock

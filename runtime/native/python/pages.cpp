@@ -162,9 +162,9 @@ void check_process(const RowReader& reader) {
 
 class PyRowReader {
   public:
-    PyRowReader(int depth, nb::object pool, const char* how) : pool_(std::move(pool)) {
+    PyRowReader(int depth, const char* how) {
         if (depth < 1) throw nb::value_error("depth must be 1 or more");
-        reader_ = RowReader::open(kernels(), pool_.is_none() ? nullptr : nb::cast<ThreadPool*>(pool_), depth, how);
+        reader_ = RowReader::open(kernels(), depth, how);
         if (!reader_) throw nb::value_error((std::string("this system does not read rows with '") + how + "'").c_str());
     }
 
@@ -187,13 +187,14 @@ class PyRowReader {
                                 {head.data(), head.data() + n * kHeadBytes}, payload_bytes});
     }
 
-    nb::bytes wait(int64_t ticket) {
+    nb::bytes wait(int64_t ticket, nb::handle pool) {
         check_process(*reader_);
+        ThreadPool* const checks = pool.is_none() ? nullptr : nb::cast<ThreadPool*>(pool);
         RowRequest request;
         int error;
         {
             nb::gil_scoped_release released;
-            error = reader_->wait(ticket, &request);
+            error = reader_->wait(ticket, checks, &request);
         }
         if (error) {
             errno = error;
@@ -204,7 +205,6 @@ class PyRowReader {
     }
 
   private:
-    nb::object pool_;  // kept alive
     std::unique_ptr<RowReader> reader_;
 };
 
@@ -264,12 +264,11 @@ void bind_pages(nb::module_& m) {
     m.def("write_hot", &write_hot_page, nb::arg("page"), nb::arg("slot"), nb::arg("k"), nb::arg("v"),
           nb::arg("page_size"));
     nb::class_<PyRowReader>(m, "RowReader")
-        .def(nb::init<int, nb::object, const char*>(), nb::arg("depth"), nb::arg("pool") = nb::none(),
-             nb::arg("how") = "")
+        .def(nb::init<int, const char*>(), nb::arg("depth"), nb::arg("how") = "")
         .def_prop_ro("how", &PyRowReader::how)
         .def("submit", &PyRowReader::submit, nb::arg("file"), nb::arg("places"), nb::arg("rows"), nb::arg("heads"),
              nb::arg("payload_bytes"))
-        .def("wait", &PyRowReader::wait, nb::arg("ticket"));
+        .def("wait", &PyRowReader::wait, nb::arg("ticket"), nb::arg("pool") = nb::none());
     nb::class_<RowStream>(m, "RowStream")
         .def("__init__", &make_stream, nb::arg("reader"), nb::arg("rows"), nb::arg("capacity"), nb::arg("n_layers"),
              nb::arg("most"), nb::keep_alive<1, 2>())

@@ -8,15 +8,15 @@
 
 namespace edgekv {
 
-std::unique_ptr<RowReader> RowReader::open(const Kernels& kernels, ThreadPool* pool, int depth, const std::string& how) {
+std::unique_ptr<RowReader> RowReader::open(const Kernels& kernels, int depth, const std::string& how) {
     std::unique_ptr<RowReader> reader;
-    if (how.empty() || how == "io_uring") reader = open_uring(kernels, pool);
-    if (!reader && (how.empty() || how == "threads")) reader = open_threads(kernels, pool, depth);
+    if (how.empty() || how == "io_uring") reader = open_uring(kernels);
+    if (!reader && (how.empty() || how == "threads")) reader = open_threads(kernels, depth);
     return reader;
 }
 
-RowReader::RowReader(const Kernels& kernels, ThreadPool* pool)
-    : kernels_(kernels), pool_(pool), owner_(static_cast<int64_t>(::getpid())) {}
+RowReader::RowReader(const Kernels& kernels)
+    : kernels_(kernels), owner_(static_cast<int64_t>(::getpid())) {}
 
 bool RowReader::ours() const { return owner_ == static_cast<int64_t>(::getpid()); }
 
@@ -54,11 +54,11 @@ int RowReader::arrive(int64_t ticket, RowRequest* request) {
     return open.error;
 }
 
-int RowReader::wait(int64_t ticket, RowRequest* request) {
+int RowReader::wait(int64_t ticket, ThreadPool* pool, RowRequest* request) {
     if (const int error = arrive(ticket, request)) return error;
     const int n = static_cast<int>(request->places.size());
-    if (pool_) {
-        pool_->run(n, [&](int row, int) { check(*request, row); });
+    if (pool) {
+        pool->run(n, [&](int row, int) { check(*request, row); });
     } else {
         for (int row = 0; row < n; ++row) check(*request, row);
     }

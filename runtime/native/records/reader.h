@@ -1,4 +1,4 @@
-// Reads records of page files in the background, and checks them on the threads of a pool, without the interpreter.
+// Reads records of page files in the background, and checks them, without the interpreter.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ class RowReader {
   public:
     // The best that the system allows ("io_uring", "threads"), or the one that is named; null if it cannot be had.
     // Reads that are in flight at a time: `depth` with threads, all that were submitted with io_uring.
-    static std::unique_ptr<RowReader> open(const Kernels& kernels, ThreadPool* pool, int depth, const std::string& how);
+    static std::unique_ptr<RowReader> open(const Kernels& kernels, int depth, const std::string& how);
     virtual ~RowReader() = default;
     RowReader(const RowReader&) = delete;
     RowReader& operator=(const RowReader&) = delete;
@@ -44,8 +44,9 @@ class RowReader {
     // Whether this process made it. A forked child has neither its threads nor a ring of its own: it must leave it alone.
     bool ours() const;
     int64_t submit(RowRequest request);
-    // Waits, hands back the request with what came of it checked, and returns 0 or the errno of a read that failed.
-    int wait(int64_t ticket, RowRequest* request);
+    // Waits, hands back the request with what came of it checked, on the threads of a pool or, without one, on this one, and
+    // returns 0 or the errno of a read that failed.
+    int wait(int64_t ticket, ThreadPool* pool, RowRequest* request);
     // The two halves of it: waits and hands back the request, then says of one row, on any thread, whether it is good.
     int arrive(int64_t ticket, RowRequest* request);
     void check(RowRequest& request, int64_t row) const;
@@ -74,7 +75,7 @@ class RowReader {
         int64_t missing() const { return (stop - start) * open->request.row_bytes - got; }
     };
 
-    RowReader(const Kernels& kernels, ThreadPool* pool);
+    explicit RowReader(const Kernels& kernels);
     // Starts runs; called with the mutex held.
     virtual void start(const std::vector<Run>& runs) = 0;
     // Returns when nothing of a request is left; called with the mutex held.
@@ -88,13 +89,12 @@ class RowReader {
 
   private:
     const Kernels& kernels_;
-    ThreadPool* const pool_;
     const int64_t owner_;           // the process
     std::map<int64_t, Open> open_;  // an entry stays where it is until it was waited for
     int64_t next_ = 0;
 };
 
-std::unique_ptr<RowReader> open_uring(const Kernels& kernels, ThreadPool* pool);  // null where the system has none
-std::unique_ptr<RowReader> open_threads(const Kernels& kernels, ThreadPool* pool, int n_threads);
+std::unique_ptr<RowReader> open_uring(const Kernels& kernels);  // null where the system has none
+std::unique_ptr<RowReader> open_threads(const Kernels& kernels, int n_threads);
 
 }  // namespace edgekv

@@ -13,7 +13,7 @@ namespace {
 
 class ThreadRows final : public RowReader {
   public:
-    ThreadRows(const Kernels& kernels, ThreadPool* pool, int n_threads) : RowReader(kernels, pool) {
+    ThreadRows(const Kernels& kernels, int n_threads) : RowReader(kernels) {
         for (int i = 0; i < n_threads; ++i) threads_.emplace_back([this] { work(); });
     }
 
@@ -79,8 +79,8 @@ class ThreadRows final : public RowReader {
 
 }  // namespace
 
-std::unique_ptr<RowReader> open_threads(const Kernels& kernels, ThreadPool* pool, int n_threads) {
-    return std::make_unique<ThreadRows>(kernels, pool, n_threads);
+std::unique_ptr<RowReader> open_threads(const Kernels& kernels, int n_threads) {
+    return std::make_unique<ThreadRows>(kernels, n_threads);
 }
 
 }  // namespace edgekv

@@ -121,7 +121,7 @@ class Ring {
 
 class UringRows final : public RowReader {
   public:
-    UringRows(const Kernels& kernels, ThreadPool* pool) : RowReader(kernels, pool), runs_(kEntries) {
+    explicit UringRows(const Kernels& kernels) : RowReader(kernels), runs_(kEntries) {
         for (uint64_t name = 0; name < kEntries; ++name) free_.push_back(name);
     }
 
@@ -194,8 +194,8 @@ class UringRows final : public RowReader {
 
 }  // namespace
 
-std::unique_ptr<RowReader> open_uring(const Kernels& kernels, ThreadPool* pool) {
-    auto reader = std::make_unique<UringRows>(kernels, pool);
+std::unique_ptr<RowReader> open_uring(const Kernels& kernels) {
+    auto reader = std::make_unique<UringRows>(kernels);
     return reader->open() ? std::move(reader) : nullptr;
 }
 
@@ -204,7 +204,7 @@ std::unique_ptr<RowReader> open_uring(const Kernels& kernels, ThreadPool* pool) 
 #else
 
 namespace edgekv {
-std::unique_ptr<RowReader> open_uring(const Kernels&, ThreadPool*) { return nullptr; }
+std::unique_ptr<RowReader> open_uring(const Kernels&) { return nullptr; }
 }  // namespace edgekv
 
 #endif
