@@ -430,6 +430,9 @@ STOP = Words("stop")
 PROMPT_TOKENS = Whole("prompt_tokens", 1, MOST_TOKENS)
 MAX_TOKENS = Whole("max_tokens", 1, MOST_TOKENS)
 PINNED = Whole("pin", 0, MOST_TOKENS)
+#: Of a cache that is made before anything is generated: none may follow.
+TO_FOLLOW = Whole("max_tokens", 0, MOST_TOKENS)
+PROMPT_TOKENS = Whole("prompt_tokens", 0, MOST_TOKENS)
 
 PAGE_SIZE = Whole("page_size", 4, 128)
 CONTEXT = Whole("context", 1, MOST_TOKENS)

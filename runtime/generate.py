@@ -20,7 +20,7 @@ import numpy as np
 
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.errors import EngineError, UsageError
-from edgekv.settings import KV_BUDGET, MAX_TOKENS, PINNED, PROMPT, whole_numbers
+from edgekv.settings import KV_BUDGET, MAX_TOKENS, PINNED, PROMPT, PROMPT_TOKENS, TO_FOLLOW, whole_numbers
 from edgekv.tiers import KVMode
 
 from .decoder.base import Rows
@@ -171,7 +171,7 @@ class Generator:
             OutOfPages, StoreError: no room, or flash failed; the text so far is right.
         """
         tokens = self._begun(self.text.encode(PROMPT.check(prompt)) if isinstance(prompt, str) else self._ids(prompt))
-        stream = TextStream(self.text, stop, before)
+        stream = TextStream(self.text, stop, self._ids(before))
         if isinstance(pin, str):
             pin = common_prefix(self.text.encode(PROMPT.check(pin)), tokens)
         given: list[int] = []
@@ -261,12 +261,13 @@ class Generator:
             return self._prefill(prompt, max_tokens, pin, progress)
 
     def _prefill(self, prompt: Sequence[int], max_tokens: int, pin: int, progress: Callable[[int, int], None]) -> Float:
+        PINNED.check(pin)
         if self.prepared is None:
-            self._begin_with_prefix(prompt, max_tokens)
+            self._begin_with_prefix(prompt, TO_FOLLOW.check(max_tokens))
         self.prepare(len(prompt), max_tokens)
         assert self.prepared is not None
         reused = self._reuse(prompt)
-        self.prepared.cache.pin(min(PINNED.check(pin), len(prompt)))
+        self.prepared.cache.pin(min(pin, len(prompt)))
         started = self._machine.now()
         done, total = reused, len(prompt)
         logits = None
@@ -435,7 +436,12 @@ class Generator:
         Raises:
             PromptTooLong: the prompt leaves no room in it. BudgetError, StoreError: see :func:`prepare_cache`.
         """
-        context = planned_context(self.options, self.manifest.model.max_context, prompt_tokens, max_tokens)
+        context = planned_context(
+            self.options,
+            self.manifest.model.max_context,
+            PROMPT_TOKENS.check(prompt_tokens),
+            TO_FOLLOW.check(max_tokens),
+        )
         with self._turns:
             if self.prepared is not None:
                 if context <= self.prepared.context:

@@ -145,7 +145,7 @@ class World:
         cache = os.environ["XDG_CACHE_HOME"]
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         try:
-            add_prefix(BUNDLE, self.tokens[:64], RunOptions(threads=1))
+            add_prefix(BUNDLE, self.tokens[:256], RunOptions(threads=1))
             options = RunOptions(threads=1, session=SessionOptions(folder / "chat.kv"), prefixes=False)
             with Generator.open(BUNDLE, options) as generator:
                 list(generator.tokens(self.tokens[:200], max_tokens=5))

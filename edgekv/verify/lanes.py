@@ -101,6 +101,7 @@ class ShortLane(Lane):
 
     def __init__(self, parent: Generator, options: RunOptions, window: int) -> None:
         super().__init__(parent, options, window)
+        self._parent = parent
         self.window = window
         self._first = 0
 
@@ -108,6 +109,7 @@ class ShortLane(Lane):
         """Feed tokens[start:stop], starting over with the latest half window when they no longer fit."""
         if stop - self._first > self.window:
             self.generator.close()
+            self.generator = self._parent.fork(self.generator.options)
             self._first = stop - max(self.window // 2, stop - start)
             if start > self._first:
                 self.generator.score(tokens[self._first : start])

@@ -117,6 +117,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_model(folder / "Llama-3.2-1B", folder / "inline.edgekv", form="inline", weights="fp32", page_size=16)
     for name in ("demo.edgekv", "int4.edgekv", "qwen.edgekv"):
         shutil.copytree(folder / "llama.edgekv", folder / name)
+    export_model("demo", folder / "demo-output" / "demo.edgekv", engine="onnx", weights="fp32")
     shutil.copy(folder / "Llama-3.2-1B" / "config.json", folder)
     (folder / "examples").symlink_to(ROOT / "examples")
     for name in ("book.txt", "system.txt", "my_documents.txt"):

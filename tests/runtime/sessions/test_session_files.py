@@ -205,7 +205,7 @@ def test_the_tools_give_one_error_or_a_session_that_is_whole(
 
 @pytest.fixture(scope="module")
 def prefix_tokens() -> list[int]:
-    return [int(token) for token in np.random.default_rng(0).integers(2, 300, 100)]
+    return [int(token) for token in np.random.default_rng(0).integers(2, 300, 300)]
 
 
 @pytest.fixture(scope="module")

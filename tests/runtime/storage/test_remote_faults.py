@@ -203,5 +203,5 @@ def test_a_killed_run_leaves_objects_that_the_command_lists_and_removes(
 
 def test_a_session_refuses_an_object_store(bundle: Bundle, tmp_path: Path) -> None:
     run = options(offload="memory://", session=SessionOptions(tmp_path / "a.kv"))
-    with pytest.raises(UsageError, match="run it without --offload URL"):
+    with pytest.raises(UsageError, match="run it without --offload"):
         Generator.open(bundle("demo"), run)
