@@ -30,6 +30,8 @@ CODES = 126
 HEADROOM = 1.25
 #: Codes are rounded outwards by at least this, which covers the rounding of float32.
 OUTWARDS = np.float32(1e-4)
+#: Of a channel that no page has shown yet.
+LEAST_SCALE = np.float32(1e-20)
 
 
 def summary_bytes(spec: PageSpec, n_pages: int) -> int:
@@ -47,7 +49,7 @@ class Summaries:
         self._spec = spec
         # [layer, KV head, page, low then high per channel]: what one layer needs lies in one piece per head.
         self._codes = np.zeros((spec.n_layers, spec.n_kv_heads, table.max_pages, 2 * spec.head_dim), np.int8)
-        self._scales = np.full((spec.n_layers, spec.n_kv_heads, spec.head_dim), 1e-20, np.float32)
+        self._scales = np.full((spec.n_layers, spec.n_kv_heads, spec.head_dim), LEAST_SCALE, np.float32)
         self.known = np.zeros((spec.n_layers, table.max_pages), bool)
         self._wide: Float = np.empty((0, 0, 0), np.float32)
 
@@ -96,6 +98,11 @@ class Summaries:
         """Note that a page is not, or no longer, what was summarised."""
         if page < self.known.shape[1]:
             self.known[layer, page] = False
+
+    def clear(self) -> None:
+        """Forget all pages, and how far their keys reached: they have no say in what is chosen from those to come."""
+        self.known[:] = False
+        self._scales[:] = LEAST_SCALE
 
     def scores(self, layer: int, q: Float, n_pages: int, scale: float) -> tuple[Float, Float, Float]:
         """Bound the scores of one query per head in the first ``n_pages`` pages of a layer.

@@ -354,6 +354,8 @@ class KVCache:
                     self.manager.free_page(layer, page)
         if not n_slots:
             table.passed[:] = table.passed_tokens[:] = 0
+            if self.manager.summaries is not None:
+                self.manager.summaries.clear()
         return min(n_slots, int(table.n_slots.max()))
 
     def pin(self, n_tokens: int) -> None:

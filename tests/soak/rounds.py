@@ -170,6 +170,8 @@ def comparable(generator: Generator) -> KVMode | None:
     assert generator.budget is not None
     if stats.pages.pages_dropped:
         return None
+    if generator.options.attend != "exact" and stats.reused_tokens and generator.session is None:
+        return None  # summaries of pages know how far keys reached in the text that was cut back
     if generator.budget.compress_at_seal or generator.session is not None:
         return KVMode.INT8
     return None if stats.pages.pages_compressed else KVMode.FP16
@@ -455,7 +457,7 @@ def killed_sessions(world: World, chance: random.Random) -> None:
         command = [
             "run", str(world.bundles[bundle]), "--session", str(path), "-q", "-n", str(ANSWER - held),
             "--threads", str(chance.choice((1, 2))), "--checkpoint-every", chance.choice(("1", "8", "64", "0.05s")),
-            "--kv-budget", chance.choice(("100%", "80%", "70%")), "--context", "1024",
+            "--kv-budget", chance.choice(("100%", "90%")) if bundle.endswith("inline") else chance.choice(("100%", "50%", "35%")), "--context", "1024",
         ]  # fmt: skip
         command += ["--key-file", str(world.key)] if encrypted else []
         command += ["--continue"] if held else ["--prompt", world.prompts[prompt]]
