@@ -29,6 +29,8 @@ TEXT = Path(__file__).resolve().parents[2] / "examples" / "long_prompt.txt"
 #: Characters of the prompts, and tokens of an answer.
 PROMPTS = ((0, 500), (700, 1700), (1500, 1800), (0, 1900))
 ANSWER = 80
+#: Of the prompts, those with more than a step of prefill: what a prefix must have.
+LONG = (1, 3)
 SECRET = b"a secret of more than sixteen bytes"
 BUDGETS = (None, None, "100%", "70%", "50%", "35%", "25%")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -348,9 +350,9 @@ def second_is_refused(world: World, bundle: str, options: RunOptions) -> None:
 
 def prefixes(world: World, chance: random.Random) -> None:
     """A prefix that is added, used and removed."""
-    bundle, prompt = pick(world, chance)
+    bundle, prompt = pick(world, chance)[0], chance.choice(LONG)
     exact = world.reference(bundle, prompt)
-    part = chance.randrange(40, len(exact.prompt))
+    part = chance.randrange(RunOptions.prefill_chunk, len(exact.prompt))
     path, kept = add_prefix(
         world.bundles[bundle], exact.prompt[:part], RunOptions(threads=chance.choice((1, 2))), name="soak"
     )
@@ -457,7 +459,7 @@ def killed_sessions(world: World, chance: random.Random) -> None:
         command = [
             "run", str(world.bundles[bundle]), "--session", str(path), "-q", "-n", str(ANSWER - held),
             "--threads", str(chance.choice((1, 2))), "--checkpoint-every", chance.choice(("1", "8", "64", "0.05s")),
-            "--kv-budget", chance.choice(("100%", "90%")) if bundle.endswith("inline") else chance.choice(("100%", "50%", "35%")), "--context", "1024",
+            "--kv-budget", chance.choice(("100%", "90%") if bundle.endswith("inline") else ("100%", "50%", "35%")), "--context", "1024",
         ]  # fmt: skip
         command += ["--key-file", str(world.key)] if encrypted else []
         command += ["--continue"] if held else ["--prompt", world.prompts[prompt]]
@@ -497,7 +499,7 @@ def two_on_one_session(world: World, chance: random.Random) -> None:
 
 def killed_prefixes(world: World, chance: random.Random) -> None:
     """Commands that add one prefix at once, some killed; then it is there, whole, and once."""
-    bundle, prompt = pick(world, chance)
+    bundle, prompt = pick(world, chance)[0], chance.choice(LONG)
     expected = world.reference(bundle, prompt)
     text = world.round / "prefix.txt"
     text.write_text(world.prompts[prompt])
