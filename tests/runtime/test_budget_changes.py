@@ -40,6 +40,12 @@ def change(bundle: Path, kv: KVMode) -> list[int]:
         return tokens
 
 
+def test_the_inline_form_of_executorch_follows_its_budget_too(bundle: Bundle) -> None:
+    pytest.importorskip("executorch")
+    pytest.importorskip("torchao")
+    assert len(change(bundle("demo", form="inline", engine="executorch"), KVMode.FP16)) == 24
+
+
 @pytest.mark.parametrize("form", ["split", "inline"])
 @pytest.mark.parametrize("kv", list(KVMode))
 def test_a_budget_goes_down_and_up_again_but_never_above_that_of_the_start(

@@ -55,7 +55,12 @@ class ExecutorchInline:
         if name not in self._outputs:
             self._outputs[name] = [np.zeros(shape, dtype) for dtype, shape in method.describe("out")]
         given = dict(feeds)
-        pages = [self._pad(given, layer) for layer in range(self._n_layers)]
+        # The program has one number of pages and one of recent tokens for all layers, and takes no fewer than some.
+        pages, recent = (
+            [len(given[f"{name}.{layer}"]) for layer in range(self._n_layers)] for name in ("key_pages", "recent_keys")
+        )
+        for layer in range(self._n_layers):
+            self._pad(given, layer, max(_LEAST, *pages), max(_LEAST, *recent))
         outputs = self._outputs[name]
         inputs = [np.ascontiguousarray(given[tensor.name]) for tensor in self._spec.inputs]
         CallList(self._library, [method.bind(self._spec, inputs, outputs)]).run()
@@ -67,8 +72,8 @@ class ExecutorchInline:
             results[tensor.name] = value[: pages[int(layer)]] if kind == "page_mass" else value
         return results
 
-    def _pad(self, feeds: dict[str, Array], layer: int) -> int:
-        """Add masked pages and recent tokens up to the fewest that the program takes; returns how many pages are real."""
+    def _pad(self, feeds: dict[str, Array], layer: int, to_pages: int, to_recent: int) -> None:
+        """Add masked pages and recent tokens to a layer, up to so many."""
         names = [f"{name}.{layer}" for name in ("key_pages", "key_scales", "value_pages", "value_scales")]
         recent = [f"recent_keys.{layer}", f"recent_values.{layer}"]
         mask = f"slot_mask.{layer}"
@@ -79,7 +84,7 @@ class ExecutorchInline:
                 f"executorch: the inline form holds {EXECUTORCH_CACHED_TOKENS} tokens as pages and as recent tokens each,"
                 f" not {largest}; export with --form split"
             )
-        more_pages, more_recent = max(0, _LEAST - n_pages), max(0, _LEAST - n_recent)
+        more_pages, more_recent = to_pages - n_pages, to_recent - n_recent
         if more_pages or more_recent:
             for group, more in ((names, more_pages), (recent, more_recent)):
                 for name in group:
@@ -94,4 +99,3 @@ class ExecutorchInline:
                 np.zeros((rows, more_recent), bool),
             ]
             feeds[mask] = np.concatenate(parts, axis=1)
-        return n_pages
