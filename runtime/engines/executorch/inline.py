@@ -59,8 +59,8 @@ class ExecutorchInline:
         pages, recent = (
             [len(given[f"{name}.{layer}"]) for layer in range(self._n_layers)] for name in ("key_pages", "recent_keys")
         )
-        for layer in range(self._n_layers):
-            self._pad(given, layer, max(_LEAST, *pages), max(_LEAST, *recent))
+        for at in range(self._n_layers):
+            self._pad(given, at, max(_LEAST, *pages), max(_LEAST, *recent))
         outputs = self._outputs[name]
         inputs = [np.ascontiguousarray(given[tensor.name]) for tensor in self._spec.inputs]
         CallList(self._library, [method.bind(self._spec, inputs, outputs)]).run()
