@@ -22,7 +22,7 @@ KINDS = ("cgroup v2", "cgroup v1", "rlimit")
 
 
 @dataclass(frozen=True)
-class Sentence:
+class LimitedRun:
     """What became of a process in a jail. ``kind``: cgroup v2, cgroup v1 or rlimit; ``peak_bytes`` 0 where nobody counted."""
 
     kind: str
@@ -42,7 +42,7 @@ class Sentence:
         return f"jail: {self.kind}, limit {format_bytes(self.limit_bytes)}{peak}, {end}"
 
 
-def run_in_jail(command: list[str], limit_bytes: int, *, kinds: Sequence[str] = KINDS) -> Sentence:
+def run_limited(command: list[str], limit_bytes: int, *, kinds: Sequence[str] = KINDS) -> LimitedRun:
     """Run a command with so much memory; its output goes where ours goes.
 
     A cgroup counts what the process and its children hold, page cache included, and kills at the limit, without swap. An rlimit
@@ -59,18 +59,20 @@ def run_in_jail(command: list[str], limit_bytes: int, *, kinds: Sequence[str] = 
         if kind not in groups:
             if sys.platform == "win32":
                 break
-            return Sentence(kind, limit_bytes, subprocess.run(command, preexec_fn=_limiter(limit_bytes)).returncode, 0)
+            return LimitedRun(
+                kind, limit_bytes, subprocess.run(command, preexec_fn=_limiter(limit_bytes)).returncode, 0
+            )
         with contextlib.ExitStack() as stack:
             try:
                 group, peak = stack.enter_context(groups[kind](limit_bytes))
             except OSError:
                 continue
             ended = subprocess.run(command, preexec_fn=_joiner(group))
-            return Sentence(kind, limit_bytes, ended.returncode, peak())
+            return LimitedRun(kind, limit_bytes, ended.returncode, peak())
     raise UsageError(f"this system has no {' and no '.join(kinds)} that this user may set; run without --jail")
 
 
-def check(sentence: Sentence) -> None:
+def check(sentence: LimitedRun) -> None:
     """Pass on how the process ended.
 
     Raises:

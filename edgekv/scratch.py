@@ -85,10 +85,10 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
             with contextlib.suppress(OSError):
                 lock = _lock(path)
                 if lock is not None:
-                    _bury(path, lock)
+                    _on_killed(path, lock)
 
 
-def _bury(path: Path, lock: int) -> None:
+def _on_killed(path: Path, lock: int) -> None:
     try:
         if os.fstat(lock).st_uid != os.geteuid():
             return

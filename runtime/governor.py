@@ -187,7 +187,7 @@ class Governor:
             self._store = open_offload(self._options.storage, manager.spec, self._machine.open_medium())
             manager.store = self._store
             if self._attender is not None:
-                self._attender.stream(self._store)
+                self._attender.attach_store(self._store)
                 self._staging += staging
 
     def _try(self, arena_bytes: int) -> None:

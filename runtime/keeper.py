@@ -38,7 +38,7 @@ class SessionKeeper:
     """
 
     def __init__(
-        self, options: RunOptions, manifest: Manifest, prefix: Session | None = None, machine: Machine = HOST
+        self, options: RunOptions, manifest: Manifest, session: Session | None = None, machine: Machine = HOST
     ) -> None:
         if options.kv == KVMode.FP16:
             raise UsageError("a session keeps INT8 pages: run it with --kv auto or int8")
@@ -46,7 +46,7 @@ class SessionKeeper:
             raise UsageError("a session keeps every page: run it without --allow-drop")
         self._manifest = manifest
         self._now = machine.now
-        if prefix is None:
+        if session is None:
             assert options.session is not None
             if options.offload is not None:
                 raise UsageError("a session keeps its pages in its own files: run it without --offload")
@@ -54,9 +54,9 @@ class SessionKeeper:
                 raise UsageError("a session keeps its pages in its own files: encrypt it, with a secret of its own")
             limit = settings.MAX_WRITE_PER_DAY.optional(options.max_write_per_day)
             limited = replace(options.session, max_bytes_per_day=limit)
-            prefix = Session.open(limited, manifest, medium=machine.open_medium())
-        self.session = prefix
-        self.options = options.session or SessionOptions(prefix.path, 0)
+            session = Session.open(limited, manifest, medium=machine.open_medium())
+        self.session = session
+        self.options = options.session or SessionOptions(session.path, 0)
         self._cache: KVCache | None = None
         #: Positions that are computed again, and were pruned.
         self._gone: NDArray[np.int64] = np.empty(0, np.int64)

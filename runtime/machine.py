@@ -41,7 +41,7 @@ class Machine(Protocol):
         ...
 
     def pressure(self) -> Pressure:
-        """Return what says how short of memory the machine is."""
+        """Return the pressure on the memory of the machine."""
         ...
 
     def peak_rss_bytes(self) -> int:

@@ -89,7 +89,7 @@ class Meter(Protocol):
         ...
 
     def planned(self, layer: int, stops: Int64, counts: Int64, pages: Int64, places: Int64) -> None:
-        """The kernels will stream a layer so; see :meth:`~edgekv.runtime.kernels.interface.RowStreams.plan`."""
+        """The kernels will stream a layer so; see :meth:`~edgekv.runtime.kernels.interface.RecordStreams.plan`."""
         ...
 
     def forgot(self) -> None:

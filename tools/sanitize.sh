@@ -50,7 +50,7 @@ for which in "${@:-address thread}"; do
       export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1
       # What ONNX Runtime's own threads hand to each other cannot be seen: it is compiled without.
       under libtsan "${pytest[@]}" -k "not onnx_runtime" tests/runtime/kernels/test_pool.py \
-        tests/runtime/kernels/test_row_reader.py tests/runtime/storage/test_ring.py
+        tests/runtime/kernels/test_record_reader.py tests/runtime/storage/test_ring.py
       ;;
     *) echo "sanitize: address or thread, not $name" >&2; exit 2 ;;
     esac

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.speed import timing
-from edgekv.jail import run_in_jail
+from edgekv.jail import run_limited
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
 from edgekv.sizes import parse_bytes
@@ -62,7 +62,7 @@ def main() -> int:
         for name, budget in (("budget", options.kv_budget), ("budget, resumed", options.kv_budget), ("no budget", "")):
             command = [sys.executable, __file__, str(options.bundle), "--folder", folder]
             command += ["--context", str(options.context), "--kv-budget", budget]
-            sentence = run_in_jail(command, parse_bytes(options.limit))
+            sentence = run_limited(command, parse_bytes(options.limit))
             print(json.dumps({"run": name, "outcome": str(sentence)}), flush=True)
             outcomes.append((sentence.returncode == 0, sentence.killed))
     return 0 if outcomes[0][0] and outcomes[1][0] and outcomes[2][1] else 1

@@ -188,7 +188,7 @@ def reading(data: NDArray[np.uint8], threads: int) -> Callable[[], float]:
     """Return what merely reads ``data`` and returns the seconds that this took."""
     kernels = load_kernels()
     pool = kernels.ThreadPool(threads, lend_threads())
-    return lambda: kernels.read_bandwidth(pool, data)
+    return lambda: kernels.read_seconds(pool, data)
 
 
 def decode(tokens: int, rounds: int, threads: int) -> None:

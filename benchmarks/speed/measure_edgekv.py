@@ -86,7 +86,7 @@ def memory_limit(generator: Generator, context: int, threads: int) -> float:
     pages = context // manifest.page_size * spec.n_layers * spec.warm_bytes
     kernels, data = load_kernels(), np.ones(weights + pages, np.uint8)
     pool = kernels.ThreadPool(threads)
-    return 1 / min(kernels.read_bandwidth(pool, data) for _ in range(9))
+    return 1 / min(kernels.read_seconds(pool, data) for _ in range(9))
 
 
 def main(options: argparse.Namespace) -> None:

@@ -30,8 +30,8 @@ def read_bandwidth(threads: int) -> float:
     kernels = load_kernels()
     pool = kernels.ThreadPool(threads)
     array = np.ones(READ_BYTES, np.uint8)
-    kernels.read_bandwidth(pool, array)
-    return READ_BYTES / min(kernels.read_bandwidth(pool, array) for _ in range(REPEATS))
+    kernels.read_seconds(pool, array)
+    return READ_BYTES / min(kernels.read_seconds(pool, array) for _ in range(REPEATS))
 
 
 def matrix_rates(bits: int, threads: int) -> tuple[float, float]:

@@ -120,10 +120,10 @@ def emulate_command(
 def _in_jail(profile: str, app_limit: int | None) -> None:
     """Run this very command again, without --jail, in one."""
     from edgekv.device_profiles import load
-    from edgekv.jail import check, run_in_jail
+    from edgekv.jail import check, run_limited
 
     limit_bytes = app_limit if app_limit is not None else load(profile).memory.app_limit_bytes.value
     arguments = [argument for argument in sys.argv[1:] if argument != "--jail"]
-    sentence = run_in_jail([sys.executable, "-m", "edgekv", *arguments], limit_bytes)
+    sentence = run_limited([sys.executable, "-m", "edgekv", *arguments], limit_bytes)
     print(sentence, file=sys.stderr)
     check(sentence)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgekv.device_profiles.flash import FlashDevice
 from edgekv.device_profiles.schema import Flash
-from edgekv.runtime.kernels.interface import Int64, Pool, RowStreams
+from edgekv.runtime.kernels.interface import Int64, Pool, RecordStreams
 from edgekv.runtime.storage.interface import Bytes
 from edgekv.runtime.storage.medium import Arrival, SystemMedium
 from edgekv.runtime.storage.record import Wanted, neighbours
@@ -19,8 +19,8 @@ from edgekv.runtime.storage.record import Wanted, neighbours
 from .clock import Clock
 
 
-class StillRows:
-    """A :class:`~edgekv.runtime.kernels.interface.RowStreams` that moves nothing and counts the reads of what is walked."""
+class StillStream:
+    """A :class:`~edgekv.runtime.kernels.interface.RecordStreams` that moves nothing and counts the reads of what is walked."""
 
     def __init__(self) -> None:
         self.reads = 0
@@ -100,9 +100,9 @@ class EmulatedMedium:
 
         return arrived
 
-    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RowStreams | None:
+    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RecordStreams | None:
         """The native page walk, or one that moves nothing."""
-        return StillRows() if self.still else self._files.walk(rows, capacity, n_layers)
+        return StillStream() if self.still else self._files.walk(rows, capacity, n_layers)
 
     def write(self, file: int, data: memoryview, offset: int) -> int:
         """Write, and wait until the drive took it."""

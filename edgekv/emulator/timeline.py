@@ -18,7 +18,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Happening:
+class LogEntry:
     """Something that happened on the device at a virtual time."""
 
     at_s: float
@@ -33,7 +33,7 @@ class Timeline:
     ``at_s`` is the end of a step; pages and flash bytes are counted from the start of the device.
     """
 
-    happenings: list[Happening] = field(default_factory=list)
+    entries: list[LogEntry] = field(default_factory=list)
     decode_s: array[float] = field(default_factory=lambda: array("d"))
     _samples: list[tuple[float, ...]] = field(default_factory=list)
     _stride: int = 1
@@ -60,7 +60,7 @@ class Timeline:
 
     def log(self, at_s: float, kind: str, text: str) -> None:
         """Add something that happened."""
-        self.happenings.append(Happening(at_s, kind, text))
+        self.entries.append(LogEntry(at_s, kind, text))
 
     def columns(self) -> dict[str, list[Any]]:
         """Return the samples by column."""

@@ -90,7 +90,7 @@ class Attender:
         self._streaming: Streaming | None = None
         self._streamed: list[bool] = []  # by layer, whether the step under way streams it
         if cache.manager.store is not None:
-            self.stream(cache.manager.store)
+            self.attach_store(cache.manager.store)
 
     def size_ring(self, budget_bytes: int) -> int:
         """Give the staging ring of a store to come the size that fits a budget; returns its bytes."""
@@ -98,7 +98,7 @@ class Attender:
         self._piece_pages, self._ring_pieces = staging_ring(self._cache.spec, budget_bytes, self._run_pages, selective)
         return self._ring_pieces * self._piece_pages * self._cache.spec.record_bytes
 
-    def stream(self, store: PageStore) -> None:
+    def attach_store(self, store: PageStore) -> None:
         """Read pages back from a store from now on, through the staging ring."""
         spec = self._cache.spec
         self._reader = PageReader(store, spec, self._piece_pages, self._ring_pieces, self._pool, self._meter)

@@ -101,7 +101,7 @@ class PagedAttention(Protocol):
         """Memory held for intermediate results."""
 
 
-class RowReads(Protocol):
+class RecordReads(Protocol):
     """Reads records of page files in the background, and checks them."""
 
     @property
@@ -128,7 +128,7 @@ class RowReads(Protocol):
         """
 
 
-class RowStreams(Protocol):
+class RecordStreams(Protocol):
     """Walks the layers of a step over pages in one file, and reads ahead by itself, across layers and steps."""
 
     @property
@@ -175,7 +175,7 @@ class StreamingAttention(Protocol):
         window: int = 0,
         page_mass: Float | None = None,
     ) -> int:
-        """Do :meth:`PagedAttention.run`, with the pages of the plan taken from ``rows``, a :class:`RowStreams`.
+        """Do :meth:`PagedAttention.run`, with the pages of the plan taken from ``rows``, a :class:`RecordStreams`.
 
         Returns:
             -1, or the first row of the plan that is not what was written: then ``out`` must not be used.
@@ -249,8 +249,8 @@ class Kernels(Protocol):
     def checksums(self, rows: Bytes, start: int, stop: int, out: Addresses) -> None:
         """XXH3-64 of bytes [start, stop), more than 240, of each row of ``rows`` [n, row_bytes]; ``out`` [n] uint64."""
 
-    def RowReader(self, depth: int, how: str = "") -> Any:
-        """Return what reads rows of files in the background: a :class:`RowReads`.
+    def RecordReader(self, depth: int, how: str = "") -> Any:
+        """A reader of records in the background: a :class:`RecordReads`.
 
         Args:
             depth: reads in flight at a time, where threads read.
@@ -260,12 +260,12 @@ class Kernels(Protocol):
             ValueError: ``how`` names what this system does not have.
         """
 
-    def RowStream(self, reader: Any, rows: Bytes, capacity: int, n_layers: int, most: int) -> Any:
-        """Return a :class:`RowStreams` over slots of ``capacity`` rows each; only the native kernels have one.
+    def RecordStream(self, reader: Any, rows: Bytes, capacity: int, n_layers: int, most: int) -> Any:
+        """Return a :class:`RecordStreams` over slots of ``capacity`` rows each; only the native kernels have one.
 
         Args:
             most: slots that are on their way at a time.
         """
 
-    def read_bandwidth(self, pool: Any, array: Bytes) -> float:
+    def read_seconds(self, pool: Any, array: Bytes) -> float:
         """Seconds to merely read ``array`` with all threads."""

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from edgekv.spec import PageSpec
 
 from .interface import Float, Int64, Refs
-from .numpy_pages import RowReader as RowReader
+from .numpy_pages import RecordReader as RecordReader
 from .numpy_pages import check_array, check_refs, decode_page, live_slots
 from .numpy_pages import checksums as checksums
 from .numpy_pages import pack_warm as pack_warm
 from .numpy_pages import pack_warm_many as pack_warm_many
 from .numpy_pages import page_bounds as page_bounds
-from .numpy_pages import read_bandwidth as read_bandwidth
+from .numpy_pages import read_seconds as read_seconds
 from .numpy_pages import write_hot as write_hot
 
 RUN_PAGES = 8

@@ -84,7 +84,7 @@ def page_bounds(refs: Refs, low: Half, high: Half, page_size: int) -> None:
         high[index] = _half_up(keys.max(axis=1))
 
 
-def read_bandwidth(pool: Any, array: Bytes) -> float:
+def read_seconds(pool: Any, array: Bytes) -> float:
     """Seconds to merely read ``array``."""
     check_array("array", array, np.uint8, (len(array),))
     start = time.perf_counter()
@@ -114,10 +114,10 @@ def checksums(rows: Bytes, start: int, stop: int, out: Addresses) -> None:
         out[index] = xxhash.xxh3_64_intdigest(row[start:stop].data)
 
 
-class RowReader:
+class RecordReader:
     """Reads records when it is asked to: beside NumPy's attention, reading takes no time that would be worth hiding.
 
-    See :class:`edgekv.runtime.kernels.interface.RowReads`.
+    See :class:`edgekv.runtime.kernels.interface.RecordReads`.
     """
 
     how = "caller"

@@ -20,7 +20,7 @@ from edgekv.scratch import ScratchFolder
 from edgekv.spec import PageSpec
 from edgekv.tiers import Tier
 
-from ..kernels.interface import Pool, RowStreams
+from ..kernels.interface import Pool, RecordStreams
 from .cipher import Cipher
 from .interface import Landing, StoreCounters
 from .medium import Medium, SystemMedium
@@ -123,7 +123,7 @@ class FlashStore:
 
         return land
 
-    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RowStreams | None:
+    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RecordStreams | None:
         """The native page walk, or None without native kernels; the kernels do not decrypt."""
         plain = self.cipher is None and not is_short(self.spec.warm_bytes)
         return self._medium.walk(rows, capacity, n_layers) if plain else None

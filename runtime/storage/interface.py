@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.interface import Pool, RowStreams
+from ..kernels.interface import Pool, RecordStreams
 from .record import Wanted
 
 Bytes = NDArray[np.uint8]
@@ -61,7 +61,7 @@ class PageStore(Protocol):
         """Start to read, and return what waits for the end and raises what ``read`` would."""
         ...
 
-    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RowStreams | None:
+    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RecordStreams | None:
         """The native page walk, through slots of ``capacity`` rows; None where it cannot be had.
 
         Nor can it where a record, once read, is not a page, or where records are not in one file.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgekv.errors import StoreError, StoreFull
 
-from ..kernels.interface import Pool, RowStreams
+from ..kernels.interface import Pool, RecordStreams
 from .interface import Landing, PageStore, StoreCounters
 from .record import Wanted
 
@@ -67,7 +67,7 @@ class TwoStores:
 
         return land
 
-    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RowStreams | None:
+    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RecordStreams | None:
         """None: the records are not in one file."""
         return None
 

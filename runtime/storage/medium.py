@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.choose import load_kernels
-from ..kernels.interface import Pool, RowReads, RowStreams
+from ..kernels.interface import Pool, RecordReads, RecordStreams
 from .record import Wanted, check_records, is_short
 
 #: Waits for the end of what was started, and says for each row whether it is the record that was wanted. The rows are checked on
@@ -41,7 +41,7 @@ class Medium(Protocol):
         """Start to read records from ``places`` of a file, counted in records, into ``out`` [n, record_bytes] uint8."""
         ...
 
-    def walk(self, rows: NDArray[np.uint8], capacity: int, n_layers: int) -> RowStreams | None:
+    def walk(self, rows: NDArray[np.uint8], capacity: int, n_layers: int) -> RecordStreams | None:
         """The native page walk through slots of ``capacity`` rows; None without native kernels."""
         ...
 
@@ -62,7 +62,7 @@ class SystemMedium:
     """The file system of this machine, as one store uses it; it owns the threads that read for the store."""
 
     def __init__(self) -> None:
-        self._rows: RowReads | None = None  # once something is read ahead
+        self._rows: RecordReads | None = None  # once something is read ahead
 
     def read(self, file: int, out: memoryview, offset: int) -> int:
         """Read as preadv does."""
@@ -76,13 +76,13 @@ class SystemMedium:
         ticket = rows.submit(file, places, out, wanted.heads, wanted.payload_bytes)
         return lambda pool: [bool(good) for good in rows.wait(ticket, pool)]
 
-    def walk(self, rows: NDArray[np.uint8], capacity: int, n_layers: int) -> RowStreams | None:
+    def walk(self, rows: NDArray[np.uint8], capacity: int, n_layers: int) -> RecordStreams | None:
         """The native page walk, or None without native kernels."""
         kernels = load_kernels()
         if kernels.isa() == "numpy":
             return None
         most = most_on_the_way(len(rows) // capacity)
-        walk: RowStreams = kernels.RowStream(self._reader(), rows, capacity, n_layers, most)
+        walk: RecordStreams = kernels.RecordStream(self._reader(), rows, capacity, n_layers, most)
         return walk
 
     def write(self, file: int, data: memoryview, offset: int) -> int:
@@ -97,9 +97,9 @@ class SystemMedium:
         """End the threads."""
         self._rows = None
 
-    def _reader(self) -> RowReads:
+    def _reader(self) -> RecordReads:
         if self._rows is None:
-            self._rows = load_kernels().RowReader(QUEUE_DEPTH)
+            self._rows = load_kernels().RecordReader(QUEUE_DEPTH)
         return self._rows
 
 

@@ -30,7 +30,7 @@ from edgekv.errors import CorruptPage, StoreError
 from edgekv.spec import PageSpec
 from edgekv.tiers import Tier
 
-from ..kernels.interface import Pool, RowStreams
+from ..kernels.interface import Pool, RecordStreams
 from .cipher import Cipher
 from .interface import Landing, StoreCounters
 from .objects import FIRST_PATIENCE_S, PATIENCE_S, RUN_PREFIX, first_line, open_objects
@@ -176,7 +176,7 @@ class ObjectStore:
 
         return land
 
-    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RowStreams | None:
+    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RecordStreams | None:
         """None: the records are in no file."""
         return None
 

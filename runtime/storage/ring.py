@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgekv.errors import StoreError
 from edgekv.spec import RECORD_HEADER_BYTES, PageSpec
 
-from ..kernels.interface import Pool, RowStreams
+from ..kernels.interface import Pool, RecordStreams
 from ..meter import SILENT, Meter
 from ..system.buffers import aligned_rows
 from .interface import Landing, PageStore
@@ -63,7 +63,7 @@ class PageReader:
         self._store = store
         self._rows = rows = aligned_rows(ring * capacity, spec.record_bytes)
         self._capacity = capacity
-        self._stream: RowStreams | None = None
+        self._stream: RecordStreams | None = None
         self._buffers = [rows[slot * capacity : (slot + 1) * capacity] for slot in range(ring)]
         self._free = list(range(ring))
         self._held: list[int] = []
@@ -156,7 +156,7 @@ class PageReader:
             found.update(self._found(request))
         return np.array([found[name][0] for name in names], np.uint64), [found[name][1] for name in names]
 
-    def stream(self, n_layers: int) -> RowStreams | None:
+    def stream(self, n_layers: int) -> RecordStreams | None:
         """Return the kernels' way through the ring, if they have one; what either reads ahead, the other forgets."""
         self._stream = self._store.walk(self._rows, self._capacity, n_layers)
         return self._stream

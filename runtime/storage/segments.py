@@ -22,7 +22,7 @@ from edgekv.errors import CorruptPage, StoreError
 from edgekv.spec import PageSpec
 from edgekv.tiers import Tier
 
-from ..kernels.interface import Pool, RowStreams
+from ..kernels.interface import Pool, RecordStreams
 from .cipher import Cipher
 from .interface import Landing, StoreCounters
 from .medium import Arrival, Medium, SystemMedium
@@ -220,7 +220,7 @@ class SegmentStore:
             return lambda pool: [False] * len(wanted.records)
         return self._segments[number].start(wanted, out)
 
-    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RowStreams | None:
+    def walk(self, rows: Bytes, capacity: int, n_layers: int) -> RecordStreams | None:
         """None: the index has checksums that the kernels do not know."""
         return None
 

@@ -60,7 +60,7 @@ def test_an_app_answers_memory_pressure_in_time(tiny: Path, tmp_path: Path) -> N
         device.schedule(Event(device.now(), "memory-pressure", limit="163MiB", grace_s=0.5))
         for token in range(40):
             generator.step([token + 2])
-    assert [entry.kind for entry in device.timeline.happenings] == ["memory-pressure", "reclaim"]
+    assert [entry.kind for entry in device.timeline.entries] == ["memory-pressure", "reclaim"]
 
 
 def test_a_full_drive_is_a_full_store_with_the_store_s_own_words(phone: Device, tiny: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgekv.errors import UsageError
-from edgekv.jail import KINDS, delegated, run_in_jail
+from edgekv.jail import KINDS, delegated, run_limited
 
 MIB = 1024**2
 TAKE = "import sys; block = bytearray(int(sys.argv[1])); block[::4096] = b'x' * len(block[::4096]); print(len(block))"
@@ -18,7 +18,7 @@ TAKE = "import sys; block = bytearray(int(sys.argv[1])); block[::4096] = b'x' * 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_jail_ends_a_process_that_takes_too_much_and_no_other(kind: str) -> None:
     def taken(size: int) -> int:
-        return run_in_jail([sys.executable, "-c", TAKE, str(size)], 200 * MIB, kinds=(kind,)).returncode
+        return run_limited([sys.executable, "-c", TAKE, str(size)], 200 * MIB, kinds=(kind,)).returncode
 
     try:
         fits = taken(20 * MIB)
@@ -31,7 +31,7 @@ def test_a_jail_ends_a_process_that_takes_too_much_and_no_other(kind: str) -> No
 
 def test_a_system_without_any_limit_says_so() -> None:
     with pytest.raises(UsageError, match="run without --jail"):
-        run_in_jail([sys.executable, "-c", ""], MIB, kinds=())
+        run_limited([sys.executable, "-c", ""], MIB, kinds=())
 
 
 def test_a_jailed_emulation_that_fits_says_how_much_it_took(tiny: Path) -> None:

@@ -22,7 +22,7 @@ SCENARIOS = sorted((ROOT / "examples" / "scenarios").glob("*.toml"))
 
 
 def kinds(result: Result) -> list[str]:
-    return [entry["kind"] for entry in result.happenings]
+    return [entry["kind"] for entry in result.log]
 
 
 def test_a_kill_in_the_middle_of_an_answer_costs_time_and_no_token(tiny: Path) -> None:

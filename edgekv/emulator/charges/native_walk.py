@@ -76,7 +76,7 @@ class NativeWalk:
         self._next = 0
 
     def plan(self, layer: int, stops: Int64, counts: Int64, pages: Int64, places: Int64) -> None:
-        """Note what a layer consists of; see :meth:`~edgekv.runtime.kernels.interface.RowStreams.plan`."""
+        """Note what a layer consists of; see :meth:`~edgekv.runtime.kernels.interface.RecordStreams.plan`."""
         self.forget()
         size = self._cost.pages.record_bytes
         pieces, start, first = [], 0, 0

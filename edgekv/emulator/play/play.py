@@ -89,7 +89,7 @@ def play(
     progress(total, total)
     result.budget = plan_facts(app.plan())
     result.totals = totals(device, result.turns)
-    result.happenings = [asdict(entry) for entry in device.timeline.happenings]
+    result.log = [asdict(entry) for entry in device.timeline.entries]
     result.samples = device.timeline.columns()
     return result
 
@@ -126,7 +126,7 @@ class _Player:
                 break
             except AppKilled as killed:
                 result.kills += 1
-                self._bury(str(killed))
+                self._on_killed(str(killed))
                 if result.kills > self._settings.restarts:
                     result.error = f"killed {result.kills} times: {killed}"
                     break
@@ -149,7 +149,7 @@ class _Player:
             self._device.timeline.log(self._device.now(), "restart", "the app runs again")
         self._lives += 1
 
-    def _bury(self, reason: str) -> None:
+    def _on_killed(self, reason: str) -> None:
         self._device.timeline.log(self._device.now(), "killed", reason)
         self._app.stop()
         self._device.end()

@@ -68,7 +68,7 @@ class Result:
     budget: dict[str, Any]
     turns: list[TurnResult] = field(default_factory=list)
     totals: dict[str, Any] = field(default_factory=dict)
-    happenings: list[dict[str, Any]] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)
     samples: dict[str, list[Any]] = field(default_factory=dict)
     pages: PageMap | None = None
 

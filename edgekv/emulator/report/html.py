@@ -45,12 +45,12 @@ def to_html(result: Result, model: str) -> str:
         "<h2>Turns</h2>",
         table(TURN_HEADINGS, list(turn_rows(result))),
     ]
-    if result.happenings:
+    if result.log:
         body += [
             "<h2>What happened</h2>",
             table(
                 ("at", "event", "what happened"),
-                [(f"{e['at_s']:.2f} s", e["kind"], e["text"]) for e in result.happenings],
+                [(f"{e['at_s']:.2f} s", e["kind"], e["text"]) for e in result.log],
             ),
         ]
     if result.samples.get("at_s"):
@@ -62,7 +62,7 @@ def to_html(result: Result, model: str) -> str:
             "flash": _flash(result),
         }
         for drawn in figures.values():
-            mark(drawn, [(entry["at_s"], entry["kind"]) for entry in result.happenings], result.totals["seconds"])
+            mark(drawn, [(entry["at_s"], entry["kind"]) for entry in result.log], result.totals["seconds"])
             drawn.update_xaxes(range=[0, result.totals["seconds"]])
         body += ["<h2>Memory of the app</h2>", place("memory"), "<h2>Keys and values</h2>", place("cache")]
         body += ["<h2>Speed</h2>", place("speed")]

@@ -13,7 +13,7 @@ from ..play.result import Result
 
 def to_tables(result: Result) -> list[Table]:
     """Return the tables: the run, its turns, and what happened."""
-    return [_facts(result), _turns(result), *([_happenings(result)] if result.happenings else [])]
+    return [_facts(result), _turns(result), *([_log(result)] if result.log else [])]
 
 
 def sentences(result: Result) -> list[str]:
@@ -112,11 +112,11 @@ def _turns(result: Result) -> Table:
     return table
 
 
-def _happenings(result: Result) -> Table:
+def _log(result: Result) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("at", "event", "what happened"):
         table.add_column(heading)
-    for entry in result.happenings:
+    for entry in result.log:
         table.add_row(f"{entry['at_s']:.1f} s", entry["kind"], entry["text"])
     return table
 

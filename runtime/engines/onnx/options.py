@@ -26,7 +26,7 @@ _ORT_TYPES = {
 
 
 @dataclass(frozen=True)
-class Sessions:
+class OrtSetup:
     """How the sessions of a bundle are opened."""
 
     options: ort.SessionOptions
@@ -36,7 +36,7 @@ class Sessions:
     description: str
 
 
-def set_up(weights: str, threads: int, *, own_process: bool) -> Sessions:
+def set_up(weights: str, threads: int, *, own_process: bool) -> OrtSetup:
     """Set up a process for many small sessions that run in turn.
 
     Products with int4 weights run on our kernels and our threads where the processor has instructions that the kernels
@@ -58,7 +58,7 @@ def set_up(weights: str, threads: int, *, own_process: bool) -> Sessions:
         # What is not a product is small. More threads than ours would only be in their way.
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.use_per_session_threads = not kernels.onnxruntime_executor()
-        return Sessions(options, kernels.operator_threads(), f"{name}, 4-bit products by edgekv ({ours})")
+        return OrtSetup(options, kernels.operator_threads(), f"{name}, 4-bit products by edgekv ({ours})")
     if own_process:
         share_threads(threads)
     lent = lend_threads()
@@ -66,7 +66,7 @@ def set_up(weights: str, threads: int, *, own_process: bool) -> Sessions:
     if options.use_per_session_threads:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
-    return Sessions(options, lent, name)
+    return OrtSetup(options, lent, name)
 
 
 def _options() -> ort.SessionOptions:

@@ -78,7 +78,7 @@ class PyAttention {
     }
 
     // run(), with the pages on flash fed from a stream; returns the first row of the plan that is bad, or -1.
-    int64_t stream(RowStream& rows, int layer, nb::handle q, nb::handle k, nb::handle v, nb::handle positions,
+    int64_t stream(RecordStream& rows, int layer, nb::handle q, nb::handle k, nb::handle v, nb::handle positions,
                    nb::handle refs, nb::handle out, int64_t window, nb::handle page_mass) {
         Use use(*this);
         RefsView view(refs);
@@ -230,7 +230,7 @@ class PyAttention {
     std::string isa_;
 };
 
-double read_bandwidth(ThreadPool& pool, nb::handle array) {
+double read_seconds(ThreadPool& pool, nb::handle array) {
     View<uint8_t> view(array, "array", {-1});
     const Kernels* kernels = find_kernels(nullptr);
     if (!kernels) throw nb::value_error("EDGEKV_ISA names no instruction set of this processor");
@@ -275,7 +275,7 @@ NB_MODULE(_kernels, m) {
     m.def("operators", [](int n_threads) { return reinterpret_cast<uintptr_t>(&operators(n_threads)); },
           nb::arg("n_threads"));
     m.def("operator_threads", [] { return reinterpret_cast<uintptr_t>(&operator_threads); });
-    m.def("read_bandwidth", &read_bandwidth, nb::arg("pool"), nb::arg("array"));
+    m.def("read_seconds", &read_seconds, nb::arg("pool"), nb::arg("array"));
 
     m.def("onnxruntime_executor", [] { return reinterpret_cast<uintptr_t>(onnxruntime_executor()); });
 

@@ -156,24 +156,24 @@ std::shared_ptr<View<uint8_t>> shared_rows(nb::handle rows, int64_t n) {
             }};
 }
 
-void check_process(const RowReader& reader) {
+void check_process(const RecordReader& reader) {
     if (!reader.ours()) throw std::runtime_error("a forked process cannot read through the reader of its parent");
 }
 
-class PyRowReader {
+class PyRecordReader {
   public:
-    PyRowReader(int depth, const char* how) {
+    PyRecordReader(int depth, const char* how) {
         if (depth < 1) throw nb::value_error("depth must be 1 or more");
-        reader_ = RowReader::open(kernels(), depth, how);
+        reader_ = RecordReader::open(kernels(), depth, how);
         if (!reader_) throw nb::value_error((std::string("this system does not read rows with '") + how + "'").c_str());
     }
 
-    ~PyRowReader() {
+    ~PyRecordReader() {
         if (!reader_->ours()) reader_.release();  // what it would wait for is the parent's
     }
 
     const char* how() const { return reader_->how(); }
-    RowReader& reader() { return *reader_; }
+    RecordReader& reader() { return *reader_; }
 
     int64_t submit(int file, nb::handle places, nb::handle rows, nb::handle heads, int64_t payload_bytes) {
         check_process(*reader_);
@@ -205,20 +205,20 @@ class PyRowReader {
     }
 
   private:
-    std::unique_ptr<RowReader> reader_;
+    std::unique_ptr<RecordReader> reader_;
 };
 
-void make_stream(RowStream* self, PyRowReader& reader, nb::handle rows, int64_t capacity, int n_layers, int64_t most) {
+void make_stream(RecordStream* self, PyRecordReader& reader, nb::handle rows, int64_t capacity, int n_layers, int64_t most) {
     const auto view = shared_rows(rows, -1);
     if (capacity < 1 || n_layers < 1 || view->shape(0) < capacity || view->shape(0) % capacity) {
         throw nb::value_error("rows must be one or more slots of capacity rows");
     }
     if (most < 1) throw nb::value_error("at least one piece must be on its way");
     const int n_slots = static_cast<int>(view->shape(0) / capacity);
-    new (self) RowStream(reader.reader(), view->data(), view, view->shape(1), capacity, n_slots, n_layers, most);
+    new (self) RecordStream(reader.reader(), view->data(), view, view->shape(1), capacity, n_slots, n_layers, most);
 }
 
-void plan_stream(RowStream& self, int layer, int file, nb::handle stops, nb::handle counts, nb::handle pages,
+void plan_stream(RecordStream& self, int layer, int file, nb::handle stops, nb::handle counts, nb::handle pages,
                  nb::handle places, nb::handle heads, int64_t payload_bytes) {
     View<int64_t> stop(stops, "stops", {-1});
     View<int64_t> count(counts, "counts", {stop.shape(0)});
@@ -263,19 +263,19 @@ void bind_pages(nb::module_& m) {
           nb::arg("n_slots"), nb::arg("n_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"));
     m.def("write_hot", &write_hot_page, nb::arg("page"), nb::arg("slot"), nb::arg("k"), nb::arg("v"),
           nb::arg("page_size"));
-    nb::class_<PyRowReader>(m, "RowReader")
+    nb::class_<PyRecordReader>(m, "RecordReader")
         .def(nb::init<int, const char*>(), nb::arg("depth"), nb::arg("how") = "")
-        .def_prop_ro("how", &PyRowReader::how)
-        .def("submit", &PyRowReader::submit, nb::arg("file"), nb::arg("places"), nb::arg("rows"), nb::arg("heads"),
+        .def_prop_ro("how", &PyRecordReader::how)
+        .def("submit", &PyRecordReader::submit, nb::arg("file"), nb::arg("places"), nb::arg("rows"), nb::arg("heads"),
              nb::arg("payload_bytes"))
-        .def("wait", &PyRowReader::wait, nb::arg("ticket"), nb::arg("pool") = nb::none());
-    nb::class_<RowStream>(m, "RowStream")
+        .def("wait", &PyRecordReader::wait, nb::arg("ticket"), nb::arg("pool") = nb::none());
+    nb::class_<RecordStream>(m, "RecordStream")
         .def("__init__", &make_stream, nb::arg("reader"), nb::arg("rows"), nb::arg("capacity"), nb::arg("n_layers"),
              nb::arg("most"), nb::keep_alive<1, 2>())
-        .def_prop_ro("reads", &RowStream::reads)
+        .def_prop_ro("reads", &RecordStream::reads)
         .def("plan", &plan_stream, nb::arg("layer"), nb::arg("file"), nb::arg("stops"), nb::arg("counts"),
              nb::arg("pages"), nb::arg("places"), nb::arg("heads"), nb::arg("payload_bytes"))
-        .def("forget", [](RowStream& self) {
+        .def("forget", [](RecordStream& self) {
             nb::gil_scoped_release released;
             self.forget();
         });

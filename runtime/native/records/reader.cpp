@@ -8,21 +8,21 @@
 
 namespace edgekv {
 
-std::unique_ptr<RowReader> RowReader::open(const Kernels& kernels, int depth, const std::string& how) {
-    std::unique_ptr<RowReader> reader;
+std::unique_ptr<RecordReader> RecordReader::open(const Kernels& kernels, int depth, const std::string& how) {
+    std::unique_ptr<RecordReader> reader;
     if (how.empty() || how == "io_uring") reader = open_uring(kernels);
     if (!reader && (how.empty() || how == "threads")) reader = open_threads(kernels, depth);
     return reader;
 }
 
-RowReader::RowReader(const Kernels& kernels)
+RecordReader::RecordReader(const Kernels& kernels)
     : kernels_(kernels), owner_(static_cast<int64_t>(::getpid())) {}
 
-bool RowReader::ours() const { return owner_ == static_cast<int64_t>(::getpid()); }
+bool RecordReader::ours() const { return owner_ == static_cast<int64_t>(::getpid()); }
 
-void RowReader::abandon() { new std::map<int64_t, Open>(std::move(open_)); }
+void RecordReader::abandon() { new std::map<int64_t, Open>(std::move(open_)); }
 
-int64_t RowReader::submit(RowRequest request) {
+int64_t RecordReader::submit(RowRequest request) {
     const int64_t n = static_cast<int64_t>(request.places.size());
     request.good.assign(static_cast<size_t>(n), 0);
     std::lock_guard<std::mutex> lock(mutex_);
@@ -39,7 +39,7 @@ int64_t RowReader::submit(RowRequest request) {
     return ticket;
 }
 
-int RowReader::arrive(int64_t ticket, RowRequest* request) {
+int RecordReader::arrive(int64_t ticket, RowRequest* request) {
     std::unique_lock<std::mutex> lock(mutex_);
     auto entry = open_.extract(ticket);  // it is waited for once; its reads find it where it was
     if (!entry) return EINVAL;
@@ -54,7 +54,7 @@ int RowReader::arrive(int64_t ticket, RowRequest* request) {
     return open.error;
 }
 
-int RowReader::wait(int64_t ticket, ThreadPool* pool, RowRequest* request) {
+int RecordReader::wait(int64_t ticket, ThreadPool* pool, RowRequest* request) {
     if (const int error = arrive(ticket, request)) return error;
     const int n = static_cast<int>(request->places.size());
     if (pool) {
@@ -65,12 +65,12 @@ int RowReader::wait(int64_t ticket, ThreadPool* pool, RowRequest* request) {
     return 0;
 }
 
-int64_t RowReader::unfinished() {
+int64_t RecordReader::unfinished() {
     std::lock_guard<std::mutex> lock(mutex_);
     return std::count_if(open_.begin(), open_.end(), [](const auto& entry) { return entry.second.left > 0; });
 }
 
-void RowReader::done(const Run& run, int error) {
+void RecordReader::done(const Run& run, int error) {
     // A row that came in part, where the file ends, is not good.
     const int64_t whole = run.got / run.open->request.row_bytes;
     std::memset(run.open->request.good.data() + run.start, 1, static_cast<size_t>(whole));
@@ -78,7 +78,7 @@ void RowReader::done(const Run& run, int error) {
     --run.open->left;
 }
 
-void RowReader::check(RowRequest& request, int64_t at) const {
+void RecordReader::check(RowRequest& request, int64_t at) const {
     if (!request.good[at]) return;
     const uint8_t* const row = request.rows + at * request.row_bytes;
     const uint8_t* const head = request.heads.data() + at * kHeadBytes;
@@ -90,7 +90,7 @@ void RowReader::check(RowRequest& request, int64_t at) const {
                        sum == kernels_.checksum(row + kSummedFrom, summed);
 }
 
-void RowReader::leave(const RowRequest& request, int64_t at) {
+void RecordReader::leave(const RowRequest& request, int64_t at) {
 #if defined(__x86_64__)
     // CLDEMOTE (Intel SDM, volume 2A): a hint, and a NOP on processors that do not know it.
     const uint8_t* const row = request.rows + at * request.row_bytes;

@@ -31,14 +31,14 @@ struct RowRequest {
 };
 
 // Who reads: rows that lie side by side in a file come in one read. When it goes, it waits for what is in flight.
-class RowReader {
+class RecordReader {
   public:
     // The best that the system allows ("io_uring", "threads"), or the one that is named; null if it cannot be had.
     // Reads that are in flight at a time: `depth` with threads, all that were submitted with io_uring.
-    static std::unique_ptr<RowReader> open(const Kernels& kernels, int depth, const std::string& how);
-    virtual ~RowReader() = default;
-    RowReader(const RowReader&) = delete;
-    RowReader& operator=(const RowReader&) = delete;
+    static std::unique_ptr<RecordReader> open(const Kernels& kernels, int depth, const std::string& how);
+    virtual ~RecordReader() = default;
+    RecordReader(const RecordReader&) = delete;
+    RecordReader& operator=(const RecordReader&) = delete;
 
     virtual const char* how() const = 0;
     // Whether this process made it. A forked child has neither its threads nor a ring of its own: it must leave it alone.
@@ -75,7 +75,7 @@ class RowReader {
         int64_t missing() const { return (stop - start) * open->request.row_bytes - got; }
     };
 
-    explicit RowReader(const Kernels& kernels);
+    explicit RecordReader(const Kernels& kernels);
     // Starts runs; called with the mutex held.
     virtual void start(const std::vector<Run>& runs) = 0;
     // Returns when nothing of a request is left; called with the mutex held.
@@ -94,7 +94,7 @@ class RowReader {
     int64_t next_ = 0;
 };
 
-std::unique_ptr<RowReader> open_uring(const Kernels& kernels);  // null where the system has none
-std::unique_ptr<RowReader> open_threads(const Kernels& kernels, int n_threads);
+std::unique_ptr<RecordReader> open_uring(const Kernels& kernels);  // null where the system has none
+std::unique_ptr<RecordReader> open_threads(const Kernels& kernels, int n_threads);
 
 }  // namespace edgekv

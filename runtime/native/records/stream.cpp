@@ -4,7 +4,7 @@
 
 namespace edgekv {
 
-RowStream::RowStream(RowReader& reader, uint8_t* rows, std::shared_ptr<void> memory, int64_t row_bytes,
+RecordStream::RecordStream(RecordReader& reader, uint8_t* rows, std::shared_ptr<void> memory, int64_t row_bytes,
                      int64_t capacity, int n_slots, int n_layers, int64_t most)
     : reader_(reader),
       rows_(rows),
@@ -16,19 +16,19 @@ RowStream::RowStream(RowReader& reader, uint8_t* rows, std::shared_ptr<void> mem
     for (int slot = n_slots; slot-- > 0;) free_.push_back(slot);
 }
 
-void RowStream::set_plan(int layer, StreamPlan plan) {
+void RecordStream::set_plan(int layer, StreamPlan plan) {
     std::lock_guard<std::mutex> lock(mutex_);
     let_go();
     plans_[layer] = std::move(plan);
 }
 
-void RowStream::forget() {
+void RecordStream::forget() {
     if (!reader_.ours()) return;
     std::lock_guard<std::mutex> lock(mutex_);
     let_go();
 }
 
-void RowStream::let_go() {
+void RecordStream::let_go() {
     for (const Ahead& ahead : ahead_) {
         RowRequest request;
         reader_.arrive(ahead.ticket, &request);
@@ -37,7 +37,7 @@ void RowStream::let_go() {
     ahead_.clear();
 }
 
-void RowStream::request(int layer, int64_t piece) {
+void RecordStream::request(int layer, int64_t piece) {
     const StreamPlan& plan = plans_[layer];
     const int slot = free_.back();
     free_.pop_back();
@@ -53,7 +53,7 @@ void RowStream::request(int layer, int64_t piece) {
 }
 
 // Requests what comes next, into the next step where this one ends, while there is a free slot and not too much on its way.
-void RowStream::fill() {
+void RecordStream::fill() {
     int idle = 0;  // layers in a row of which nothing is on flash
     while (!free_.empty() && reader_.unfinished() < most_ && idle <= n_layers()) {
         const StreamPlan& plan = plans_[next_layer_];
@@ -71,7 +71,7 @@ void RowStream::fill() {
     }
 }
 
-RowStream::Ahead RowStream::take(int layer, int64_t piece) {
+RecordStream::Ahead RecordStream::take(int layer, int64_t piece) {
     if (!ahead_.empty() && (ahead_.front().layer != layer || ahead_.front().piece != piece)) let_go();
     if (ahead_.empty()) request(layer, piece);
     const Ahead taken = ahead_.front();
@@ -79,7 +79,7 @@ RowStream::Ahead RowStream::take(int layer, int64_t piece) {
     return taken;
 }
 
-int64_t RowStream::feed(Attention& attention, int layer, std::vector<PageRef>& refs, int* error) {
+int64_t RecordStream::feed(Attention& attention, int layer, std::vector<PageRef>& refs, int* error) {
     std::lock_guard<std::mutex> lock(mutex_);
     const StreamPlan& plan = plans_[layer];
     int64_t start = 0;
@@ -108,7 +108,7 @@ int64_t RowStream::feed(Attention& attention, int layer, std::vector<PageRef>& r
                     if (row_of[page - start] >= 0) reader_.check(request, row_of[page - start]);
                 },
                 [&](int64_t page) {
-                    if (row_of[page - start] >= 0) RowReader::leave(request, row_of[page - start]);
+                    if (row_of[page - start] >= 0) RecordReader::leave(request, row_of[page - start]);
                 });
         }
         free_.push_back(taken.slot);

@@ -27,22 +27,22 @@ struct StreamPlan {
 };
 
 // One thread at a time; a second one waits.
-class RowStream {
+class RecordStream {
   public:
     // rows: [n_slots * capacity, row_bytes], in `memory`; a piece has at most `capacity` rows, and at most `most` pieces are on
     // their way at a time. The reader outlives this.
-    RowStream(RowReader& reader, uint8_t* rows, std::shared_ptr<void> memory, int64_t row_bytes, int64_t capacity,
+    RecordStream(RecordReader& reader, uint8_t* rows, std::shared_ptr<void> memory, int64_t row_bytes, int64_t capacity,
               int n_slots, int n_layers, int64_t most);
-    ~RowStream() { forget(); }
-    RowStream(const RowStream&) = delete;
-    RowStream& operator=(const RowStream&) = delete;
+    ~RecordStream() { forget(); }
+    RecordStream(const RecordStream&) = delete;
+    RecordStream& operator=(const RecordStream&) = delete;
 
     int64_t capacity() const { return capacity_; }
     int64_t row_bytes() const { return row_bytes_; }
     int n_layers() const { return static_cast<int>(plans_.size()); }
     // Reads of the file that brought what was attended to so far.
     int64_t reads() const { return reads_; }
-    const RowReader& reader() const { return reader_; }
+    const RecordReader& reader() const { return reader_; }
     const StreamPlan& plan(int layer) const { return plans_[layer]; }
     // Replaces the plan of a layer, and forgets what was read ahead.
     void set_plan(int layer, StreamPlan plan);
@@ -67,7 +67,7 @@ class RowStream {
     Ahead take(int layer, int64_t piece);
 
     std::mutex mutex_;
-    RowReader& reader_;
+    RecordReader& reader_;
     uint8_t* const rows_;
     const std::shared_ptr<void> memory_;
     const int64_t row_bytes_, capacity_;

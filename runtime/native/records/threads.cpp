@@ -11,9 +11,9 @@
 namespace edgekv {
 namespace {
 
-class ThreadRows final : public RowReader {
+class ThreadRows final : public RecordReader {
   public:
-    ThreadRows(const Kernels& kernels, int n_threads) : RowReader(kernels) {
+    ThreadRows(const Kernels& kernels, int n_threads) : RecordReader(kernels) {
         for (int i = 0; i < n_threads; ++i) threads_.emplace_back([this] { work(); });
     }
 
@@ -79,7 +79,7 @@ class ThreadRows final : public RowReader {
 
 }  // namespace
 
-std::unique_ptr<RowReader> open_threads(const Kernels& kernels, int n_threads) {
+std::unique_ptr<RecordReader> open_threads(const Kernels& kernels, int n_threads) {
     return std::make_unique<ThreadRows>(kernels, n_threads);
 }
 

@@ -119,9 +119,9 @@ class Ring {
     unsigned added_ = 0;
 };
 
-class UringRows final : public RowReader {
+class UringRows final : public RecordReader {
   public:
-    explicit UringRows(const Kernels& kernels) : RowReader(kernels), runs_(kEntries) {
+    explicit UringRows(const Kernels& kernels) : RecordReader(kernels), runs_(kEntries) {
         for (uint64_t name = 0; name < kEntries; ++name) free_.push_back(name);
     }
 
@@ -194,7 +194,7 @@ class UringRows final : public RowReader {
 
 }  // namespace
 
-std::unique_ptr<RowReader> open_uring(const Kernels& kernels) {
+std::unique_ptr<RecordReader> open_uring(const Kernels& kernels) {
     auto reader = std::make_unique<UringRows>(kernels);
     return reader->open() ? std::move(reader) : nullptr;
 }
@@ -204,7 +204,7 @@ std::unique_ptr<RowReader> open_uring(const Kernels& kernels) {
 #else
 
 namespace edgekv {
-std::unique_ptr<RowReader> open_uring(const Kernels&) { return nullptr; }
+std::unique_ptr<RecordReader> open_uring(const Kernels&) { return nullptr; }
 }  // namespace edgekv
 
 #endif

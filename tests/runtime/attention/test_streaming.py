@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgekv.jail import Sentence, run_in_jail
+from edgekv.jail import LimitedRun, run_limited
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.storage.record import neighbours
 from edgekv.tiers import KVMode, PressureMode, Tier
@@ -89,9 +89,9 @@ with Generator.open(folder, options) as generator:
 """
 
 
-def capped(folder: Path, budget: str, offload: Path) -> Sentence:
+def capped(folder: Path, budget: str, offload: Path) -> LimitedRun:
     limit_bytes = 240 * 1024 * 1024
-    return run_in_jail([sys.executable, "-c", CHILD, str(folder), budget, str(offload)], limit_bytes)
+    return run_limited([sys.executable, "-c", CHILD, str(folder), budget, str(offload)], limit_bytes)
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def make(request: pytest.FixtureRequest) -> Callable[[], Any]:
 
     def make() -> Any:
         try:
-            return kernels.RowReader(2, how)
+            return kernels.RecordReader(2, how)
         except ValueError:
             pytest.skip(f"this system has no {how}")
 
@@ -156,8 +156,8 @@ from edgekv.runtime.system.buffers import aligned_rows
 
 kernels = load_kernels("native")
 pool = kernels.ThreadPool(3)
-reader = kernels.RowReader(2, sys.argv[2])
-stream = kernels.RowStream(reader, aligned_rows(8, 4096), 4, 2, 2)
+reader = kernels.RecordReader(2, sys.argv[2])
+stream = kernels.RecordStream(reader, aligned_rows(8, 4096), 4, 2, 2)
 file = os.open(sys.argv[1], os.O_RDONLY)
 wanted = Wanted(list(range(0, 300, 2)), list(range(5, 305, 2)), 1000)
 rows = aligned_rows(150, 4096)
@@ -188,7 +188,7 @@ def test_a_forked_child_leaves_the_reads_of_its_parent_alone(how: str, file: int
 
 def test_an_unknown_way_is_refused() -> None:
     with pytest.raises(ValueError, match="telepathy"):
-        load_kernels().RowReader(1, "telepathy")
+        load_kernels().RecordReader(1, "telepathy")
 
 
 @pytest.mark.skipif(load_kernels().isa() == "numpy", reason="the native kernels stream")
@@ -207,7 +207,7 @@ def test_a_plan_that_would_read_beside_its_memory_is_refused(
     stops: list[int], counts: list[int], pages: list[int], message: str | None
 ) -> None:
     kernels = load_kernels()
-    stream = kernels.RowStream(kernels.RowReader(2), aligned_rows(8, ROW), 4, 2, 2)
+    stream = kernels.RecordStream(kernels.RecordReader(2), aligned_rows(8, ROW), 4, 2, 2)
     wanted = Wanted(pages, pages, PAYLOAD)
     arrays = (np.array(stops), np.array(counts), np.array(pages), wanted.places, wanted.heads)
     if message is None:
