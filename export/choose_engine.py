@@ -99,6 +99,24 @@ def default_engine(form: str, weights: str, machine: str | None = None) -> Engin
     return EngineChoice(fastest, f"measured fastest: {measured}", operators)
 
 
+def slow_on(engine: str, form: str, weights: str, operators: str | None) -> str | None:
+    """Say on which machines a bundle is slower than another export would be, and which; None where nothing is known to be.
+
+    Our own 4-bit products have kernels for AVX-512 VNNI and AMX; elsewhere the operators run portable code, and in ONNX
+    Runtime the engine's own products take their place (docs/executorch.md has the measurements).
+    """
+    if operators == "edgekv":
+        return "slow without AVX-512 VNNI, so on every Arm device: for those export with --operators xnnpack"
+    if weights == "int4" and form == "split" and engine == "onnx":
+        return (
+            "without AVX-512 VNNI, so on every Arm device, a prompt is read several times slower than with it: compare with"
+            " --engine executorch --operators xnnpack there"
+        )
+    if weights == "int4" and form == "split":
+        return "with AVX-512 VNNI an export with --operators edgekv is faster"
+    return None
+
+
 def executorch_installed() -> bool:
     """Whether exporting for ExecuTorch is possible here."""
     return all(importlib.util.find_spec(name) for name in _EXECUTORCH)

@@ -76,7 +76,7 @@ def export_command(
     `edgekv export ./Qwen3-0.6B --out qwen.edgekv --engine onnx`   for a device where only ONNX Runtime is installed
     """
     from edgekv.export import export_model
-    from edgekv.export.choose_engine import default_engine
+    from edgekv.export.choose_engine import default_engine, slow_on
 
     console = stderr()
     start = time.perf_counter()
@@ -94,8 +94,9 @@ def export_command(
             force=force,
             progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
         )
+    warning = slow_on(manifest.engine, form, manifest.weights, manifest.operators)
     if as_json:
-        print_json(manifest.to_json())
+        print_json({**manifest.to_json(), "slow_on": warning})
         return
     model = manifest.model
     size_bytes = sum(entry["bytes"] for entry in manifest.files.values())
@@ -111,3 +112,5 @@ def export_command(
     if engine is None:
         reason = default_engine(form, manifest.weights).reason
         console.print(escape(f"{manifest.engine}: {reason} (--engine decides)"), soft_wrap=True, highlight=False)
+    if warning is not None:
+        console.print(escape(f"{manifest.engine}: {warning}"), soft_wrap=True, highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from edgekv.bundle import read_manifest
 from edgekv.cli.main import app
 from edgekv.contract import WEIGHTS
 from edgekv.export import choose_engine as engine
-from edgekv.export.choose_engine import Measurement, default_engine, machine_class, measurements
+from edgekv.export.choose_engine import Measurement, default_engine, machine_class, measurements, slow_on
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "executorch.md"
 
@@ -69,3 +70,13 @@ def test_the_page_in_docs_shows_every_measurement() -> None:
 
 def test_this_machine_has_a_class() -> None:
     assert machine_class().strip()
+
+
+def test_the_last_line_of_an_export_says_where_the_choice_is_slow(tmp_path: Path) -> None:
+    command = ["export", "demo", "--engine", "onnx", "--weights", "int4", "--out", str(tmp_path / "demo.edgekv")]
+    last = CliRunner().invoke(app, command).stderr.strip().splitlines()[-1]
+    assert last.startswith("onnx: without AVX-512 VNNI, so on every Arm device")
+    assert "--engine executorch --operators xnnpack" in last
+    assert json.loads(CliRunner().invoke(app, [*command, "--force", "--json"]).stdout)["slow_on"] in last
+    assert slow_on("executorch", "split", "int4", "edgekv") != slow_on("executorch", "split", "int4", "xnnpack")
+    assert slow_on("onnx", "split", "fp32", None) is None
