@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.errors import BudgetError, EdgeKVError, UsageError
 from edgekv.settings import KV_BUDGET, Mode
@@ -22,6 +23,7 @@ from .options import RunOptions
 from .pages.budget import BudgetPlan, resolve_budget
 from .pages.manager import PageManager
 from .pages.policy import candidates
+from .pages.table import offloaded
 from .storage.interface import PageStore
 from .storage.open import open_offload
 from .system.pressure import Calm, Pressure
@@ -166,11 +168,14 @@ class Governor:
         """Bring pages back from flash while there is room, those that would leave last first."""
         manager = self._manager
         last = candidates(manager.table, manager.options, Tier.COLD, among=manager.table.seen())[::-1]
-        chosen = last[: manager.spare_room()]
+        self._bring(last[: manager.spare_room()])
+
+    def _bring(self, chosen: NDArray[np.int64]) -> None:
+        """Bring pages back, rows (layer, page), for which there is room."""
         for layer in np.unique(chosen[:, 0]).tolist():
             pages = np.sort(chosen[chosen[:, 0] == layer, 1]).tolist()
             for start in range(0, len(pages), REFILL_PAGES):
-                manager.bring(layer, pages[start : start + REFILL_PAGES])
+                self._manager.bring(layer, pages[start : start + REFILL_PAGES])
 
     @property
     def _may_spill(self) -> bool:
@@ -180,15 +185,32 @@ class Governor:
     def _staging_to_come(self, budget_bytes: int) -> int:
         return self._attender.size_ring(budget_bytes) if self._attender is not None and self._may_spill else 0
 
-    def _spill(self, budget_bytes: int) -> None:
-        """Give the page manager a store, if it may have one, and room to read pages back from it."""
+    def _spill(self, budget_bytes: int) -> bool:
+        """Give the page manager a store, if it may have one and has none, and room to read pages back from it; says if it did."""
         manager, staging = self._manager, self._staging_to_come(budget_bytes)
-        if self._may_spill:
-            self._store = open_offload(self._options.storage, manager.spec, self._machine.open_medium())
-            manager.store = self._store
-            if self._attender is not None:
-                self._attender.attach_store(self._store)
-                self._staging += staging
+        if not self._may_spill:
+            return False
+        self._store = open_offload(self._options.storage, manager.spec, self._machine.open_medium())
+        manager.store = self._store
+        if self._attender is not None:
+            self._attender.attach_store(self._store)
+            self._staging += staging
+        return True
+
+    def _unspill(self, staging: int) -> None:
+        """Take back what :meth:`_spill` gave: what went to the store comes back, into the room that it left.
+
+        Raises:
+            CorruptPage, StoreError: a page cannot be read; the store stays.
+        """
+        manager, store = self._manager, self._store
+        assert store is not None
+        self._bring(np.argwhere(offloaded(manager.table.tier)))
+        manager.detach_store()
+        if self._attender is not None:
+            self._attender.detach_store()
+        store.close()
+        self._store, self._staging = None, staging
 
     def _try(self, arena_bytes: int) -> None:
         try:
@@ -199,10 +221,16 @@ class Governor:
     def _resize(self, arena_bytes: int) -> Reclaim:
         manager = self._manager
         before, started = manager.arena.used_bytes, self._machine.now()
-        if arena_bytes < self._first:  # even if all fits now: the pages to come may not
-            self._spill(arena_bytes)
+        staging = self._staging
+        # Even if all fits now, the pages to come may not.
+        spilled = arena_bytes < self._first and self._spill(arena_bytes)
         grows = arena_bytes > self._arena_bytes
-        manager.set_budget(arena_bytes)
+        try:
+            manager.set_budget(arena_bytes)
+        except BaseException:
+            if spilled:
+                self._unspill(staging)
+            raise
         if grows:
             self._refill()
         freed = max(0, before - manager.arena.used_bytes)

@@ -54,7 +54,7 @@ if [ ! -e "$dir/.ready" ]; then
     "$python" -m pip download -q --disable-pip-version-check -d "$dir/wheels" --only-binary=:all: "${platforms[@]}" \
       --platform manylinux2014_aarch64 --python-version "$digits" --implementation cp --abi "cp${digits/./}" --abi abi3 --abi none "$@"
   }
-  { fetch numpy xxhash pytest pytest-timeout hypothesis && fetch --no-deps executorch==1.5.1; } ||
+  { fetch numpy xxhash msgspec pytest pytest-timeout hypothesis && fetch --no-deps executorch==1.5.1; } ||
     skip "the package index has no aarch64 wheels of what the tests import"
   "$python" - "$dir" <<'PY'
 import sys, zipfile

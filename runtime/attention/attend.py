@@ -106,6 +106,11 @@ class Attender:
         attention = cast(StreamingAttention, self._attention)
         self._streaming = Streaming(self._cache, attention, self._reader, self._lookahead, self._windows, self._meter)
 
+    def detach_store(self) -> None:
+        """Read from no store any more, and give back the staging ring."""
+        self.close()
+        self._reader = self._lookahead = self._streaming = None
+
     def close(self) -> None:
         """End the reader's thread."""
         if self._reader is not None:

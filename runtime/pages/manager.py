@@ -24,7 +24,7 @@ from .arena import Arena
 from .bounds import Summaries
 from .counters import CacheStats
 from .policy import CacheOptions, candidates, pairs
-from .table import NOTHING, PageTable
+from .table import NOTHING, PageTable, offloaded
 
 Bytes = NDArray[np.uint8]
 
@@ -148,6 +148,12 @@ class PageManager:
     def _forget(self, layer: int, page: int) -> None:
         if self.summaries is not None:
             self.summaries.forget(layer, page)
+
+    def detach_store(self) -> None:
+        """Do without the store, in which no page is that is not in RAM too."""
+        assert not offloaded(self.table.tier).any(), "a page is in the store alone"
+        self.table.record[:] = NOTHING
+        self.store = None
 
     def room_for(self, n_pages: int, layer: int) -> int:
         """Make room for WARM pages in the middle of a step, once ``layer`` has noted which pages it uses.

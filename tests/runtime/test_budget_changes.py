@@ -12,9 +12,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from edgekv.errors import UsageError
+from edgekv.errors import UsageError, WriteLimit
 from edgekv.runtime.generate import Generator, RunOptions
-from edgekv.tiers import KVMode
+from edgekv.tiers import KVMode, Tier
 
 Bundle = Callable[..., Path]
 PROMPT = "It was a dark night and he " * 40
@@ -67,3 +67,24 @@ def test_an_inline_bundle_of_the_first_days_follows_its_budget_too(bundle: Bundl
     manifest["files"]["model.onnx"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (old / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     assert change(old, KVMode.FP16) == change(new, KVMode.FP16)
+
+
+def test_a_change_that_fails_half_way_takes_no_memory_and_leaves_no_store(bundle: Bundle, tmp_path: Path) -> None:
+    """The day's writes end in the middle of it: what went to flash comes back, and the staging ring goes."""
+    folder = bundle("demo")
+    with Generator.open(folder, RunOptions(kv=KVMode.INT8, context=1024, prefixes=False)) as free:
+        expected = list(free.tokens(free.text.encode(PROMPT), max_tokens=40))
+    options = RunOptions(kv=KVMode.INT8, context=1024, offload=tmp_path, max_write_per_day="200KiB", prefixes=False)
+    with Generator.open(folder, options) as generator:
+        steps = generator.tokens(generator.text.encode(PROMPT), max_tokens=40)
+        tokens = [next(steps) for _ in range(10)]
+        assert generator.prepared is not None
+        governor, cache = generator.prepared.governor, generator.prepared.cache
+        before = governor.budget_bytes
+        with pytest.raises(WriteLimit):
+            generator.on_pressure("critical")
+        assert governor.budget_bytes == before
+        assert cache.manager.store is None
+        assert (cache.table.tier[:, : cache.table.n_pages(0)] <= Tier.WARM).all()
+        cache.check()
+        assert [*tokens, *steps] == expected
