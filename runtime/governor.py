@@ -27,6 +27,7 @@ from .pages.table import offloaded
 from .storage.interface import PageStore
 from .storage.open import open_offload
 from .system.pressure import Calm, Pressure
+from .system.process import return_free_memory
 
 #: The system is asked at most so often; a decoded token takes longer on most devices.
 CHECK_SECONDS = 0.05
@@ -233,6 +234,8 @@ class Governor:
             raise
         if grows:
             self._refill()
+        else:
+            return_free_memory()
         freed = max(0, before - manager.arena.used_bytes)
         done = Reclaim(max(0, before - arena_bytes), freed, self._machine.now() - started, self.budget_bytes)
         self.stats.count(done.asked_bytes, done.freed_bytes, done.seconds, done.budget_bytes)

@@ -32,7 +32,7 @@ from .storage.interface import PageStore
 from .storage.layered import OverlaidStore
 from .storage.open import check_offload, open_offload
 from .system.lifetime import when_gone
-from .system.process import cache_home
+from .system.process import cache_home, return_free_memory
 from .turns import Turns
 
 
@@ -151,6 +151,7 @@ def prepare_cache(
     attend = attend_options(options.attend, manifest.form)
     plan = plan_cache(manifest, kernels, options, context, in_session=session is not None)
     with contextlib.ExitStack() as release:
+        release.callback(return_free_memory)  # when all else is free
         store: PageStore | None = None
         if session is not None and session.read_only is None:
             store = session.store
