@@ -11,10 +11,11 @@ def main() -> None:
     try:
         signals.watch()
         from edgekv.cli.main import main as command_line
-    except Interrupted as end:
+
+        command_line(signals)
+    except Interrupted as end:  # one that came outside of the command, which says so itself
         print(f"edgekv: {end}", file=sys.stderr)
         raise
-    command_line(signals)
 
 
 if __name__ == "__main__":
