@@ -7,6 +7,7 @@ something else, or a token that takes longer than ``PATIENCE_S``, is interrupted
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from types import FrameType
 PATIENCE_S = 0.5
 #: From so many seconds after the first one on, a second signal ends the process at once. (`timeout` sends two together.)
 IMPATIENCE_S = 1.0
+#: Seconds from a destructor that lost the interruption to the next try.
+AGAIN_S = 0.002
 
 #: What is watched, and how the line begins that says so.
 _WATCHED = {
@@ -47,10 +50,11 @@ class Signals:
     def __init__(self) -> None:
         self._number: int | None = None
         self._since = 0.0
-        self._waits = self._done = False
+        self._waits = self._done = self._lost = False
 
     def watch(self) -> None:
         """Raise :class:`Interrupted` from now on when a signal comes."""
+        self._report, sys.unraisablehook = sys.unraisablehook, self._unraised
         for number in _WATCHED:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._came)
@@ -96,5 +100,14 @@ class Signals:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
 
     def _overdue(self, number: int, frame: FrameType | None) -> None:
-        if self._waits:
+        if self._waits or self._lost:
+            self._lost = False
             self.check()
+
+    def _unraised(self, lost: sys.UnraisableHookArgs) -> None:
+        """Take what was raised in a destructor or a weak reference's callback, from where nothing gets out."""
+        if lost.exc_type is not Interrupted:
+            self._report(lost)
+        elif not self._done:
+            self._lost = True
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)

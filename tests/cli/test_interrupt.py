@@ -136,6 +136,29 @@ def test_a_second_signal_at_once_is_the_same_one(bundle: Bundle, tmp_path: Path)
     assert process.returncode in (130, 143)
 
 
+def test_a_signal_that_comes_in_a_destructor_is_not_lost() -> None:
+    program = """
+import os, signal, time
+from edgekv.cli.interrupt import Interrupted, Signals
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(100))  # here the signal is seen, and nothing that is raised gets out
+
+signals = Signals()
+signals.watch()
+try:
+    last = Last()
+    del last
+    time.sleep(5)
+except Interrupted as end:
+    print(end)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (result.stdout, result.stderr, result.returncode) == ("interrupted\n", "", 0)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"kv": KVMode.INT8, "kv_budget": "50%"}, {"attend": "selective:8", "kv_budget": "70%"}]
 )
