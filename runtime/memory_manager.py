@@ -244,6 +244,7 @@ class MemoryManager:
             "tokens": [int(token) for token in held if token >= 0],
         }
 
+    @_one_thread
     def get_stats(self) -> dict[str, Any]:
         """Return tokens, budget, bytes and pages by tier, and what was moved so far, as plain data."""
         stats = {**asdict(self.cache.use()), **asdict(self.cache.manager.counters)}
@@ -252,6 +253,7 @@ class MemoryManager:
         stats["bytes_read"] = self._store.counters.bytes_read if self._store else 0
         return stats
 
+    @_one_thread
     def close(self) -> None:
         """Free the cache and its files. The manager can be initialised again."""
         self._cache = None
