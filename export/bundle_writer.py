@@ -35,7 +35,7 @@ def export_model(
     """Export a checkpoint to a bundle.
 
     Args:
-        source: a Hugging Face checkpoint folder, or ``demo`` for the bundled model.
+        source: a Hugging Face checkpoint folder, a GGUF file, or ``demo`` for the bundled model.
         out: the bundle's folder; it appears whole or not at all.
         engine: one of :data:`edgekv.contract.ENGINES`; None: see :func:`edgekv.export.choose_engine.default_engine`.
         weights: one of :data:`edgekv.contract.WEIGHTS`; None chooses by size, see :func:`edgekv.contract.default_weights`.
@@ -104,8 +104,10 @@ class _Steps:
 
 def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
     from .checkpoint import open_checkpoint
+    from .gguf.checkpoint import open_gguf
+    from .gguf.file import is_gguf
 
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_gguf(source) if is_gguf(source) else open_checkpoint(source)
     weights = choice.weights or default_weights(checkpoint.parameters)
     engine, operators = choice.engine, choice.operators
     if engine is None and operators is not None:

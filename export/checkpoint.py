@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from edgekv.errors import CheckpointError
 
@@ -24,16 +23,17 @@ from .weight_files import Stored, locate_tensors
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-_DTYPES = {"F32", "F16", "BF16"}
+#: As safetensors files name them.
+_FLOATS = {"F32", "F16", "BF16"}
 #: Tensors of old checkpoints that follow from config.json: caches of the rotary embedding.
 _DERIVED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. ``location`` says where each tensor of the decoder is stored."""
+    """An opened checkpoint. ``source``: its folder or file. ``location`` says where each tensor of the decoder is stored."""
 
-    folder: Path
+    source: Path
     config: DecoderConfig
     location: Mapping[str, Stored]
     tokenizer: TokenizerFiles
@@ -46,7 +46,7 @@ class Checkpoint:
         """
         stored = self.location.get(name)
         if stored is None:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing; download the checkpoint again")
+            raise CheckpointError(f"{self.source}: tensor {name} is missing; download the checkpoint again")
         return stored.read().to(torch.float32)
 
     @property
@@ -95,12 +95,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} is not a folder; SOURCE must be a Hugging Face checkpoint folder (or `demo`)")
     config = read_config(folder)
     tokenizer = read_tokenizer(folder, config.model.vocab_size)
-    location = locate_tensors(folder)
+    checkpoint = assemble(folder, config, locate_tensors(folder), tokenizer)
+    _refuse_codes(checkpoint.location)
+    return checkpoint
+
+
+def assemble(source: Path, config: DecoderConfig, location: dict[str, Stored], tokenizer: TokenizerFiles) -> Checkpoint:
+    """Put together what was read of a checkpoint, and check that it is whole.
+
+    Args:
+        location: where every tensor of the source is stored, by its name in a Hugging Face checkpoint.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape than the decoder's, or would be left out.
+    """
     config = _untie(config, location)
     expected = expected_shapes(config)
-    _check_shapes(folder, location, expected)
-    _refuse_leftovers(folder, location, expected)
-    return Checkpoint(folder, _with_ends(config, tokenizer), {name: location[name] for name in expected}, tokenizer)
+    _check_shapes(source, location, expected)
+    _refuse_leftovers(source, location, expected)
+    return Checkpoint(source, _with_ends(config, tokenizer), {name: location[name] for name in expected}, tokenizer)
 
 
 def _with_ends(config: DecoderConfig, tokenizer: TokenizerFiles) -> DecoderConfig:
@@ -162,35 +175,33 @@ def _untie(config: DecoderConfig, location: dict[str, Stored]) -> DecoderConfig:
     return config
 
 
-def _check_shapes(folder: Path, location: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
-    by_file: dict[Path, list[str]] = {}
-    for name in expected:
-        if name not in location:
+def _check_shapes(source: Path, location: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        stored = location.get(name)
+        if stored is None:
             raise CheckpointError(
-                f"{folder}: tensor {name} is missing; download the checkpoint again, or check config.json"
+                f"{source}: tensor {name} is missing; download the checkpoint again, or check its configuration"
             )
-        by_file.setdefault(location[name].file, []).append(name)
-    for file, names in by_file.items():
-        with safe_open(file, framework="pt") as opened:
-            for name in names:
-                view = opened.get_slice(location[name].name)
-                shape, dtype = tuple(view.get_shape()), view.get_dtype()
-                if shape != expected[name]:
-                    raise CheckpointError(
-                        f"{file}: tensor {name} has shape {list(shape)}, config.json says {list(expected[name])};"
-                        " the checkpoint and its config.json do not belong together"
-                    )
-                if dtype not in _DTYPES:
-                    raise CheckpointError(
-                        f"{file}: tensor {name} is {dtype}; edgekv exports from float32, float16 and bfloat16 checkpoints"
-                    )
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the configuration says {list(shape)};"
+                " the weights and their configuration do not belong together"
+            )
 
 
-def _refuse_leftovers(folder: Path, location: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _refuse_codes(location: Mapping[str, Stored]) -> None:
+    for name, stored in location.items():
+        if stored.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{stored.file}: tensor {name} is {stored.dtype}; edgekv exports from float32, float16 and bfloat16 checkpoints"
+            )
+
+
+def _refuse_leftovers(source: Path, location: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
     left = sorted(name for name in location if name not in expected and not name.endswith(_DERIVED))
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise CheckpointError(
-            f"{folder}: tensor {location[left[0]].name}{more} would be left out: config.json describes a decoder without it;"
-            " export the checkpoint that belongs to this config.json"
+            f"{source}: tensor {location[left[0]].name}{more} would be left out: the configuration describes a decoder"
+            " without it; export the checkpoint that belongs to this configuration"
         )

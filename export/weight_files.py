@@ -6,7 +6,9 @@ them is not part of the model. What could be part of it, or another model, is re
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +25,16 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.b
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file, under the name that it has there."""
+    """A tensor in a file, under the name that it has there.
+
+    ``dtype``: what the file calls the type of its numbers. ``read``: returns the tensor, as it is stored where that is a float.
+    """
 
     file: Path
     name: str
-
-    def read(self) -> torch.Tensor:
-        """Return the tensor as it is stored."""
-        with safe_open(self.file, framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(self.name)
-        return tensor
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], torch.Tensor]
 
 
 def locate_tensors(folder: Path) -> dict[str, Stored]:
@@ -43,12 +45,13 @@ def locate_tensors(folder: Path) -> dict[str, Stored]:
     """
     stored: dict[str, Stored] = {}
     for file in _weight_files(folder):
-        for name in _names(file):
-            if name in stored:
+        for tensor in _tensors(file):
+            if tensor.name in stored:
                 raise CheckpointError(
-                    f"{folder}: {stored[name].file.name} and {file.name} both hold tensor {name}; keep the file that is meant"
+                    f"{folder}: {stored[tensor.name].file.name} and {file.name} both hold tensor {tensor.name}; keep the file"
+                    " that is meant"
                 )
-            stored[name] = Stored(file, name)
+            stored[tensor.name] = tensor
     if "embed_tokens.weight" in stored and not any(name.startswith("model.") for name in stored):
         # Saved from the decoder without its head, which transformers loads alike.
         return {name if name.startswith("lm_head.") else f"model.{name}": place for name, place in stored.items()}
@@ -91,7 +94,7 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} has no *.safetensors file; convert the checkpoint: save_pretrained() writes them"
         )
     if files == shards:
-        held = {(name, file.name) for file in files for name in _names(file)}
+        held = {(tensor.name, file.name) for file in files for tensor in _tensors(file)}
         wrong = next((name for name, file in sorted(named.items()) if (name, file) not in held), None)
         if wrong is not None:
             raise CheckpointError(
@@ -117,11 +120,21 @@ def _index(folder: Path) -> dict[str, str]:
     return names
 
 
-def _names(file: Path) -> list[str]:
+def _tensors(file: Path) -> list[Stored]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
+            views = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118 - not a mapping
+            return [
+                Stored(file, name, tuple(view.get_shape()), view.get_dtype(), functools.partial(_read, file, name))
+                for name, view in views
+            ]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} is truncated or not a safetensors file ({error}); download the checkpoint again"
         ) from error
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as opened:
+        tensor: torch.Tensor = opened.get_tensor(name)
+    return tensor

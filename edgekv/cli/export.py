@@ -20,7 +20,11 @@ from .output import print_json, stderr
 def export_command(
     source: Annotated[
         str,
-        argument(settings.WORD, "SOURCE", help="A Hugging Face checkpoint folder, or `demo` for the bundled model."),
+        argument(
+            settings.WORD,
+            "SOURCE",
+            help="A Hugging Face checkpoint folder, a GGUF file, or `demo` for the bundled model.",
+        ),
     ],
     out: Annotated[
         Path, option(settings.FILE, "--out", "-o", help="The bundle's folder; it appears whole or not at all.")
@@ -72,6 +76,8 @@ def export_command(
     `edgekv export ./Llama-3.2-1B --out llama.edgekv`
 
     `edgekv export ./Qwen3-0.6B --out qwen.edgekv --weights int8 --form inline`
+
+    `edgekv export ./SmolLM2-135M-Instruct.Q8_0.gguf --out smollm.edgekv --weights int8`
 
     `edgekv export ./Qwen3-0.6B --out qwen.edgekv --engine onnx`   for a device where only ONNX Runtime is installed
     """

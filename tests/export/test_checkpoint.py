@@ -92,7 +92,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no architecture": (lambda f: change_config(f, model_type=...), "unknown architecture None"),
     "a number is missing, which means another one": (
         lambda f: change_config(f, vocab_size=...),
-        "config.json says [32000, 128]",
+        "the configuration says [32000, 128]",
     ),
     "unknown activation": (lambda f: change_config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
     "unknown rope": (
@@ -113,7 +113,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "wrong shape": (
         lambda f: change_config(f, intermediate_size=250),
-        "has shape [256, 128], config.json says [250, 128]",
+        "has shape [256, 128], the configuration says [250, 128]",
     ),
     "integer tensor": (
         lambda f: change_weights(f, lambda t: t.update({"model.norm.weight": torch.ones(128, dtype=torch.int32)})),
