@@ -1,7 +1,7 @@
 """The I/O contract: the name, dtype and shape of every tensor that an exported graph takes and gives.
 
 All that `export` and `runtime` share is here and in :mod:`edgekv.bundle`. Shapes mix numbers and
-symbols: ``T`` new tokens in this step, ``N0`` pages of layer 0, ``R0`` its recent tokens kept in fp16. Version 1.
+symbols: ``T`` new tokens in this step, ``N0`` pages of layer 0, ``R0`` its recent tokens kept in fp16. Version 2.
 
 ``inline``: one graph with the paged cache as explicit inputs and outputs.
 ``split``: the dense parts between the attention seams; segment ``l`` ends where layer ``l`` attends.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from edgekv.spec import ModelSpec
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 FORMS = ("split", "inline")
 ENGINES = ("onnx", "executorch")
 WEIGHTS = ("int4", "int8", "fp16", "fp32")
@@ -91,8 +91,61 @@ def segment_spec(model: ModelSpec, index: int) -> GraphSpec:
     return GraphSpec(name, (residual, attention), (logits,))
 
 
-def inline_spec(model: ModelSpec, page_size: int) -> GraphSpec:
-    """Return the contract of the inline form: the paged cache itself as inputs and outputs."""
+#: The inputs of the inline form that hold the cache of one layer, in order, each followed by the layer's number.
+INLINE_CACHE = (
+    "key_pages", "key_scales", "value_pages", "value_scales", "page_positions",
+    "recent_keys", "recent_values", "recent_positions",
+)  # fmt: skip
+
+
+def inline_spec(model: ModelSpec, page_size: int, version: int = CONTRACT_VERSION) -> GraphSpec:
+    """Return the contract of the inline form: the paged cache itself as inputs and outputs.
+
+    Args:
+        version: of the contract, as a bundle's manifest says.
+    """
+    if version == 1:
+        return _inline_spec_1(model, page_size)
+    kv_heads, dim = model.n_kv_heads, model.head_dim
+    inputs = [
+        TensorSpec("input_ids", "int64", ("T",), "the new tokens"),
+        TensorSpec("position_ids", "int64", ("T",), "their positions, increasing"),
+        TensorSpec(
+            "logits_rows", "int64", ("L",), "the new tokens, by number from 0, whose logits are wanted; or none"
+        ),
+    ]
+    outputs = [
+        TensorSpec(
+            "logits", "float32", ("L", model.vocab_size), "scores of the token that follows each of `logits_rows`"
+        )
+    ]
+    for layer in range(model.n_layers):
+        n, r = f"N{layer}", f"R{layer}"  # equal names would promise an engine equal sizes in all layers
+        meanings = (
+            ("int8", (n, kv_heads, dim, page_size), "codes of the keys, after RoPE: channel by channel"),
+            ("float16", (n, kv_heads, dim), "key scale per channel within a page"),
+            ("int8", (n, kv_heads, page_size, dim), "codes of the values: token by token"),
+            ("float16", (n, kv_heads, page_size), "value scale per token"),
+            (
+                "int64",
+                (n, page_size),
+                "position of the token in each slot of a page; -1: no token, nobody sees the slot",
+            ),
+            ("float16", (r, kv_heads, dim), "keys not yet quantised"),
+            ("float16", (r, kv_heads, dim), "values not yet quantised"),
+            ("int64", (r,), "position of each of these tokens; -1: no token, nobody sees it"),
+        )
+        inputs += [TensorSpec(f"{name}.{layer}", *row) for name, row in zip(INLINE_CACHE, meanings, strict=True)]
+        outputs += [
+            TensorSpec(f"new_keys.{layer}", "float32", ("T", kv_heads, dim), "keys of the new tokens, after RoPE"),
+            TensorSpec(f"new_values.{layer}", "float32", ("T", kv_heads, dim), "values of the new tokens"),
+            TensorSpec(f"page_mass.{layer}", "float32", (n,), "softmax mass per page, mean over heads and new tokens"),
+        ]
+    return GraphSpec("model", tuple(inputs), tuple(outputs))
+
+
+def _inline_spec_1(model: ModelSpec, page_size: int) -> GraphSpec:
+    """Return the contract of the inline form in bundles of before."""
     kv_heads, dim = model.n_kv_heads, model.head_dim
     inputs = [
         TensorSpec("input_ids", "int64", ("T",), "the new tokens"),

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from edgekv.bundle import MANIFEST, EmbeddingSpec, Manifest, file_sha256, write_manifest
-from edgekv.contract import ENGINES, FORMS, OPERATORS, WEIGHTS, default_weights
+from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, OPERATORS, WEIGHTS, default_weights
 from edgekv.errors import EdgeKVError, EngineMissing, UsageError
 from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
 
@@ -151,6 +151,7 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
             chat_template=CHAT_TEMPLATE if tokenizer.chat_template is not None else None,
             special_tokens=dict(tokenizer.special_tokens),
             operators=operators,
+            contract_version=1 if (engine, choice.form) == ("executorch", "inline") else CONTRACT_VERSION,
         )
         manifest = write_manifest(folder, manifest)
     steps.progress("done", steps.total, steps.total)

@@ -35,8 +35,8 @@ class Meter(Protocol):
         """The last segment ran on so many rows."""
         ...
 
-    def graph_ran(self, n_tokens: int, hot: Sequence[int], warm: Sequence[int]) -> None:
-        """The graph of the inline form ran; its inputs held so many slots of fp16 and of INT8 pages, by layer."""
+    def graph_ran(self, n_tokens: int, rows: int, hot: Sequence[int], warm: Sequence[int]) -> None:
+        """The graph of the inline form ran: ``rows`` of logits, so many slots of fp16 and of INT8 pages, by layer."""
         ...
 
     # -- attention, one layer after another --------------------------------------------------------------------
@@ -112,7 +112,7 @@ class Silence:
     def head_ran(self, rows: int) -> None:
         """Nobody is told."""
 
-    def graph_ran(self, n_tokens: int, hot: Sequence[int], warm: Sequence[int]) -> None:
+    def graph_ran(self, n_tokens: int, rows: int, hot: Sequence[int], warm: Sequence[int]) -> None:
         """Nobody is told."""
 
     def attention_began(self, positions: Int64, window: int) -> None:

@@ -29,7 +29,7 @@ _TORCH = {
 
 def write_inline(checkpoint: Checkpoint, path: Path, weights: str, page_size: int) -> None:
     """Write the program."""
-    spec = inline_spec(checkpoint.config.model, page_size)
+    spec = inline_spec(checkpoint.config.model, page_size, version=1)
     decoder = InlineDecoder(checkpoint, weights).eval()
     pages = EXECUTORCH_CACHED_TOKENS // page_size
     methods = {}

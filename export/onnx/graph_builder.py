@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,7 @@ class GraphBuilder:
             parameters = [name for name in template.input if name in sources]
             owner = _module_path(sources[parameters[0]]) if parameters else f"{path}{_scope(template)}"
             node.name = f"{owner}/{template.op_type}_{number}"
-            for values in (node.input, node.output):
-                for i, name in enumerate(values):
-                    if name and name not in sources:
-                        values[i] = names.setdefault(name, f"{path}/{name}")
+            _rename(node, path, names, kept=sources)
             if template.op_type == "Gemm" and parameters:
                 self._product(node, [sources[name] for name in parameters])
                 continue
@@ -157,6 +154,10 @@ class GraphBuilder:
             self._append("Cast", [f"{path}/half"], output, path, to=TensorProto.FLOAT)
         else:
             self._append("Gather", [data, ids], output, path)
+
+    def gather(self, rows: str, chosen: str, output: str, path: str) -> None:
+        """Append the choice of rows [T, ...] by number."""
+        self._append("Gather", [rows, chosen], output, f"{path}/{output}")
 
     def save(self, spec: GraphSpec, path: Path) -> None:
         """Write the graph with the inputs and outputs of ``spec``."""
@@ -226,6 +227,21 @@ class GraphBuilder:
 def segment_sources(checkpoint: Checkpoint, index: int, piece: Piece) -> dict[str, tuple[str, ...]]:
     """Return the checkpoint tensors behind each parameter of segment ``index``."""
     return {name: parameter_sources(checkpoint, index, name) for name in piece.parameters}
+
+
+def _rename(node: onnx.NodeProto, path: str, names: dict[str, str], kept: Container[str] = ()) -> None:
+    """Give the values of a node, and of the graphs in it, their names in the whole graph."""
+    for values in (node.input, node.output):
+        for i, name in enumerate(values):
+            if name and name not in kept:
+                values[i] = names.setdefault(name, f"{path}/{name}")
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            for inner in attribute.g.node:
+                inner.name = f"{path}/{inner.name}"
+                _rename(inner, path, names)
+            for value in attribute.g.output:
+                value.name = names[value.name]
 
 
 def _scope(node: onnx.NodeProto) -> str:

@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from edgekv.bundle import EmbeddingSpec
-from edgekv.contract import inline_spec, segment_spec
+import numpy as np
+from onnx import helper
 
+from edgekv.bundle import EmbeddingSpec
+from edgekv.contract import INLINE_CACHE, inline_spec, segment_spec
+
+from ..attention import distinct_windows
 from ..checkpoint import Checkpoint
 from ..decoder import segment_kind
 from ..weights import WeightFile
 from .graph_builder import GraphBuilder, WeightBinder, segment_sources
-from .pieces import Piece, export_attention, export_positions, export_segments
+from .pieces import Piece, export_positions, export_segments
+from .seam import Geometry, Nodes, build_seam
 
 WEIGHT_FILE = "weights.bin"
 _EMBEDDING_DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4"}
@@ -74,33 +79,42 @@ def _write_inline(
     config = binder.checkpoint.config
     model = config.model
     builder = GraphBuilder(binder)
-    seam = export_attention(model.n_q_heads, model.n_kv_heads, model.head_dim, model.softmax_scale, page_size)
+    seams = {window: build_seam(Geometry.of(model, page_size, window)) for window in distinct_windows(model)}
     step("embedding")
     builder.embed("input_ids", "hidden.0")
     builder.add(export_positions(model), "/model/positions", {})
+    builder.add(_once(), "/model/once", {})
     for index in range(model.n_layers + 1):
         step(f"layer {index} of {model.n_layers}")
-        before, after = f"hidden.{index - 1}" if index else "hidden.0", f"hidden.{index}"
         names = {
-            "residual": before if index else "hidden.0",
-            "next_residual": after,
+            "residual": f"hidden.{max(index - 1, 0)}",
+            "next_residual": f"hidden.{index}",
             "attention": f"attention.{index - 1}",
             "q": f"queries.{index}",
             "k": f"new_keys.{index}",
             "v": f"new_values.{index}",
         }
+        if index == model.n_layers:  # of the last layer only what the wanted logits need
+            for name in ("residual", "attention"):
+                builder.gather(names[name], "logits_rows", f"{name}_rows", "/model/logits_rows")
+                names[name] = f"{name}_rows"
         piece = segments[segment_kind(config, index)]
         builder.add(piece, f"/model/segment_{index}", names, segment_sources(binder.checkpoint, index, piece))
         if index < model.n_layers:
-            builder.add(seam, f"/model/layers.{index}/attention", {**names, **_seam_names(model.windows[index], index)})
+            window = model.windows[index]
+            builder.add(seams[window], f"/model/layers.{index}/attention", {**names, **_seam_names(window, index)})
     spec = inline_spec(model, page_size)
     builder.save(spec, folder / "model.onnx")
     return ("model.onnx",)
 
 
+def _once() -> Piece:
+    """Whether a step is of one token."""
+    g = Nodes()
+    node = helper.make_node("Equal", [g("Size", "input_ids"), g.constant(np.int64(1))], ["alone"])
+    return Piece(("input_ids",), ("alone",), (), tuple(g.constants.values()), (*g.nodes, node))
+
+
 def _seam_names(window: int, layer: int) -> dict[str, str]:
-    cached = ("key_pages", "key_scales", "value_pages", "value_scales", "recent_keys", "recent_values", "slot_mask")
-    return {
-        **{name: f"{name}.{layer}" for name in (*cached, "page_mass", "attention")},
-        "causal": f"causal_{window}",
-    }
+    named = {name: f"{name}.{layer}" for name in (*INLINE_CACHE, "page_mass", "attention")}
+    return {**named, "causal": f"causal_{window}", "position_ids": "position_ids", "alone": "alone"}

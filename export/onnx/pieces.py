@@ -21,7 +21,7 @@ from torch import nn
 from edgekv.logs import quiet
 from edgekv.spec import ModelSpec, RopeSpec
 
-from ..attention import InlineAttention, Positions, distinct_windows
+from ..attention import Positions, distinct_windows
 from ..config import DecoderConfig
 from ..decoder import build_segment, segment_kind
 from ..ops import ONNX_TRANSLATIONS
@@ -85,31 +85,6 @@ def _export_segment(config: DecoderConfig, index: int) -> Piece:
     return _export(build_segment(config, index), example, [{0: "T"}] * len(example), names)
 
 
-@functools.lru_cache(maxsize=32)
-def export_attention(n_q_heads: int, n_kv_heads: int, head_dim: int, scale: float, page_size: int) -> Piece:
-    """Export the seam in stock operations: one layer's, the same for all."""
-    n, r, s = 3, 5, 3 * page_size + 5
-    page = torch.empty(n, n_kv_heads, page_size, head_dim, dtype=torch.int8, device="meta")
-    example = [
-        _example(_T, n_q_heads, head_dim),
-        _example(_T, n_kv_heads, head_dim),
-        _example(_T, n_kv_heads, head_dim),
-        page,
-        _example(n, n_kv_heads, head_dim).half(),
-        page.clone(),
-        _example(n, n_kv_heads, page_size).half(),
-        _example(r, n_kv_heads, head_dim).half(),
-        _example(r, n_kv_heads, head_dim).half(),
-        torch.empty(_T, s, dtype=torch.bool, device="meta"),
-        torch.empty(_T, _T, dtype=torch.bool, device="meta"),
-    ]
-    dynamic: list[Dynamic] = [{0: name} for name in "TTTNNNNRR"]
-    dynamic += [{0: "T", 1: "S"}, {0: "T", 1: "T"}]
-    return _export(
-        InlineAttention(n_q_heads, n_kv_heads, head_dim, scale), example, dynamic, ["attention", "page_mass"]
-    )
-
-
 def export_positions(model: ModelSpec) -> Piece:
     """Export what the inline form derives from position_ids: cosines, sines and causal masks."""
     module = Positions(model.rope, distinct_windows(model))
@@ -128,9 +103,7 @@ def _export(module: nn.Module, example: list[Tensor], dynamic: list[Dynamic], na
     dims: dict[str, object] = {}
 
     def dim(name: str) -> object:
-        return dims.setdefault(
-            name, torch.export.Dim.DYNAMIC if name == "S" else torch.export.Dim(name, min=1, max=1 << 20)
-        )
+        return dims.setdefault(name, torch.export.Dim(name, min=1, max=1 << 20))
 
     shapes = tuple({axis: dim(name) for axis, name in axes.items()} for axes in dynamic)
     with quiet(), torch.no_grad():

@@ -52,7 +52,7 @@ class SegmentEngine(Protocol):
 
 
 class InlineEngine(Protocol):
-    """Runs the graph of an inline bundle: names and shapes are those of :func:`edgekv.contract.inline_spec`."""
+    """Runs the graph of an inline bundle: names and shapes are those of :func:`edgekv.contract.inline_spec`, version 2."""
 
     description: str
     #: The most new tokens of one call; None has no limit.

@@ -7,6 +7,7 @@ from pathlib import Path
 from edgekv.bundle import Manifest
 
 from .base import InlineEngine, SegmentEngine
+from .first_contract import FirstContract
 
 
 def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path, *, own_process: bool) -> SegmentEngine:
@@ -38,10 +39,13 @@ def open_segments(folder: Path, manifest: Manifest, threads: int, cache: Path, *
 
 def open_inline(folder: Path, manifest: Manifest, threads: int, cache: Path, *, own_process: bool) -> InlineEngine:
     """Open the graph of an inline bundle; see :func:`open_segments`."""
+    engine: InlineEngine
     if manifest.engine == "executorch":
         from .executorch.inline import ExecutorchInline
 
-        return ExecutorchInline(folder, manifest, threads, cache)
-    from .onnx.inline import OnnxInline
+        engine = ExecutorchInline(folder, manifest, threads, cache)
+    else:
+        from .onnx.inline import OnnxInline
 
-    return OnnxInline(folder, manifest, threads, own_process=own_process)
+        engine = OnnxInline(folder, manifest, threads, own_process=own_process)
+    return FirstContract(engine, manifest.model) if manifest.contract_version == 1 else engine

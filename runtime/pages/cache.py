@@ -23,7 +23,7 @@ from .invariants import check_pages
 from .manager import PageManager
 from .merge import merge_pages
 from .policy import SPARE_PAGES, CacheOptions
-from .table import NOTHING, Int, PageTable, offloaded
+from .table import NOTHING, UNSETTLED, Int, PageTable, offloaded
 
 Bytes = NDArray[np.uint8]
 Float = NDArray[np.float32]
@@ -107,8 +107,8 @@ class KVCache:
                 table.refs["n_slots"][layer, page] = inside + count
                 slot += count
                 table.n_slots[layer] = slot
-                if inside + count == page_size and self.manager.options.compress_at_seal:
-                    self.manager.seal(layer, page)
+                if inside + count == page_size:
+                    self._fill(layer, page)
         except BaseException:
             self._withdraw(layer, start, slot)
             raise
@@ -156,11 +156,18 @@ class KVCache:
         table.n_slots += 1
         for pruned in table.pruned:
             pruned.discard(token)
-        if place.inside + 1 == page_size and manager.options.compress_at_seal:
+        if place.inside + 1 == page_size:
             for layer in range(self.spec.n_layers):
-                manager.seal(layer, place.page)
+                self._fill(layer, place.page)
         if manager.options.threshold < 1.0:
             manager.reclaim_to_threshold()
+
+    def _fill(self, layer: int, page: int) -> None:
+        """Say that a page is full: it is sealed, and quantised at once if that was chosen."""
+        if self.manager.options.compress_at_seal:
+            self.manager.seal(layer, page)
+        else:
+            self.table.settle(layer, page)
 
     def cancel_token(self, place: TokenPlace) -> None:
         """Give back the pages that were opened for a token that never came."""
@@ -215,6 +222,7 @@ class KVCache:
             start = min(stop, (page + 1) * page_size)
         elif inside:
             table.refs["n_slots"][layer, page] = inside
+            table.content[layer, page] = UNSETTLED
         table.n_slots[layer] = start
 
     def read(self, layer: int, tokens: Int) -> tuple[Float, Float]:
@@ -337,6 +345,7 @@ class KVCache:
                 self.manager.free_page(layer, page)
             if n_slots % page_size:
                 table.set_live(layer, cut, n_slots % page_size, page_size, live=False)
+                table.content[layer, cut] = UNSETTLED
                 table.refs["n_slots"][layer, cut] = n_slots % page_size
                 if table.live_slots(layer, cut) == 0:
                     self.manager.free_page(layer, cut)

@@ -24,7 +24,7 @@ from .arena import Arena
 from .bounds import Summaries
 from .counters import CacheStats
 from .policy import CacheOptions, candidates, pairs
-from .table import NOTHING, PageTable, offloaded
+from .table import NOTHING, UNSETTLED, PageTable, offloaded
 
 Bytes = NDArray[np.uint8]
 
@@ -87,6 +87,7 @@ class PageManager:
         table.offset[layer, page] = offset
         table.last_used[layer, page] = self.step
         table.mass[layer, page] = 0
+        table.content[layer, page] = UNSETTLED
         ref = table.refs[layer, page]
         ref["data"] = self.arena.address + offset
         ref["position"] = page * self.spec.page_size
@@ -139,6 +140,7 @@ class PageManager:
         table.record[layer, page] = record
         table.last_used[layer, page] = self.step
         table.mass[layer, page] = 0
+        table.settle(layer, page)
         ref = table.refs[layer, page]
         ref["data"] = 0
         ref["position"] = page * self.spec.page_size
@@ -227,6 +229,7 @@ class PageManager:
     def replace(self, layer: int, page: int, content: Bytes) -> None:
         """Put a new sealed page in the place of one in RAM, of the same tier; it is not on flash yet."""
         self.arena.page(int(self.table.offset[layer, page]), content.size)[:] = content
+        self.table.settle(layer, page)
         self._free_record(layer, page)
         if self.summaries is not None and self.table.tier[layer, page] == Tier.WARM:
             self.summaries.add(layer, np.array([page]), self.table.refs[layer, page : page + 1])
@@ -387,6 +390,7 @@ class PageManager:
         )
         self.arena.give_frame(offset)
         self._place_warm(layer, page, self._scratch)
+        table.settle(layer, page)
         if self.summaries is not None:
             self.summaries.add(layer, np.array([page]), table.refs[layer, page : page + 1])
         self.counters.pages_compressed += 1

@@ -20,6 +20,8 @@ from ..kernels.interface import PAGE_REF
 Int = NDArray[np.int64]
 #: In ``tokens``: the slot is empty or its token was pruned. In ``record``: not on flash.
 NOTHING = -1
+#: In ``content``: the page may still change.
+UNSETTLED = 0
 
 
 def offloaded(tiers: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -51,12 +53,15 @@ class PageTable:
         self.offset = np.zeros((layers, max_pages), np.int64)
         self.record = np.full((layers, max_pages), NOTHING, np.int64)
         self.last_used = np.zeros((layers, max_pages), np.int64)
+        #: A number that no other content of a page has had: who copied a page knows by it whether the copy is still true.
+        self.content = np.full((layers, max_pages), UNSETTLED, np.int64)
         self.mass = np.zeros((layers, max_pages), np.float32)
         self.marked = np.zeros((layers, max_pages), bool)
         self.tokens = np.full((layers, max_pages * spec.page_size), NOTHING, np.int64)
         #: Slot in which a token arrived, where a merge has moved it; NOTHING elsewhere.
         self.arrived = np.full((layers, max_pages * spec.page_size), NOTHING, np.int64)
         self.n_slots = np.zeros(layers, np.int64)
+        self._contents = UNSETTLED
         self.pruned: list[set[int]] = [set() for _ in range(layers)]
 
     @property
@@ -71,7 +76,7 @@ class PageTable:
             return
         # Not np.concatenate: it packs structured rows, and the kernels count on their padding.
         for name, fill in (("refs", 0), ("tier", Tier.FREE), ("offset", 0), ("record", NOTHING), ("last_used", 0),
-                           ("mass", 0), ("marked", False)):  # fmt: skip
+                           ("content", UNSETTLED), ("mass", 0), ("marked", False)):  # fmt: skip
             setattr(self, name, _widened(getattr(self, name), extra, fill))
         self.tokens = _widened(self.tokens, extra * self.spec.page_size, NOTHING)
         self.arrived = _widened(self.arrived, extra * self.spec.page_size, NOTHING)
@@ -94,6 +99,11 @@ class PageTable:
         """Return [n_layers, max_pages] True where every slot of a page was written."""
         full = self.n_slots // self.spec.page_size
         return np.arange(self.max_pages)[None, :] < full[:, None]
+
+    def settle(self, layer: int, page: int) -> None:
+        """Say that a page has a content of its own from now on, which stays until the page is written to again."""
+        self._contents += 1
+        self.content[layer, page] = self._contents
 
     def live_slots(self, layer: int, page: int) -> int:
         """Number of slots of a page that hold a token which was not pruned."""

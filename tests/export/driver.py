@@ -110,9 +110,9 @@ class InlineDriver:
         """Feed tokens; returns logits [T, vocab]."""
         ids = np.array(tokens, np.int64)
         positions = np.arange(self.length, self.length + ids.size)
-        feed: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+        feed: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "logits_rows": np.arange(ids.size)}
         for layer in range(self.model.n_layers):
-            feed.update(self._cache(layer, positions))
+            feed.update(self._cache(layer))
         names = [output.name for output in self.session.get_outputs()]
         got = dict(zip(names, self.session.run(names, feed), strict=True))
         for layer in range(self.model.n_layers):
@@ -123,23 +123,20 @@ class InlineDriver:
         logits: Float = got["logits"]
         return logits
 
-    def _cache(self, layer: int, positions: NDArray[np.int64]) -> dict[str, Any]:
+    def _cache(self, layer: int) -> dict[str, Any]:
         size, kv, dim = self.manifest.page_size, self.model.n_kv_heads, self.model.head_dim
         keys, values = self.keys[layer], self.values[layer]
         n_pages = self.length // size if self.quantised else 0
-        k_codes = np.zeros((n_pages, kv, size, dim), np.int8)
+        k_codes = np.zeros((n_pages, kv, dim, size), np.int8)
         k_scales = np.zeros((n_pages, kv, dim), np.float16)
         v_codes = np.zeros((n_pages, kv, size, dim), np.int8)
         v_scales = np.zeros((n_pages, kv, size), np.float16)
         for page in range(n_pages):
             span = slice(page * size, (page + 1) * size)
             codes, k_scales[page] = quantise_keys(keys[span])
-            k_codes[page] = codes.transpose(1, 0, 2)
+            k_codes[page] = codes.transpose(1, 2, 0)
             codes, scales = quantise_values(values[span])
             v_codes[page], v_scales[page] = codes.transpose(1, 0, 2), scales.T
-        distance = positions[:, None] - np.arange(self.length)[None, :]
-        window = self.model.windows[layer]
-        mask = distance < window if window else np.ones(distance.shape, bool)
         rest = slice(n_pages * size, None)
         return {
             f"key_pages.{layer}": k_codes,
@@ -148,5 +145,6 @@ class InlineDriver:
             f"value_scales.{layer}": v_scales,
             f"recent_keys.{layer}": keys[rest].astype(np.float16),
             f"recent_values.{layer}": values[rest].astype(np.float16),
-            f"slot_mask.{layer}": mask,
+            f"page_positions.{layer}": np.arange(n_pages * size).reshape(-1, size),
+            f"recent_positions.{layer}": np.arange(n_pages * size, self.length),
         }

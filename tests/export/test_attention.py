@@ -1,91 +1,148 @@
-"""The seam in stock operations means what edgekv.seam means."""
+"""The seam in stock operations means what edgekv.seam means, whatever the sizes and whatever lies where no token is."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from edgekv.contract import GraphSpec, TensorSpec
+from edgekv.contract import INLINE_CACHE, GraphSpec, TensorSpec, inline_spec
 from edgekv.export.onnx.graph_builder import GraphBuilder
-from edgekv.export.onnx.pieces import export_attention
+from edgekv.export.onnx.seam import Geometry, build_seam
 from edgekv.seam import PageView, paged_attention
+from edgekv.spec import ModelSpec, RopeSpec
 from tests.sessions import session_options
 
-T, Q_HEADS, KV_HEADS, DIM, PAGE = 5, 4, 2, 32, 16
+Q_HEADS, KV_HEADS, DIM, PAGE = 4, 2, 32, 16
 SCALE = DIM**-0.5
-Row = tuple[str, str, tuple[int | str, ...]]
+MODEL = ModelSpec("", 1, 1, Q_HEADS, KV_HEADS, DIM, 1, 1, 1, RopeSpec((0.0,)), SCALE, (0,))
+Open = Callable[[int], ort.InferenceSession]
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> ort.InferenceSession:
-    piece = export_attention(Q_HEADS, KV_HEADS, DIM, SCALE, PAGE)
-    cache, page = ("N", KV_HEADS, PAGE, DIM), ("N", KV_HEADS)
-    inputs: tuple[Row, ...] = (
-        ("q", "float32", ("T", Q_HEADS, DIM)),
-        ("k", "float32", ("T", KV_HEADS, DIM)),
-        ("v", "float32", ("T", KV_HEADS, DIM)),
-        ("key_pages", "int8", cache),
-        ("key_scales", "float16", (*page, DIM)),
-        ("value_pages", "int8", cache),
-        ("value_scales", "float16", (*page, PAGE)),
-        ("recent_keys", "float16", ("R", KV_HEADS, DIM)),
-        ("recent_values", "float16", ("R", KV_HEADS, DIM)),
-        ("slot_mask", "bool", ("T", "S")),
-        ("causal", "bool", ("T", "T")),
+def seam(tmp_path_factory: pytest.TempPathFactory) -> Open:
+    """Return a function that gives the seam of a layer with some window as a graph of its own."""
+    folder, made = tmp_path_factory.mktemp("seam"), {}
+    cached = {tensor.name.partition(".")[0]: tensor for tensor in inline_spec(MODEL, PAGE).inputs}
+    fresh = [("q", ("T", Q_HEADS, DIM)), ("k", ("T", KV_HEADS, DIM)), ("v", ("T", KV_HEADS, DIM))]
+    inputs = [TensorSpec(name, "float32", shape, "") for name, shape in fresh]
+    inputs += [TensorSpec(name, cached[name].dtype, cached[name].shape, "") for name in INLINE_CACHE]
+    inputs.append(TensorSpec("position_ids", "int64", ("T",), ""))
+    inputs += [TensorSpec("causal", "bool", ("T", "T"), ""), TensorSpec("alone", "bool", (), "")]
+    outputs = (
+        TensorSpec("attention", "float32", ("T", Q_HEADS, DIM), ""),
+        TensorSpec("page_mass", "float32", ("N",), ""),
     )
-    outputs: tuple[Row, ...] = (("attention", "float32", ("T", Q_HEADS, DIM)), ("page_mass", "float32", ("N",)))
-    spec = GraphSpec(
-        "seam", *(tuple(TensorSpec(name, kind, shape, "") for name, kind, shape in rows) for rows in (inputs, outputs))
-    )
-    builder = GraphBuilder(None)  # type: ignore[arg-type]  # no weights
-    builder.add(piece, "/seam", {})
-    path = tmp_path_factory.mktemp("seam") / "seam.onnx"
-    builder.save(spec, path)
-    return ort.InferenceSession(path, session_options())
+
+    def get(window: int) -> ort.InferenceSession:
+        if window not in made:
+            builder = GraphBuilder(None)  # type: ignore[arg-type]  # no weights
+            builder.add(build_seam(Geometry.of(MODEL, PAGE, window)), "/seam", {})
+            path = folder / f"seam_{window}.onnx"
+            builder.save(GraphSpec("seam", tuple(inputs), outputs), path)
+            made[window] = ort.InferenceSession(path, session_options())
+        return made[window]
+
+    return get
 
 
-@pytest.mark.parametrize("n_new", [1, T])
-@pytest.mark.parametrize(("n_pages", "n_recent"), [(0, 0), (0, 9), (3, 0), (3, 9)])
-@pytest.mark.parametrize("window", [0, 20])
-def test_inline_attention_equals_the_seam(
-    session: ort.InferenceSession, n_new: int, n_pages: int, n_recent: int, window: int
-) -> None:
-    rng = np.random.default_rng(n_pages + n_recent)
+@dataclass
+class Case:
+    """What a step takes, as the contract lays it out, and the decoded pages of it for the reference."""
+
+    feeds: dict[str, Any]
+    views: list[PageView]
+    n_pages: int
+
+
+def make_case(seed: int, n_new: int, n_pages: int, n_recent: int, live: float, window: int) -> Case:
+    """Pages in any order, tokens in them that are gone, and NaN wherever no token is."""
+    rng = np.random.default_rng(seed)
+    length = n_pages * PAGE + n_recent
+    positions = np.arange(length, length + n_new)
     q = rng.standard_normal((n_new, Q_HEADS, DIM)).astype(np.float32)
     k, v = (rng.standard_normal((n_new, KV_HEADS, DIM)).astype(np.float32) for _ in range(2))
-    codes = rng.integers(-127, 128, (2, n_pages, KV_HEADS, PAGE, DIM)).astype(np.int8)
-    k_scales = rng.uniform(0, 0.02, (n_pages, KV_HEADS, DIM)).astype(np.float16)
-    v_scales = rng.uniform(0, 0.02, (n_pages, KV_HEADS, PAGE)).astype(np.float16)
+    key_codes = rng.integers(-127, 128, (n_pages, KV_HEADS, DIM, PAGE)).astype(np.int8)
+    value_codes = rng.integers(-127, 128, (n_pages, KV_HEADS, PAGE, DIM)).astype(np.int8)
+    key_scales = rng.uniform(0, 0.02, (n_pages, KV_HEADS, DIM)).astype(np.float16)
+    value_scales = rng.uniform(0, 0.02, (n_pages, KV_HEADS, PAGE)).astype(np.float16)
     recent = rng.standard_normal((2, n_recent, KV_HEADS, DIM)).astype(np.float16)
-    length = n_pages * PAGE + n_recent
-    live = rng.random(length) < 0.7
-    old, positions = np.arange(length), np.arange(length, length + n_new)
-    if n_pages:
-        v_scales[0, 0, 3] = np.nan  # what lies in a dead slot is never read
-        live[3] = False
-    if n_recent:
-        recent[:, -1] = np.nan
-        live[-1] = False
-
-    distance = positions[:, None] - positions[None, :]
-    causal = (distance >= 0) & (distance < (window or 10**6))
-    mask = live[None, :] & (positions[:, None] - old[None, :] < (window or 10**6))
-    out, mass = session.run(
-        None,
-        {"q": q, "k": k, "v": v, "key_pages": codes[0], "key_scales": k_scales, "value_pages": codes[1],
-         "value_scales": v_scales, "recent_keys": recent[0], "recent_values": recent[1], "slot_mask": mask, "causal": causal},
-    )  # fmt: skip
-
-    keys = codes[0].astype(np.float32) * k_scales.astype(np.float32)[:, :, None, :]
-    values = codes[1].astype(np.float32) * v_scales.astype(np.float32)[:, :, :, None]
+    held = np.where(rng.random(length) < live, np.arange(length), -1)
+    page_positions = held[: n_pages * PAGE].reshape(-1, PAGE)[rng.permutation(n_pages)]
+    recent_positions = held[n_pages * PAGE :][rng.permutation(n_recent)]
+    decoded = (
+        key_codes.astype(np.float32) * key_scales.astype(np.float32)[..., None],
+        value_codes.astype(np.float32) * value_scales.astype(np.float32)[..., None],
+    )
     views = [
-        PageView(keys[p], values[p], live[p * PAGE :][:PAGE], old[p * PAGE :][:PAGE].astype(np.int64))
-        for p in range(n_pages)
+        PageView(decoded[0][page].swapaxes(1, 2), decoded[1][page], page_positions[page] >= 0, page_positions[page])
+        for page in range(n_pages)
     ]
     if n_recent:
-        tail = recent.astype(np.float32).transpose(0, 2, 1, 3)
-        views.append(PageView(tail[0], tail[1], live[n_pages * PAGE :], old[n_pages * PAGE :].astype(np.int64)))
-    expected, expected_mass = paged_attention(q, k, v, views, positions.astype(np.int64), scale=SCALE, window=window)
+        keys, values = recent.astype(np.float32).swapaxes(1, 2)
+        views.append(PageView(keys, values, recent_positions >= 0, recent_positions))
+    # Behind the back of the reference, which has its copies.
+    value_scales[np.broadcast_to((page_positions < 0)[:, None], value_scales.shape)] = np.nan
+    key_scales[(page_positions < 0).all(axis=1)] = np.nan
+    recent[:, recent_positions < 0] = np.nan
+    cache = (
+        key_codes,
+        key_scales,
+        value_codes,
+        value_scales,
+        page_positions,
+        *recent[:1],
+        *recent[1:],
+        recent_positions,
+    )
+    distance = positions[:, None] - positions[None, :]
+    feeds = {
+        "q": q, "k": k, "v": v, **dict(zip(INLINE_CACHE, cache, strict=True)), "position_ids": positions,
+        "causal": (distance >= 0) & (distance < (window or 10**6)), "alone": np.array(n_new == 1),
+    }  # fmt: skip
+    return Case(feeds, views, n_pages)
+
+
+@pytest.mark.parametrize("window", [0, 20])
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    n_new=st.integers(1, 6),
+    n_pages=st.integers(0, 5),
+    n_recent=st.integers(0, 20),
+    live=st.sampled_from([0.0, 0.1, 0.7, 1.0]),
+)
+def test_inline_attention_equals_the_seam(
+    seam: Open, window: int, seed: int, n_new: int, n_pages: int, n_recent: int, live: float
+) -> None:
+    case = make_case(seed, n_new, n_pages, n_recent, live, window)
+    out, mass = seam(window).run(None, case.feeds)
+    q, k, v, positions = (case.feeds[name] for name in ("q", "k", "v", "position_ids"))
+    expected, expected_mass = paged_attention(q, k, v, case.views, positions, scale=SCALE, window=window)
     np.testing.assert_allclose(out, expected, atol=2e-5)
-    np.testing.assert_allclose(mass, expected_mass[:n_pages], atol=1e-6)
+    np.testing.assert_allclose(mass, expected_mass[: case.n_pages], atol=1e-6)
+
+
+@pytest.mark.parametrize("n_new", [1, 3])
+def test_the_order_of_pages_does_not_matter(seam: Open, n_new: int) -> None:
+    case = make_case(1, n_new, 5, 7, 0.8, 0)
+    order = np.array([3, 0, 4, 2, 1])
+    mixed = {name: case.feeds[name][order] for name in INLINE_CACHE[:5]}
+    (out, mass), (other, other_mass) = (seam(0).run(None, feeds) for feeds in (case.feeds, {**case.feeds, **mixed}))
+    np.testing.assert_allclose(other, out, atol=1e-5)
+    np.testing.assert_allclose(other_mass, mass[order], atol=1e-6)
+
+
+@pytest.mark.parametrize("n_pages", [3, 300])
+def test_a_token_alone_is_as_exact_as_floats_are(seam: Open, n_pages: int) -> None:
+    case = make_case(2, 1, n_pages, 0, 1.0, 0)
+    case.feeds["q"] *= 20  # a few tokens have nearly all the weight
+    out, _ = seam(0).run(None, case.feeds)
+    prefill, _ = seam(0).run(None, {**case.feeds, "alone": np.array(False)})
+    np.testing.assert_allclose(out, prefill, atol=1e-5 * np.abs(prefill).max())

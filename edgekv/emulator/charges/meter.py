@@ -92,10 +92,10 @@ class DeviceMeter:
         """Charge the last segment."""
         self._clock.compute(self._head(rows))
 
-    def graph_ran(self, n_tokens: int, hot: Sequence[int], warm: Sequence[int]) -> None:
+    def graph_ran(self, n_tokens: int, rows: int, hot: Sequence[int], warm: Sequence[int]) -> None:
         """Charge a step of the inline form; attention reads all pages that are among the inputs."""
         own = n_tokens * (n_tokens + 1) / 2
-        seconds = len(hot) * self._segment(n_tokens) + self._head(n_tokens)
+        seconds = len(hot) * self._segment(n_tokens) + (self._head(rows) if rows else 0.0)
         for fp16, int8 in zip(hot, warm, strict=True):
             seconds += self.cost.attention(fp16, int8, n_tokens * (fp16 + int8) + own)
         self._clock.compute(seconds)

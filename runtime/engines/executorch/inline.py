@@ -33,7 +33,7 @@ class ExecutorchInline:
         self.description = f"executorch {version()}"
         self._page_size = manifest.page_size
         self._n_layers = manifest.model.n_layers
-        self._spec: GraphSpec = inline_spec(manifest.model, manifest.page_size)
+        self._spec: GraphSpec = inline_spec(manifest.model, manifest.page_size, manifest.contract_version)
         packed = PackedCache(cache, manifest, version())
         self._packed = packed
         path = folder / manifest.graphs[0]

@@ -29,7 +29,7 @@ class OnnxInline:
         if _promises_equal_layers(self._session):
             sessions.options.enable_mem_reuse = False
             self._session = open_session(path, sessions.options)
-        check_contract(self._session, inline_spec(manifest.model, manifest.page_size), path)
+        check_contract(self._session, inline_spec(manifest.model, manifest.page_size, manifest.contract_version), path)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
