@@ -29,6 +29,25 @@ def opened(session: Path | None) -> Iterator[Generator]:
         yield generator
 
 
+@pytest.mark.parametrize("kv", [KVMode.INT8, KVMode.FP16])
+def test_an_inline_bundle_of_contract_1_gives_the_tokens_that_it_gave_when_it_was_made(kv: KVMode) -> None:
+    with Generator.open(DATA / "inline-1", RunOptions(threads=2, kv=kv, prefixes=False)) as generator:
+        assert list(generator.tokens(EXPECTED["prompt"], max_tokens=18)) == EXPECTED["inline_answer"]
+        assert generator.score(EXPECTED["prompt"]).shape == (40, 320)
+
+
+def test_an_inline_bundle_of_contract_1_follows_its_budget_though_it_promises_equal_layers() -> None:
+    options = RunOptions(threads=2, kv=KVMode.FP16, context=512, prefixes=False)
+    with Generator.open(DATA / "inline-1", options) as generator:
+        steps = generator.tokens(EXPECTED["prompt"] * 5, max_tokens=60)
+        tokens = [next(steps)]
+        assert generator.budget is not None
+        for share in (0.5, 0.3, 0.6):  # layers give up different numbers of pages
+            generator.set_budget(int(generator.budget.budget_bytes * share))
+            tokens += [next(steps) for _ in range(18)]
+        assert len(tokens) == 55
+
+
 @pytest.fixture
 def session(tmp_path: Path) -> Path:
     """A copy of the session, which a run changes."""
