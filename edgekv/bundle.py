@@ -12,16 +12,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 import edgekv
 from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, OPERATORS, WEIGHTS
 from edgekv.errors import BundleError, FormatError, UsageError
 from edgekv.files import make_own_folder, read_own, replace_own
-from edgekv.schema import Bytes, Positive, checked, file_within, one_of, plain_json, plain_name, read_whole
+from edgekv.schema import Bytes, Natural, Positive, checked, file_within, one_of, plain_json, plain_name, read_whole
 from edgekv.spec import ModelSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 #: The numbers by which a newer bundle is told: the field, what it counts, and up to which this edgekv understands.
@@ -37,8 +39,8 @@ EMBEDDING_BLOCK = 32
 class FileFacts(TypedDict):
     """What the manifest says of one file."""
 
-    bytes: Bytes
-    sha256: str
+    bytes: Annotated[Bytes, Meta(description="its size")]
+    sha256: Annotated[str, Meta(description="its SHA-256, in hexadecimal")]
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,10 @@ class EmbeddingSpec:
     those of the output head. ``dtype`` may differ from the weights of the export.
     """
 
-    file: str
-    dtype: str
-    offset: Bytes
-    scales_offset: Bytes = 0
+    file: Annotated[str, Meta(description="the file that holds the table")]
+    dtype: Annotated[str, Meta(description="how a row is stored", extra_json_schema={"enum": [*EMBEDDING_BITS]})]
+    offset: Annotated[Bytes, Meta(description="where row 0 begins, in bytes")]
+    scales_offset: Annotated[Bytes, Meta(description="where the scales of `int8` and `int4` begin, in bytes")] = 0
 
     @property
     def coded(self) -> bool:
@@ -75,28 +77,58 @@ class EmbeddingSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of ``manifest.json``. ``files`` maps each file's name to its bytes and sha256.
+    """The contents of ``manifest.json``; ``edgekv/manifest.schema.json`` and the table in docs/contract.md are made from it.
 
-    ``operators`` is one of :data:`edgekv.contract.OPERATORS` for ExecuTorch, None for other engines.
-    ``special_tokens``: what chat templates call ``bos_token`` and the like; None in bundles of before.
+    ``special_tokens`` and what follows it up to ``prompt_end`` are None or empty in bundles of format 1.
     """
 
-    engine: str
-    form: str
-    weights: str
-    page_size: Positive
-    model: ModelSpec
-    graphs: tuple[str, ...]
-    source_sha256: str
-    tokenizer_sha256: str
-    embedding: EmbeddingSpec | None = None
-    chat_template: str | None = None
-    special_tokens: dict[str, str] | None = None
-    operators: str | None = None
-    files: dict[str, FileFacts] = dataclasses.field(default_factory=dict)
-    format_version: Positive = FORMAT_VERSION
-    contract_version: Positive = CONTRACT_VERSION
-    edgekv_version: str = edgekv.__version__
+    engine: Annotated[str, Meta(description="what runs the graphs", extra_json_schema={"enum": [*ENGINES]})]
+    form: Annotated[
+        str, Meta(description="how the decoder is cut at its attention", extra_json_schema={"enum": [*FORMS]})
+    ]
+    weights: Annotated[str, Meta(description="how weights are stored", extra_json_schema={"enum": [*WEIGHTS]})]
+    page_size: Annotated[Positive, Meta(description="tokens of a page: a multiple of 4, 128 at the most")]
+    model: Annotated[ModelSpec, Meta(description="the shape of the decoder")]
+    graphs: Annotated[tuple[str, ...], Meta(description="the files of the graphs, in the order in which they run")]
+    source_sha256: Annotated[
+        str, Meta(description="identifies the checkpoint, whatever engine, form and weights: sessions are bound to it")
+    ]
+    tokenizer_sha256: Annotated[str, Meta(description="of the file `tokenizer`: sessions are bound to it")]
+    embedding: Annotated[EmbeddingSpec | None, Meta(description="where the split form looks up the rows of tokens")] = (
+        None
+    )
+    chat_template: Annotated[str | None, Meta(description="the file of the Jinja chat template, if there is one")] = (
+        None
+    )
+    special_tokens: Annotated[
+        dict[str, str] | None,
+        Meta(description="tokens by the name that the chat template has for them: `bos_token` ..."),
+    ] = None
+    tokenizer: Annotated[
+        str, Meta(description="the file of the tokenizer, in the format of the Hugging Face tokenizers library")
+    ] = TOKENIZER
+    bos_token: Annotated[str | None, Meta(description="the text of token `model.bos_token_id`")] = None
+    eos_tokens: Annotated[
+        tuple[str, ...], Meta(description="the texts of the tokens `model.eos_token_ids`, in the same order")
+    ] = ()
+    prompt_begin: Annotated[
+        tuple[Natural, ...], Meta(description="what the tokenizer puts before the tokens of a prompt, such as BOS")
+    ] = ()
+    prompt_end: Annotated[tuple[Natural, ...], Meta(description="what it puts behind them, usually nothing")] = ()
+    operators: Annotated[
+        str | None,
+        Meta(description="what an ExecuTorch program computes with", extra_json_schema={"enum": [*OPERATORS, None]}),
+    ] = None
+    files: Annotated[
+        dict[str, FileFacts], Meta(description="every file of the bundle but the manifest, by its name")
+    ] = dataclasses.field(default_factory=dict)
+    format_version: Annotated[Positive, Meta(description="version of the bundle and of this manifest")] = FORMAT_VERSION
+    contract_version: Annotated[Positive, Meta(description="version of the graphs' inputs and outputs")] = (
+        CONTRACT_VERSION
+    )
+    edgekv_version: Annotated[str, Meta(description="the edgekv that made it")] = dataclasses.field(
+        default_factory=lambda: edgekv.__version__
+    )
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as plain data."""
@@ -116,7 +148,7 @@ class Manifest:
         self.model.pages(self.page_size)
         for name in self.files:
             plain_name(name, "files")
-        named = [("tokenizer", TOKENIZER), *(("graphs", name) for name in self.graphs)]
+        named = [("tokenizer", self.tokenizer), *(("graphs", name) for name in self.graphs)]
         if self.chat_template is not None:
             named.append(("chat_template", self.chat_template))
         if self.embedding is not None:

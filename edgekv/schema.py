@@ -196,9 +196,9 @@ def file_within(folder: Path, name: str) -> Path:
 
 def _refuse_unknown(data: object, kind: Any, where: str) -> None:
     """Refuse a key that the format does not have, however deep."""
+    kind = _bare(kind)
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    for option in options:
-        option = get_args(option)[0] if get_origin(option) is Annotated else option
+    for option in map(_bare, options):
         if isinstance(data, dict):
             if dataclasses.is_dataclass(option) or is_typeddict(option):
                 fields = _fields(option)
@@ -213,6 +213,10 @@ def _refuse_unknown(data: object, kind: Any, where: str) -> None:
         elif isinstance(data, list) and get_origin(option) in (tuple, list):
             for index, value in enumerate(data):
                 _refuse_unknown(value, get_args(option)[0], _dotted(where, f"[{index}]"))
+
+
+def _bare(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 @functools.cache

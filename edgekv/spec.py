@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from edgekv.errors import FormatError, UsageError
 from edgekv.schema import Finite, Natural, Positive, PositiveFinite
@@ -47,10 +49,10 @@ class PageSpec:
     A HOT page is its keys, then its values. A WARM page is keys, values, key scales, value scales.
     """
 
-    n_layers: Positive
-    n_kv_heads: Positive
-    head_dim: Positive
-    page_size: Positive
+    n_layers: Annotated[Positive, Meta(description="layers")]
+    n_kv_heads: Annotated[Positive, Meta(description="heads of keys and values")]
+    head_dim: Annotated[Positive, Meta(description="channels of a head")]
+    page_size: Annotated[Positive, Meta(description="tokens of a page")]
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_kv_heads", "head_dim", "page_size"):
@@ -62,6 +64,8 @@ class PageSpec:
             raise UsageError(f"head_dim {self.head_dim} is above {MAX_HEAD_DIM}, which is the most that a page takes")
         if self.page_size > 128:
             raise UsageError(f"page_size {self.page_size} is above 128; use 16, 32, 64 or 128")
+        if self.n_layers >= 1 << 16:
+            raise UsageError(f"n_layers {self.n_layers} is above 65535, which is the most that a record can name")
 
     @cached_property
     def elements(self) -> int:
@@ -111,8 +115,11 @@ class RopeSpec:
     multiplies cosine and sine.
     """
 
-    inv_freq: tuple[Finite, ...]
-    attention_scaling: PositiveFinite = 1.0
+    inv_freq: Annotated[
+        tuple[Finite, ...],
+        Meta(description="radians per position, float32 numbers; channel `i` turns with channel `i + len(inv_freq)`"),
+    ]
+    attention_scaling: Annotated[PositiveFinite, Meta(description="multiplies cosine and sine")] = 1.0
 
     @property
     def rotary_dim(self) -> int:
@@ -124,21 +131,25 @@ class RopeSpec:
 class ModelSpec:
     """What the runtime must know of a decoder. ``windows[l]`` is 0 for full attention in layer l."""
 
-    architecture: str
-    n_layers: Positive
-    hidden_size: Positive
-    n_q_heads: Positive
-    n_kv_heads: Positive
-    head_dim: Positive
-    intermediate_size: Positive
-    vocab_size: Positive
-    max_context: Positive
-    rope: RopeSpec
-    softmax_scale: PositiveFinite
-    windows: tuple[Natural, ...]
-    tied_embeddings: bool = False
-    bos_token_id: Natural | None = None
-    eos_token_ids: tuple[Natural, ...] = field(default=())
+    architecture: Annotated[str, Meta(description="the checkpoint's model type; nothing depends on it")]
+    n_layers: Annotated[Positive, Meta(description="layers")]
+    hidden_size: Annotated[Positive, Meta(description="channels of the residual stream")]
+    n_q_heads: Annotated[Positive, Meta(description="query heads, a multiple of n_kv_heads")]
+    n_kv_heads: Annotated[
+        Positive, Meta(description="heads of keys and values; query head `h` reads `h // (n_q_heads / n_kv_heads)`")
+    ]
+    head_dim: Annotated[Positive, Meta(description="channels of a head: a multiple of 4, 256 at the most")]
+    intermediate_size: Annotated[Positive, Meta(description="channels of the MLP")]
+    vocab_size: Annotated[Positive, Meta(description="tokens: rows of the embedding, columns of the logits")]
+    max_context: Annotated[Positive, Meta(description="tokens of a sequence at the most")]
+    rope: Annotated[RopeSpec, Meta(description="the rotary position embedding")]
+    softmax_scale: Annotated[PositiveFinite, Meta(description="multiplies the scores, usually `head_dim ** -0.5`")]
+    windows: Annotated[tuple[Natural, ...], Meta(description="of each layer the tokens that it sees; 0: all of them")]
+    tied_embeddings: Annotated[bool, Meta(description="whether embedding and output head are one matrix")] = False
+    bos_token_id: Annotated[Natural | None, Meta(description="the token that begins a text")] = None
+    eos_token_ids: Annotated[
+        tuple[Natural, ...], Meta(description="the tokens that end an answer: any of them, and none is part of it")
+    ] = field(default=())
 
     def pages(self, page_size: int) -> PageSpec:
         """Return the page geometry for this model."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from edgekv.bundle import MANIFEST, EmbeddingSpec, Manifest, file_sha256, write_manifest
+from edgekv.bundle import MANIFEST, TOKENIZER, EmbeddingSpec, Manifest, file_sha256, write_manifest
 from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, OPERATORS, WEIGHTS, default_weights
 from edgekv.errors import EdgeKVError, EngineMissing, UsageError
 from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
@@ -134,22 +134,28 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
     with _appearing(out) as folder:
         graphs, embedding = write(folder, form=choice.form, weights=weights, page_size=choice.page_size, step=steps)
         tokenizer = checkpoint.tokenizer
-        (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+        model = checkpoint.config.model
+        (folder / TOKENIZER).write_text(tokenizer.json, encoding="utf-8")
         if tokenizer.chat_template is not None:
             (folder / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+        prompt_begin, prompt_end = tokenizer.frame()
         steps("hashing the bundle")
         manifest = Manifest(
             engine=engine,
             form=choice.form,
             weights=weights,
             page_size=choice.page_size,
-            model=checkpoint.config.model,
+            model=model,
             graphs=graphs,
             source_sha256=source_sha256,
-            tokenizer_sha256=file_sha256(folder / "tokenizer.json"),
+            tokenizer_sha256=file_sha256(folder / TOKENIZER),
             embedding=embedding,
             chat_template=CHAT_TEMPLATE if tokenizer.chat_template is not None else None,
             special_tokens=dict(tokenizer.special_tokens),
+            bos_token=None if model.bos_token_id is None else tokenizer.spell([model.bos_token_id])[0],
+            eos_tokens=tokenizer.spell(model.eos_token_ids),
+            prompt_begin=prompt_begin,
+            prompt_end=prompt_end,
             operators=operators,
             contract_version=1 if (engine, choice.form) == ("executorch", "inline") else CONTRACT_VERSION,
         )

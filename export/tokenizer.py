@@ -6,9 +6,10 @@ added_tokens.json, chat templates). A bundle holds one tokenizer.json that says 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,24 @@ class TokenizerFiles:
     chat_template: str | None
     bos_token_id: int | None
     eos_token_id: int | None
+
+    def spell(self, ids: Iterable[int]) -> tuple[str, ...]:
+        """Return the texts of tokens; that of one that only the embedding has is empty."""
+        return tuple(self._tokenizer.id_to_token(number) or "" for number in ids)
+
+    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the tokens that stand before and behind those of a prompt."""
+        encoding = self._tokenizer.encode("a")
+        added = list(zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+        begin = tuple(number for number, _ in itertools.takewhile(lambda token: token[1], added))
+        behind = itertools.takewhile(lambda token: token[1], reversed(added[len(begin) :]))
+        return begin, tuple(number for number, _ in behind)[::-1]
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(self.json)
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:

@@ -66,7 +66,7 @@ class Text:
             BundleError: one of them cannot be read.
         """
         template = folder / manifest.chat_template if manifest.chat_template else None
-        text = cls(folder / "tokenizer.json", template, manifest.special_tokens)
+        text = cls(folder / manifest.tokenizer, template, manifest.special_tokens)
         if manifest.special_tokens is None:  # a bundle of before: the config's ids say which tokens they are
             model = manifest.model
             ids = {"bos_token": model.bos_token_id, "eos_token": next(iter(model.eos_token_ids), None)}

@@ -31,7 +31,7 @@ from edgekv.errors import BundleError, EdgeKVError
 from edgekv.export.choose_engine import parse_measurements
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
-from edgekv.runtime.sessions.index import BACKUP, INDEX, row_check
+from edgekv.runtime.sessions.index import BACKUP, FORMAT, INDEX, row_check
 from edgekv.runtime.sessions.tools import contents, describe, verify
 from edgekv.runtime.storage.wear import LEDGER, read_ledger
 from edgekv.verify.gate import parse_gate
@@ -305,7 +305,7 @@ def test_a_table_of_engines_with_a_fault_says_what_it_says_or_is_refused(count: 
 def test_a_line_of_the_wear_ledger_with_a_fault_counts_as_what_it_says_or_as_damaged(
     tmp_path: Path, count: int
 ) -> None:
-    whole = (DATA / "session-1" / LEDGER).read_bytes()
+    whole = (DATA / "session-2" / LEDGER).read_bytes()
     lines = faulty(json.loads(whole)).map(lambda line: json.dumps(line).encode()) | faulty_bytes(whole.rstrip())
 
     def check(line: bytes) -> None:
@@ -349,33 +349,36 @@ def go_on(engine: Generator, session: Path) -> list[int] | None:
     return unless_refused(run)
 
 
-def change_row(index: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+def change_row(index: Path, name: str, change: Callable[[bytes], bytes], version: int = FORMAT) -> None:
     """Change a row of an index so that its checksum is right, as somebody would who means it."""
     with closing(sqlite3.connect(index, isolation_level=None)) as database:
         [value] = database.execute("SELECT value FROM item WHERE name = ?", (name,)).fetchone()
         changed = change(value)
-        row = (changed, row_check(name, changed), name)
+        row = (changed, row_check(name, changed, version), name)
         database.execute("UPDATE item SET value = ?, xxh3 = ? WHERE name = ?", row)
 
 
-def rows_of_session() -> dict[str, bytes]:
-    with closing(sqlite3.connect(f"file:{DATA / 'session-1' / INDEX}?mode=ro&immutable=1", uri=True)) as database:
+def rows_of_session(version: int) -> dict[str, bytes]:
+    index = DATA / f"session-{version}" / INDEX
+    with closing(sqlite3.connect(f"file:{index}?mode=ro&immutable=1", uri=True)) as database:
         return dict(database.execute("SELECT name, value FROM item").fetchall())
 
 
 @examples(10, 300)
-@pytest.mark.parametrize("name", ["meta", "tail", "page 0", "page 1"])
+@pytest.mark.parametrize(
+    ("version", "name"), [(1, "meta"), (1, "tail"), (2, "meta"), (2, "tail"), (2, "page 0"), (2, "page 1")]
+)
 def test_a_session_with_a_fault_in_a_row_goes_on_or_is_refused(
-    name: str, engine: Generator, tmp_path: Path, count: int
+    version: int, name: str, engine: Generator, tmp_path: Path, count: int
 ) -> None:
-    value = rows_of_session()[name]
+    value = rows_of_session(version)[name]
     cases = faulty_bytes(value) if name.startswith("page") else faulty_json(json.loads(value))
 
     def check(changed: bytes) -> None:
         with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
-            session = Path(shutil.copytree(DATA / "session-1", Path(folder) / "chat.kv"))
+            session = Path(shutil.copytree(DATA / f"session-{version}", Path(folder) / "chat.kv"))
             (session / BACKUP).unlink()
-            change_row(session / INDEX, name, lambda _: changed)
+            change_row(session / INDEX, name, lambda _: changed, version)
             tokens = go_on(engine, session)
             told_to_forget = name == "tail" and b'"pruned": []' not in changed
             assert tokens in (None, REST) or (told_to_forget and tokens is not None)
@@ -393,7 +396,7 @@ def test_the_conversation_of_a_session_with_a_fault_says_what_it_says_or_is_refu
 
     def check(changed: bytes) -> None:
         with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
-            session = Path(shutil.copytree(DATA / "session-1", Path(folder) / "chat.kv"))
+            session = Path(shutil.copytree(DATA / "session-2", Path(folder) / "chat.kv"))
             (session / BACKUP).unlink()
             change_row(session / INDEX, "notes", lambda _: changed)
             unless_refused(lambda: describe(session))
@@ -414,8 +417,8 @@ def test_a_session_with_a_fault_in_a_file_goes_on_or_is_refused(
 ) -> None:
     def check(changed: bytes) -> None:
         with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
-            session = Path(shutil.copytree(DATA / "session-1", Path(folder) / "chat.kv"))
+            session = Path(shutil.copytree(DATA / "session-2", Path(folder) / "chat.kv"))
             (session / name).write_bytes(changed)
             assert go_on(engine, session) in (None, REST)
 
-    for_all(count, faulty_bytes((DATA / "session-1" / name).read_bytes()), check)
+    for_all(count, faulty_bytes((DATA / "session-2" / name).read_bytes()), check)

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from edgekv.bundle import Manifest
 from edgekv.codec import CODEC_VERSION
 from edgekv.errors import SessionError, SessionMismatch, StoreLocked, UsageError
@@ -218,23 +220,28 @@ def write_backup(path: Path) -> None:
         os.replace(temporary, path / BACKUP)
 
 
-def session_key(manifest: Manifest) -> dict[str, str | int]:
-    """Return what keys and values depend on; a session is only used where all of it is equal.
+def session_key(manifest: Manifest, version: int = FORMAT) -> dict[str, str | int]:
+    """Return what keys and values depend on; a session of format ``version`` is only used where all of it is equal.
 
     Engine and form are not in it: both engines and both forms of a checkpoint use the same sessions.
     """
     model = manifest.model
 
-    def short(value: object) -> str:
-        return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+    def short(*numbers: float) -> str:
+        return hashlib.sha256(np.array(numbers, "<f8").tobytes()).hexdigest()[:16]
 
+    def short_1(*numbers: float) -> str:
+        """Hash what no other language prints alike."""
+        return hashlib.sha256(repr((numbers[:-1], numbers[-1])).encode()).hexdigest()[:16]
+
+    hashed = short_1 if version == 1 else short
     return {
         "checkpoint": manifest.source_sha256,
         "weights": manifest.weights,
         "tokenizer": manifest.tokenizer_sha256,
         "geometry": f"{model.n_layers} layers, {model.n_q_heads}/{model.n_kv_heads} heads of {model.head_dim}",
-        "rope": short((model.rope.inv_freq, model.rope.attention_scaling)),
-        "attention": short((model.windows, model.softmax_scale)),
+        "rope": hashed(*model.rope.inv_freq, model.rope.attention_scaling),
+        "attention": hashed(*model.windows, model.softmax_scale),
         "page_size": manifest.page_size,
         "codec": CODEC_VERSION,
     }
@@ -289,7 +296,7 @@ def check_key(path: Path, meta: Meta, manifest: Manifest) -> None:
     Raises:
         SessionMismatch: the message names every difference.
     """
-    had, has = meta.key, session_key(manifest)
+    had, has = meta.key, session_key(manifest, meta.format)
     different = [name for name in has if had.get(name) != has[name]]
     if different:
         facts = [

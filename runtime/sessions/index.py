@@ -4,14 +4,19 @@ SQLite does not check its pages, so every row carries its own xxh3 checksum over
 to is checked in turn by the checksums of the records that it holds. ::
 
     item(name TEXT PRIMARY KEY, value BLOB, xxh3 BLOB)
-      meta       JSON: format, key (what the session was made with), salt of the encryption, time of creation
+      meta       JSON, see Meta
       notes      JSON: what the application wants to keep, such as the messages of a conversation
       tail       JSON, see Tail
       page N     tokens [page_size] int32, records [n_layers] int64, checksums [n_layers] uint64, little endian, and
                  16 bytes that stand for all tokens up to here: a row of another history is not believed. Without
                  records and checksums where every token of the page was pruned
 
-All but ``meta`` are ciphertext in an encrypted session.
+All but ``meta`` are ciphertext in an encrypted session. docs/flash_format.md says all of it to the byte.
+
+Sessions of format 1 are read, and written as such by who has no bundle at hand; the first checkpoint of a run makes format 2
+of them. They differ in the byte order of the rows' checksums (big endian), the tags of the open page
+(:func:`~edgekv.runtime.sessions.restore.open_tags`) and the hashes of the key
+(:func:`~edgekv.runtime.sessions.folder.session_key`).
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ from edgekv.spec import PageSpec
 
 from ..storage.cipher import SALT_BYTES, Cipher
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.sqlite"
 BACKUP = "index.backup"
 DAMAGED = "index.damaged"
@@ -63,17 +68,20 @@ class Row:
 class Meta:
     """What a session is: row ``meta``.
 
-    ``key``: what its keys and values depend on, see :func:`~edgekv.runtime.sessions.folder.session_key`. ``created``: seconds
-    since 1970. ``salt``, ``probe``: in hexadecimal, of an encrypted session; the probe shows whether a key is the right one.
+    ``key``: see :func:`~edgekv.runtime.sessions.folder.session_key`.
     """
 
-    format: Positive
-    key: dict[str, str | int]
-    pages: PageSpec
-    created: Moment
-    encrypted: bool
-    salt: str = ""
-    probe: str = ""
+    format: Annotated[Positive, msgspec.Meta(description="version of the session format")]
+    key: Annotated[
+        dict[str, str | int], msgspec.Meta(description="what keys and values depend on: the compatibility key")
+    ]
+    pages: Annotated[PageSpec, msgspec.Meta(description="the shape of the pages")]
+    created: Annotated[Moment, msgspec.Meta(description="seconds since 1970")]
+    encrypted: Annotated[bool, msgspec.Meta(description="whether all but this row is ciphertext")]
+    salt: Annotated[str, msgspec.Meta(description="of the key, in hexadecimal; empty in a plain session")] = ""
+    probe: Annotated[
+        str, msgspec.Meta(description="nothing, encrypted, in hexadecimal: shows whether a key is the right one")
+    ] = ""
 
     def __post_init__(self) -> None:
         if self.encrypted and len(bytes.fromhex(self.salt)) != SALT_BYTES:
@@ -85,23 +93,40 @@ class Meta:
 class Tail:
     """What comes after the sealed pages.
 
-    ``tokens``: after the last sealed page. ``n_kv``: how many tokens of the session, from its first, had keys and values
-    (the last one that was generated has none yet). ``steps``: in which steps tokens are computed, also again, see
-    :meth:`Steps.lengths`; ``starts`` is what older versions wrote instead: positions at which the last ones began.
-    ``records``, ``checks``: the open page as fp16, two records per layer; empty when it was not stored.
-    ``chain``: of the last sealed page, in hexadecimal. ``pruned``: [start, stop) of the positions whose tokens were pruned,
-    one after the other; they are masked again when the session is resumed.
+    ``steps``: see :meth:`Steps.lengths`; ``starts`` is what the first versions wrote instead: positions at which the last ones
+    began.
     """
 
-    n_pages: Natural = 0
-    tokens: tuple[Natural, ...] = ()
-    n_kv: Natural = 0
+    n_pages: Annotated[Natural, msgspec.Meta(description="sealed pages: rows `page 0` .. `page n_pages - 1`")] = 0
+    tokens: Annotated[tuple[Natural, ...], msgspec.Meta(description="the tokens after those of the sealed pages")] = ()
+    n_kv: Annotated[
+        Natural, msgspec.Meta(description="how many tokens of the session, from its first, have keys and values")
+    ] = 0
     starts: tuple[Natural, ...] = ()
-    records: tuple[Bytes, ...] = ()
-    checks: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
-    chain: str = ""
-    pruned: tuple[Natural, ...] = ()
-    steps: tuple[Positive, ...] = ()
+    records: Annotated[
+        tuple[Bytes, ...],
+        msgspec.Meta(
+            description="of the open page: keys of layer 0, values of layer 0, keys of layer 1 ...; empty: not stored"
+        ),
+    ] = ()
+    checks: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=0)], ...], msgspec.Meta(description="the checksums of these records")
+    ] = ()
+    chain: Annotated[
+        str, msgspec.Meta(description="chain of the last sealed page, in hexadecimal; empty without one")
+    ] = ""
+    pruned: Annotated[
+        tuple[Natural, ...],
+        msgspec.Meta(
+            description="positions whose tokens were pruned: start, stop, start, stop ..., each stop excluded"
+        ),
+    ] = ()
+    steps: Annotated[
+        tuple[Positive, ...],
+        msgspec.Meta(
+            description="in which steps tokens were computed: length, how many in a row, length, how many ..."
+        ),
+    ] = ()
 
     def check(self, spec: PageSpec) -> None:
         """Hold the fields against each other and the shape of the pages.
@@ -157,9 +182,10 @@ def from_ranges(ranges: Sequence[int]) -> NDArray[np.int64]:
     return np.concatenate([np.arange(start, stop) for start, stop in pairs] or [np.empty(0, np.int64)])
 
 
-def row_check(name: str, value: bytes) -> bytes:
-    """Return the checksum of a row."""
-    return xxhash.xxh3_64_digest(name.encode() + b"\0" + value)
+def row_check(name: str, value: bytes, version: int = FORMAT) -> bytes:
+    """Return the checksum of a row in a session of format ``version``."""
+    checksum = xxhash.xxh3_64_intdigest(name.encode() + b"\0" + value)
+    return checksum.to_bytes(8, "big" if version == 1 else "little")
 
 
 class SessionIndex:
@@ -171,6 +197,7 @@ class SessionIndex:
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
         self.path = path
+        self.version = FORMAT
         self.cipher: Cipher | None = None
         self._db = sqlite3.connect(":memory:")
         try:
@@ -204,13 +231,16 @@ class SessionIndex:
         Raises:
             SessionMismatch: it has a newer format.
         """
-        value = self._value("meta", state)
-        if value is None:
+        found = self._found("meta", state)
+        if found is None:
             return
         try:
-            data = plain_json(value)
+            data = plain_json(found[0])
             version = data.get("format") if isinstance(data, dict) else None
-            if isinstance(version, int) and version > FORMAT:
+            self.version = version if isinstance(version, int) else FORMAT
+            if self._value("meta", state) is None:
+                return
+            if self.version > FORMAT:
                 raise SessionMismatch(
                     f"{path} has session format {version}, this edgekv reads up to {FORMAT}; upgrade it"
                 )
@@ -260,17 +290,28 @@ class SessionIndex:
         return plain
 
     def _value(self, name: str, state: State) -> bytes | None:
+        found = self._found(name, state)
+        if found is None:
+            return None
+        value, check = found
+        if check != row_check(name, value, self.version):
+            state.problems.append(f"{name} differs from its checksum")
+            return None
+        return value
+
+    def _found(self, name: str, state: State) -> tuple[bytes, bytes] | None:
+        """Return the value of a row and its checksum, not yet compared."""
         try:
-            found = self._db.execute("SELECT value, xxh3 FROM item WHERE name = ?", (name,)).fetchone()
+            found: tuple[bytes, bytes] | None = self._db.execute(
+                "SELECT value, xxh3 FROM item WHERE name = ?", (name,)
+            ).fetchone()
         except (sqlite3.Error, UnicodeDecodeError) as error:
             state.problems.append(f"{name} cannot be read: {error}")
             return None
-        if found is None:
-            return None
-        if not isinstance(found[0], bytes) or found[1] != row_check(name, found[0]):
+        if found is not None and not isinstance(found[0], bytes):
             state.problems.append(f"{name} differs from its checksum")
             return None
-        return found[0]
+        return found
 
     def structure(self) -> list[str]:
         """Return what SQLite finds wrong with the file."""
@@ -287,30 +328,38 @@ class SessionIndex:
         Raises:
             SessionError: SQLite cannot write.
         """
-        self._run([("meta", json.dumps(dataclasses.asdict(meta)).encode())], 0, 0)
+        self._run([_meta_item(meta)], 0, 0, meta.format)
 
     def commit(self, state: State, kept: int, old: int) -> None:
         """Replace the pages from ``kept`` on (there were ``old``), the tail and the notes, atomically and durably.
 
+        All rows are replaced where the format of ``state.meta`` is another one than that of the index.
+
         Raises:
             SessionError: SQLite cannot write; the last commit stands.
         """
-        items = [(f"page {page}", _pack(state.rows[page])) for page in range(kept, len(state.rows))]
-        items.append(("tail", json.dumps(dataclasses.asdict(state.tail)).encode()))
+        assert state.meta is not None
+        same = state.meta.format == self.version
+        items = [(f"page {page}", _pack(state.rows[page])) for page in range(kept if same else 0, len(state.rows))]
+        tail = dataclasses.asdict(state.tail)
+        if not tail["starts"]:
+            del tail["starts"]
+        items.append(("tail", json.dumps(tail).encode()))
         items.append(("notes", json.dumps(state.notes).encode()))
         if self.cipher is not None:
             items = [(name, self.cipher.encrypt(value, name.encode())) for name, value in items]
-        self._run(items, len(state.rows), old)
+        self._run(items if same else [_meta_item(state.meta), *items], len(state.rows), old, state.meta.format)
 
-    def _run(self, items: list[tuple[str, bytes]], n_pages: int, old: int) -> None:
+    def _run(self, items: list[tuple[str, bytes]], n_pages: int, old: int, version: int) -> None:
         try:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("DELETE FROM item WHERE name = ?", [(f"page {page}",) for page in range(n_pages, old)])
             self._db.executemany(
                 "INSERT OR REPLACE INTO item VALUES (?, ?, ?)",
-                [(name, value, row_check(name, value)) for name, value in items],
+                [(name, value, row_check(name, value, version)) for name, value in items],
             )
             self._db.execute("COMMIT")
+            self.version = version
         except sqlite3.Error as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
@@ -331,6 +380,10 @@ def _check_own(path: Path, *, create: bool) -> None:
     for suffix in ("-wal", "-journal"):
         with contextlib.suppress(FileNotFoundError):
             os.close(open_file(path.with_name(path.name + suffix), os.O_RDWR))
+
+
+def _meta_item(meta: Meta) -> tuple[str, bytes]:
+    return "meta", json.dumps(dataclasses.asdict(meta)).encode()
 
 
 def _pack(row: Row) -> bytes:

@@ -15,13 +15,12 @@ from edgekv.tiers import Tier
 from ..pages.cache import KVCache
 from ..pages.manager import tag
 from ..pages.table import NOTHING
+from ..storage.record import OPEN_KEYS, OPEN_VALUES
 from ..storage.segments import SegmentStore
 from ..system.buffers import aligned_rows
 from .index import Row
 
 Bytes = NDArray[np.uint8]
-#: In the tag of a record: it is half of an open fp16 page, the first or the second.
-OPEN_HALVES = (1 << 30, 1 << 31)
 _BATCH_BYTES = 4 * 1024 * 1024
 
 
@@ -101,34 +100,45 @@ def records_of(cache: KVCache, page: int) -> tuple[int, ...]:
     return tuple(record for record in cache.table.record[:, page].tolist() if record != NOTHING)
 
 
-def store_open(cache: KVCache, n_slots: int, store: SegmentStore) -> list[int]:
+def open_tags(n_layers: int, page: int, version: int) -> list[int]:
+    """Return the tags of the records of an open page, [keys, values] per layer, in a session of format ``version``.
+
+    In format 1 they were bits of the page's number.
+    """
+    kinds = (1 << 30, 1 << 31) if version == 1 else (OPEN_KEYS, OPEN_VALUES)
+    return [tag(layer, page) | kind for layer in range(n_layers) for kind in kinds]
+
+
+def store_open(cache: KVCache, n_slots: int, store: SegmentStore, version: int) -> list[int]:
     """Write the open page of every layer, fp16, as two records each; ``n_slots`` tokens of the sequence are in the cache.
 
+    Args:
+        version: the format of the session.
+
     Returns:
-        the records, [first half, second half] per layer; none when every token of the page was pruned.
+        the records, [keys, values] per layer; none when every token of the page was pruned.
 
     Raises:
         StoreFull, StoreError: nothing counts as written.
     """
     spec, page = cache.spec, n_slots // cache.spec.page_size
     half = spec.hot_bytes // 2
-    tags, payloads = [], []
+    payloads = []
     if (cache.table.tier[:, page] == Tier.FREE).all():
         return []
     for layer in range(spec.n_layers):
         assert cache.table.tier[layer, page] == Tier.HOT
         content = cache.manager.arena.page(int(cache.table.offset[layer, page]), spec.hot_bytes)
-        for part, flag in enumerate(OPEN_HALVES):
-            tags.append(tag(layer, page) | flag)
-            payloads.append(content[part * half : part * half + half])
-    return store.write(tags, payloads)
+        payloads += [content[:half], content[half:]]
+    return store.write(open_tags(spec.n_layers, page, version), payloads)
 
 
-def restore_open(cache: KVCache, n_slots: int, records: tuple[int, ...], store: SegmentStore) -> bool:
+def restore_open(cache: KVCache, n_slots: int, records: tuple[int, ...], store: SegmentStore, version: int) -> bool:
     """Bring back the open page of every layer with its first tokens, up to ``n_slots`` in the sequence.
 
     Args:
         records: none when every token of the page was pruned; the caller prunes them again.
+        version: the format of the session.
 
     Returns:
         False, with nothing changed, when a record is damaged.
@@ -139,10 +149,9 @@ def restore_open(cache: KVCache, n_slots: int, records: tuple[int, ...], store: 
     spec = cache.spec
     page, half = n_slots // spec.page_size, spec.hot_bytes // 2
     out = aligned_rows(len(records), spec.record_bytes)
-    stored = range(spec.n_layers if records else 0)
-    tags = [tag(layer, page) | flag for layer in stored for flag in OPEN_HALVES]
-    if not all(store.try_read(list(records), tags, out)):
+    stored = spec.n_layers if records else 0
+    if not all(store.try_read(list(records), open_tags(stored, page, version), out)):
         return False
     halves = out[:, RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + half]
-    cache.adopt_open(n_slots, list(halves.reshape(len(stored), spec.hot_bytes)))
+    cache.adopt_open(n_slots, list(halves.reshape(stored, spec.hot_bytes)))
     return True

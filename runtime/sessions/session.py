@@ -39,13 +39,14 @@ from .folder import (
     make_session,
     open_index,
     read_state,
+    session_key,
     share_segments,
     signals_held,
     take_lock,
     write_backup,
 )
-from .index import INDEX, Row, SessionIndex, State, Tail, chain, from_ranges, to_ranges
-from .restore import OPEN_HALVES, common_prefix, records_of, restore_open, restore_pages, store_open
+from .index import FORMAT, INDEX, Meta, Row, SessionIndex, State, Tail, chain, from_ranges, to_ranges
+from .restore import common_prefix, open_tags, records_of, restore_open, restore_pages, store_open
 from .steps import Steps
 
 Part = TypeVar("Part", Row, Tail)
@@ -95,7 +96,10 @@ class Session:
         self.notes: dict[str, Any] = state.notes
         self.reused_tokens = self.computed_tokens = self.discarded_tokens = 0
         self.checkpoints = 0
+        assert state.meta is not None
         self._state = state
+        #: What the next checkpoint says the session is.
+        self._meta: Meta = state.meta
         self._held = _Held(store, index, lock)
         self._forgotten = when_gone(self, self._held.close)
         self._spec = store.spec
@@ -153,6 +157,8 @@ class Session:
                 os.close(lock)
             raise
         session = cls(path, state, store, index, lock, read_only)
+        if manifest is not None and state.meta.format < FORMAT:
+            session._meta = replace(state.meta, format=FORMAT, key=session_key(manifest))
         session._adopt()
         return session
 
@@ -183,6 +189,12 @@ class Session:
         return steps
 
     @property
+    def _version(self) -> int:
+        """The format of what the last checkpoint holds."""
+        assert self._state.meta is not None
+        return self._state.meta.format
+
+    @property
     def _n_kv(self) -> int:
         """How many tokens have keys and values."""
         tail = self._state.tail
@@ -211,7 +223,7 @@ class Session:
         if restored < whole:
             self.problems.append(f"page {restored} is damaged; the tokens from {restored * size} on are computed again")
             count = steps.keep(restored * size, -1)
-        elif count > sealed and not restore_open(cache, count, state.tail.records, self.store):
+        elif count > sealed and not restore_open(cache, count, state.tail.records, self.store, self._version):
             self.problems.append("the open page is damaged; its tokens are computed again")
             count = steps.keep(sealed, -1)
         cache.truncate(count)
@@ -263,7 +275,9 @@ class Session:
                 content = tuple(tokens[page * size : page * size + size])
                 checks = tuple(map(self.store.check_of, records))
                 rows.append(Row(content, records, checks, chain(rows[-1].chain if rows else b"", content)))
-            opened = store_open(cache, len(tokens), self.store) if whole and len(tokens) % size else []
+            opened = (
+                store_open(cache, len(tokens), self.store, self._meta.format) if whole and len(tokens) % size else []
+            )
             tail = Tail(
                 sealed,
                 (*tokens[sealed * size :], *pending),
@@ -274,7 +288,7 @@ class Session:
                 pruned=to_ranges(pruned),
                 steps=steps.lengths(),
             )
-            state = State(self._state.meta, self.notes, rows, tail)
+            state = State(self._meta, self.notes, rows, tail)
             try:
                 self.store.sync()
                 self._held.index.commit(state, kept, len(self._state.rows))
@@ -329,9 +343,7 @@ class Session:
             rows.append(self._moved(row, [tag(layer, page) for layer in range(len(row.records))]))
         tail = self._state.tail
         if tail.records:
-            layers = range(self._spec.n_layers)
-            halves = [tag(layer, tail.n_pages) | half for layer in layers for half in OPEN_HALVES]
-            tail = self._moved(tail, halves)
+            tail = self._moved(tail, open_tags(self._spec.n_layers, tail.n_pages, self._version))
         state = State(self._state.meta, self.notes, rows, tail)
         self.store.sync()
         self._held.index.commit(state, 0, len(rows))

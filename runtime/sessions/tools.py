@@ -17,7 +17,7 @@ from ..storage.segments import segment_paths, sync_folder
 from ..system.buffers import aligned_rows
 from .folder import is_session, read_state, take_lock
 from .index import Row
-from .restore import OPEN_HALVES
+from .restore import open_tags
 from .session import Session
 
 _BATCH_RECORDS = 64
@@ -108,11 +108,7 @@ def verify(path: Path, secret: bytes | None = None) -> tuple[list[str], int]:
                     problems.append(f"page {page}: {_list('layer', bad)} damaged or missing")
             tail = state.tail
             if tail.records:
-                tags = [
-                    tag(layer, tail.n_pages) | half
-                    for layer in range(session.store.spec.n_layers)
-                    for half in OPEN_HALVES
-                ]
+                tags = open_tags(session.store.spec.n_layers, tail.n_pages, state.meta.format)
                 if not all(_read(session, tail.records, tags)):
                     problems.append("the open page is damaged; its tokens are computed again")
             size = session.store.spec.page_size

@@ -13,6 +13,8 @@ from pathlib import Path
 from edgekv.errors import EngineMissing, UsageError
 
 SALT_BYTES = 16
+#: How a secret becomes a key; dklen: AES-256.
+SCRYPT = {"n": 1 << 14, "r": 8, "p": 1, "dklen": 32}
 NONCE_BYTES = 12
 TAG_BYTES = 16
 #: Where a secret is looked for when no key file is named.
@@ -75,7 +77,7 @@ class Cipher:
                 "encrypted sessions need the cryptography package: pip install 'edgekv[encrypt]'"
             ) from error
         self._invalid = InvalidTag
-        self._aes = AESGCM(hashlib.scrypt(secret, salt=salt, n=1 << 14, r=8, p=1, dklen=32))
+        self._aes = AESGCM(hashlib.scrypt(secret, salt=salt, **SCRYPT))
 
     @classmethod
     def ephemeral(cls) -> Cipher:

@@ -6,10 +6,12 @@ A record is (little endian), padded to ``PageSpec.record_bytes``::
     0       8      magic b"EKVPAGE1"
     8       8      xxh3-64 checksum of everything after it up to the end of the payload
     16      8      record number: a record that was moved or swapped is not believed
-    24      8      tag: which page this is (layer << 32 | page)
+    24      8      tag: which page this is, page | layer << 32 | kind << 48
     32      4      payload bytes
     36      28     zero; of an encrypted record: 12 bytes nonce and 16 bytes tag of AES-256-GCM
-    64      ...    payload: the WARM page as it lay in RAM, or its ciphertext
+    64      ...    payload: the WARM page as it lay in RAM, or the keys or the values of an open HOT page; or ciphertext
+
+docs/flash_format.md says it for programs that are not ours.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from ..kernels.choose import load_kernels
 from .cipher import NONCE_BYTES, TAG_BYTES, Cipher
 
 MAGIC = b"EKVPAGE1"
+#: Kinds of records in a tag, beside a sealed page (0): the fp16 keys of an open one, and its values.
+OPEN_KEYS, OPEN_VALUES = 1 << 48, 2 << 48
 _HEADER = struct.Struct("<8sQQQI")
 _HEADER_DTYPE = np.dtype(
     [("magic", "S8"), ("checksum", "<u8"), ("record", "<u8"), ("tag", "<u8"), ("payload_bytes", "<u4")]

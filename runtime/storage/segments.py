@@ -174,7 +174,7 @@ class SegmentStore:
         for index, good in enumerate(usable):
             if not good:
                 raise CorruptPage(
-                    f"record {records[index] & _PLACE} of the session {self.folder} (layer {tags[index] >> 32}, page"
+                    f"record {records[index] & _PLACE} of the session {self.folder} (layer {tags[index] >> 32 & 0xFFFF}, page"
                     f" {tags[index] & 0x3FFFFFFF}) differs from its checksum; it was not used. Run again: what is before"
                     " it will be reused, the rest computed. If this comes back, the medium is failing"
                 )

@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
 
 from edgekv.errors import FormatError, StoreError, UsageError, WriteLimit
 from edgekv.files import open_file
@@ -44,10 +47,10 @@ class Entry:
 class Line:
     """An entry as its line in the ledger holds it."""
 
-    day: str
-    run: str
-    bytes: Bytes
-    batches: Natural
+    day: Annotated[str, Meta(description="in UTC: YYYY-MM-DD")]
+    run: Annotated[str, Meta(description="names the run: 12 hexadecimal digits")]
+    bytes: Annotated[Bytes, Meta(description="that it wrote on that day, headers and padding included")]
+    batches: Annotated[Natural, Meta(description="in how many writes")]
 
     def __post_init__(self) -> None:
         if date.fromisoformat(self.day).isoformat() != self.day:

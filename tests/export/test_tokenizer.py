@@ -61,6 +61,9 @@ def compare(folder: Path) -> TokenizerFiles:
     reference = AutoTokenizer.from_pretrained(folder)
     ids = reference(SAYING).input_ids
     assert text.encode(SAYING) == ids
+    plain = reference(SAYING, add_special_tokens=False).input_ids
+    begin, end = files.frame()
+    assert [*begin, *plain, *end] == ids
     assert text.decode(ids) == reference.decode(ids, skip_special_tokens=True)
     assert dict(files.special_tokens) == reference.special_tokens_map
     assert (files.bos_token_id, files.eos_token_id) == (reference.bos_token_id, reference.eos_token_id)
@@ -220,6 +223,8 @@ def test_a_text_ends_at_every_end_token_that_a_file_names(checkpoint: Callable[[
     assert open_checkpoint(source).config.model.eos_token_ids == (257, 300, end)
     manifest = export_model(source, tmp_path / "out.edgekv", engine="onnx")
     assert manifest.special_tokens == {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    assert manifest.eos_tokens[2] == "<|end|>"
+    assert len(manifest.eos_tokens) == 3
     assert read_manifest(tmp_path / "out.edgekv") == manifest
 
 
