@@ -52,7 +52,7 @@ def allows(schema: dict[str, Any], value: Any) -> bool:
         return all(allows(schema["items"], part) for part in value)
     return not isinstance(value, (int, float)) or (
         schema.get("minimum", value) <= value <= schema.get("maximum", value)
-        and not value <= schema.get("exclusiveMinimum", value - 1)
+        and not value <= schema.get("exclusiveMinimum", float("-inf"))
     )
 
 
