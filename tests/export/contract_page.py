@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edgekv.contract import GraphSpec, TensorSpec, inline_spec, segment_spec
 from edgekv.spec import ModelSpec, RopeSpec
+from tests.fields import put_tables
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "contract.md"
 PAGE_SIZE = 48
@@ -49,6 +50,7 @@ def table(spec: GraphSpec) -> str:
 def tables() -> dict[str, str]:
     return {
         "inline": table(inline_spec(MODEL, PAGE_SIZE)),
+        "inline-1": table(inline_spec(MODEL, PAGE_SIZE, 1)),
         "segment-first": table(segment_spec(MODEL, 0)),
         "segment-middle": table(segment_spec(MODEL, 2)),
         "segment-last": table(segment_spec(MODEL, 3)),
@@ -56,11 +58,7 @@ def tables() -> dict[str, str]:
 
 
 def render(page: str) -> str:
-    for name, text in tables().items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        page, count = re.subn(pattern, lambda m, text=text: m[1] + text + "\n" + m[2], page, flags=re.DOTALL)  # type: ignore[misc]
-        assert count == 1, f"docs/contract.md needs one place for the table {name}"
-    return page
+    return put_tables(page, tables())
 
 
 def _row(spec: GraphSpec, direction: str, tensor: TensorSpec) -> str:
