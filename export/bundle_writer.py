@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgekv.bundle import MANIFEST, TOKENIZER, EmbeddingSpec, Manifest, file_sha256, write_manifest
 from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, OPERATORS, WEIGHTS, default_weights
@@ -15,6 +16,9 @@ from edgekv.errors import EdgeKVError, EngineMissing, UsageError
 from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
 
 from .choose_engine import default_engine
+
+if TYPE_CHECKING:
+    from .rounding import Calibration
 
 CHAT_TEMPLATE = "chat_template.jinja"
 Progress = Callable[[str, int, int], None]
@@ -29,6 +33,7 @@ def export_model(
     weights: str | None = None,
     page_size: int = 32,
     operators: str | None = None,
+    calibration: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda step, done, total: None,
 ) -> Manifest:
@@ -41,6 +46,8 @@ def export_model(
         weights: one of :data:`edgekv.contract.WEIGHTS`; None chooses by size, see :func:`edgekv.contract.default_weights`.
         operators: what an ExecuTorch program computes with, one of :data:`edgekv.contract.OPERATORS`; None: XNNPACK,
             or what was measured faster where the engine was chosen by measurement.
+        calibration: the text that int4 weights of an ONNX bundle are rounded with, ``none`` to round each to the nearest
+            code; None takes the one that comes with edgekv. See :mod:`edgekv.export.rounding`.
         force: replace ``out`` if it exists.
         progress: called before each step with its name, the number of steps done, and of all steps.
 
@@ -72,7 +79,9 @@ def export_model(
         if str(source) == "demo":
             folder = stack.enter_context(resources.as_file(resources.files("edgekv.export") / "demo_model"))
         try:
-            return _export(folder, out, Choice(engine, form, weights, page_size, operators), _Steps(progress))
+            return _export(
+                folder, out, Choice(engine, form, weights, page_size, operators, calibration), _Steps(progress)
+            )
         except ImportError as error:
             raise EngineMissing(f'exporting needs {error.name}; install it: pip install "edgekv[export]"') from error
         except OSError as error:
@@ -89,6 +98,7 @@ class Choice:
     weights: str | None
     page_size: int
     operators: str | None
+    calibration: str | Path | None
 
 
 class _Steps:
@@ -115,6 +125,7 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
     elif engine is None:
         default = default_engine(choice.form, weights)
         engine, operators = default.engine, default.operators
+    calibration = _calibration(choice.calibration, engine, weights)
     write: Callable[..., tuple[tuple[str, ...], EmbeddingSpec | None]]
     if engine == "executorch":
         from .executorch import split as executorch
@@ -126,7 +137,7 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
         from .onnx import graphs as onnx
 
         count = onnx.count_steps(checkpoint)
-        write = functools.partial(onnx.write_graphs, checkpoint)
+        write = functools.partial(onnx.write_graphs, checkpoint, calibration=calibration)
 
     steps.total = count + 2
     steps("checking the checkpoint")
@@ -162,6 +173,20 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
         manifest = write_manifest(folder, manifest)
     steps.progress("done", steps.total, steps.total)
     return manifest
+
+
+def _calibration(asked: str | Path | None, engine: str, weights: str) -> Calibration | None:
+    from .rounding import read_calibration
+
+    if asked == "none":
+        return None
+    if engine == "onnx" and weights == "int4":
+        return read_calibration(None if asked is None else Path(asked))
+    if asked is not None:
+        raise UsageError(
+            f"--calibration is for int4 weights on ONNX Runtime, and this is {weights} on {engine}; leave it out"
+        )
+    return None
 
 
 @contextlib.contextmanager

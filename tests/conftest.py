@@ -40,7 +40,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in made:
             made[key] = tmp_path_factory.mktemp("bundle") / "model.edgekv"
             export_model(
-                source, made[key], engine=engine, form=form, weights=weights, page_size=page_size, operators=operators
+                source,
+                made[key],
+                engine=engine,
+                form=form,
+                weights=weights,
+                page_size=page_size,
+                operators=operators,
+                calibration="none",
             )
         return made[key]
 

@@ -62,6 +62,16 @@ def export_command(
             " int4 only, on our native kernels; faster on x86-64 with AVX-512 VNNI, slow elsewhere.",
         ),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        option(
+            settings.WORD,
+            "--calibration",
+            metavar="none|FILE",
+            help="A text like those that the model will read: int4 weights are rounded for it. none: each to the nearest"
+            " code, which is quicker and worse. Default: 75 kB of two novels.",
+        ),
+    ] = None,
     page_size: Annotated[
         int, option(settings.PAGE_SIZE, "--page-size", metavar="16|32|64|128", help="Tokens per page of the KV cache.")
     ] = 32,
@@ -97,6 +107,7 @@ def export_command(
             weights=weights,
             page_size=page_size,
             operators=operators,
+            calibration=calibration,
             force=force,
             progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
         )

@@ -19,10 +19,11 @@ from onnx import TensorProto, helper
 import edgekv
 from edgekv.contract import GraphSpec
 
-from ..checkpoint import EMBEDDING, Checkpoint
+from ..checkpoint import EMBEDDING, HEAD, Checkpoint
 from ..decoder import parameter_sources
+from ..rounding import Compensator
 from ..weights import Extent, WeightFile, to_half
-from .matmul_nbits import BITS, BLOCK, quantise
+from .matmul_nbits import BITS, BLOCK, QuantisedWeight, pack, quantise
 from .pieces import OPSET, Piece
 from .stack import stack_gate_and_up
 
@@ -46,11 +47,15 @@ class StoredMatrix:
 
 @dataclass
 class WeightBinder:
-    """Reads tensors from the checkpoint and stores them in the bundle, each once."""
+    """Reads tensors from the checkpoint and stores them in the bundle, each once.
+
+    ``compensator`` rounds the int4 products; without it each weight is rounded to the nearest code.
+    """
 
     checkpoint: Checkpoint
     file: WeightFile
     weights: str
+    compensator: Compensator | None = None
     _matrices: dict[tuple[str, tuple[str, ...]], StoredMatrix] = field(default_factory=dict)
 
     def vector(self, sources: tuple[str, ...]) -> Extent:
@@ -81,14 +86,19 @@ class WeightBinder:
         if kind == "fp16":
             half = np.concatenate([to_half(self.checkpoint.tensor(name).numpy(), name) for name in sources])
             return StoredMatrix(kind, half.shape[0], half.shape[1], self.file.put(half))
+        if kind == "int4" and not symmetric and self.compensator is not None and HEAD not in sources:
+            columns = self.checkpoint.location[sources[0]].shape[1]
+            return self._put(kind, columns, pack(self.compensator.codes(sources)))
         value = self._read(sources)
         rows, columns = value.shape
         if kind in BITS:
-            quantised = quantise(value, BITS[kind], symmetric=symmetric)
-            codes, scales = self.file.put(quantised.codes), self.file.put(quantised.scales)
-            zeros = None if quantised.zeros is None else self.file.put(quantised.zeros)
-            return StoredMatrix(kind, rows, columns, codes, scales, zeros)
+            return self._put(kind, columns, quantise(value, BITS[kind], symmetric=symmetric))
         return StoredMatrix(kind, rows, columns, self.file.put(value))
+
+    def _put(self, kind: str, columns: int, quantised: QuantisedWeight) -> StoredMatrix:
+        codes, scales = self.file.put(quantised.codes), self.file.put(quantised.scales)
+        zeros = None if quantised.zeros is None else self.file.put(quantised.zeros)
+        return StoredMatrix(kind, len(quantised.codes), columns, codes, scales, zeros)
 
 
 class GraphBuilder:

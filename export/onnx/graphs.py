@@ -18,6 +18,7 @@ from edgekv.contract import INLINE_CACHE, inline_spec, segment_spec
 from ..attention import distinct_windows
 from ..checkpoint import Checkpoint
 from ..decoder import segment_kind
+from ..rounding import Calibration, Compensator
 from ..weights import WeightFile
 from .graph_builder import GraphBuilder, WeightBinder, segment_sources
 from .pieces import Piece, export_positions, export_segments
@@ -30,11 +31,19 @@ Step = Callable[[str], None]
 
 
 def write_graphs(
-    checkpoint: Checkpoint, folder: Path, *, form: str, weights: str, page_size: int, step: Step
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    form: str,
+    weights: str,
+    page_size: int,
+    calibration: Calibration | None,
+    step: Step,
 ) -> tuple[tuple[str, ...], EmbeddingSpec | None]:
     """Write the graphs and their weights into ``folder``.
 
     Args:
+        calibration: what int4 weights are rounded with; None: each to the nearest code.
         step: called with the name of each step before it starts; there are :func:`count_steps` of them.
 
     Returns:
@@ -43,7 +52,8 @@ def write_graphs(
     step("tracing the decoder")
     segments = export_segments(checkpoint.config)
     with WeightFile(folder / WEIGHT_FILE) as file:
-        binder = WeightBinder(checkpoint, file, weights)
+        compensator = Compensator(checkpoint, calibration) if calibration is not None else None
+        binder = WeightBinder(checkpoint, file, weights, compensator)
         if form == "inline":
             return _write_inline(binder, segments, folder, page_size, step), None
         return _write_split(binder, segments, folder, step)

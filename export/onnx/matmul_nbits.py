@@ -12,6 +12,7 @@ symmetric where the output head is also the embedding table.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (  # noqa: E402
     DefaultWeightOnlyQuantConfig,
     DefaultWeightOnlyQuantizer,
 )
+
+from ..rounding import Codes  # noqa: E402
 
 # That import configures the root logger; a library must leave it to the program.
 _root.handlers[:] = _handlers
@@ -41,6 +44,20 @@ class QuantisedWeight:
     codes: NDArray[np.uint8]
     scales: NDArray[np.float32]
     zeros: NDArray[np.uint8] | None
+
+
+def pack(parts: Sequence[Codes]) -> QuantisedWeight:
+    """Return the rows of int4 matrices, one below the other, as MatMulNBits reads them."""
+    codes = np.concatenate([part.codes.numpy() for part in parts])
+    zeros: NDArray[np.uint8] = np.concatenate([part.zeros.numpy() for part in parts])
+    if zeros.shape[1] % 2:
+        zeros = np.concatenate([zeros, np.zeros((len(zeros), 1), np.uint8)], axis=1)
+    scales = np.concatenate([part.scales.numpy() for part in parts])
+    return QuantisedWeight(_nibbles(codes).reshape(len(codes), -1, BLOCK // 2), scales, _nibbles(zeros))
+
+
+def _nibbles(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.bitwise_or(values[:, 0::2], np.left_shift(values[:, 1::2], 4), dtype=np.uint8)
 
 
 def quantise(weight: NDArray[np.float32], bits: int, *, symmetric: bool) -> QuantisedWeight:
