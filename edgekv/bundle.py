@@ -31,9 +31,34 @@ VERSIONS = (
     ("format_version", "bundle format", FORMAT_VERSION),
     ("contract_version", "graph contract", CONTRACT_VERSION),
 )
-#: Bits per channel of an embedding row by its dtype, and the channels that share one scale where they are codes.
-EMBEDDING_BITS = {"float32": 32, "float16": 16, "int8": 8, "int4": 4}
-EMBEDDING_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How a row of the embedding is stored.
+
+    ``bits`` a channel. Where they are codes, ``scale_bits`` of each scale and the ``block`` of channels that share one; None: all
+    of the row.
+    """
+
+    bits: int
+    scale_bits: int = 0
+    block: int | None = None
+
+    def scales(self, hidden_size: int) -> int:
+        """Return how many scales a row has."""
+        return (hidden_size // self.block if self.block else 1) if self.scale_bits else 0
+
+
+#: By :attr:`EmbeddingSpec.dtype`.
+EMBEDDING_LAYOUTS = {
+    "float32": RowLayout(32),
+    "float16": RowLayout(16),
+    "int8": RowLayout(8, 32, 32),
+    "int4": RowLayout(4, 32, 32),
+    "int8_row": RowLayout(8, 32),
+    "int4_bfloat16": RowLayout(4, 16, 32),
+}
 
 
 class FileFacts(TypedDict):
@@ -47,32 +72,41 @@ class FileFacts(TypedDict):
 class EmbeddingSpec:
     """Where the runtime looks up the embedding rows of the split form.
 
-    ``dtype``: ``float32``/``float16``: rows [vocab, hidden] at ``offset`` of ``file``. ``int8``: codes
-    [vocab, hidden] uint8, value (code - 128) * scale. ``int4``: codes [vocab, hidden / 2] uint8, low nibble
-    first, value (code - 8) * scale. Both have one float32 scale per 32 channels at ``scales_offset``
-    [vocab, hidden / 32]. That is what MatMulNBits reads: when the embedding is tied, ``file`` and the offsets are
-    those of the output head. ``dtype`` may differ from the weights of the export.
+    ``dtype``: ``float32``/``float16``: rows [vocab, hidden] at ``offset`` of ``file``. Others are codes with scales at
+    ``scales_offset``:
+
+    - ``int8``: codes [vocab, hidden] uint8, value (code - 128) * scale; ``int4``: codes [vocab, hidden / 2] uint8, low nibble
+      first, value (code - 8) * scale. One float32 scale per 32 channels, [vocab, hidden / 32]: what MatMulNBits reads.
+    - ``int8_row``: codes [vocab, hidden] int8, one float32 scale per row, [vocab]; ``int4_bfloat16``: like ``int4``, with
+      bfloat16 scales: what XNNPACK and the operators of ours read from an ExecuTorch program.
+
+    When the embedding is tied, ``file`` and the offsets are those of the output head. ``dtype`` may differ from the weights of
+    the export.
     """
 
     file: Annotated[str, Meta(description="the file that holds the table")]
-    dtype: Annotated[str, Meta(description="how a row is stored", extra_json_schema={"enum": [*EMBEDDING_BITS]})]
+    dtype: Annotated[str, Meta(description="how a row is stored", extra_json_schema={"enum": [*EMBEDDING_LAYOUTS]})]
     offset: Annotated[Bytes, Meta(description="where row 0 begins, in bytes")]
-    scales_offset: Annotated[Bytes, Meta(description="where the scales of `int8` and `int4` begin, in bytes")] = 0
+    scales_offset: Annotated[Bytes, Meta(description="where the scales of codes begin, in bytes")] = 0
 
     @property
-    def coded(self) -> bool:
-        """Whether rows are codes with scales."""
-        return self.dtype in ("int8", "int4")
+    def layout(self) -> RowLayout:
+        """How a row is stored."""
+        return EMBEDDING_LAYOUTS[self.dtype]
 
     def row_bytes(self, hidden_size: int) -> int:
         """Bytes of a row without its scales."""
-        return hidden_size * EMBEDDING_BITS[self.dtype] // 8
+        return hidden_size * self.layout.bits // 8
+
+    def row_scale_bytes(self, hidden_size: int) -> int:
+        """Bytes of a row's scales."""
+        return self.layout.scales(hidden_size) * self.layout.scale_bits // 8
 
     def end_bytes(self, vocab_size: int, hidden_size: int) -> int:
         """Bytes that the file has at the least."""
-        end = self.offset + vocab_size * self.row_bytes(hidden_size)
-        scales = self.scales_offset + vocab_size * (hidden_size // EMBEDDING_BLOCK) * 4
-        return max(end, scales) if self.coded else end
+        rows = self.offset + vocab_size * self.row_bytes(hidden_size)
+        scales = self.row_scale_bytes(hidden_size)
+        return max(rows, self.scales_offset + vocab_size * scales) if scales else rows
 
 
 @dataclass(frozen=True)
@@ -166,9 +200,10 @@ class Manifest:
         spec, hidden = self.embedding, self.model.hidden_size
         if spec is None:
             raise FormatError("embedding is missing, which the split form needs")
-        one_of(spec.dtype, "embedding.dtype", EMBEDDING_BITS)
-        if spec.coded and hidden % EMBEDDING_BLOCK:
-            raise FormatError(f"model.hidden_size is {hidden}, no multiple of {EMBEDDING_BLOCK}")
+        one_of(spec.dtype, "embedding.dtype", EMBEDDING_LAYOUTS)
+        block = spec.layout.block
+        if block and hidden % block:
+            raise FormatError(f"model.hidden_size is {hidden}, no multiple of {block}")
         needed, there = spec.end_bytes(self.model.vocab_size, hidden), self.files[spec.file]["bytes"]
         if needed > there:
             raise FormatError(f"the embedding needs {needed} bytes of {spec.file}, which has {there}")

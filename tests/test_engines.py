@@ -84,8 +84,9 @@ def eager_reference(source: Path, engine: str, form: str, weights: str) -> PreTr
     """Return transformers' model of a checkpoint, with the weights that a bundle of it stores."""
     model = load_reference(source)
     tied = bool(model.config.tie_word_embeddings)
+    apart = not tied or (engine, form) == ("executorch", "inline")
     with torch.no_grad():
-        if tied and engine == "executorch":  # which stores the head and the table apart
+        if tied and apart:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -97,8 +98,7 @@ def eager_reference(source: Path, engine: str, form: str, weights: str) -> PreTr
                     parameter.copy_(executorch_weights.quantise(parameter, "int8").dequantise())
                     continue
                 symmetric = weights == "int8" or embedding or (tied and name.startswith("lm_head"))
-                table = embedding and (engine == "executorch" or not tied)
-                parameter.copy_(as_stored(parameter, engine, weights, table=table, symmetric=symmetric))
+                parameter.copy_(as_stored(parameter, engine, weights, table=embedding and apart, symmetric=symmetric))
     return model
 
 

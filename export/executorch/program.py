@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import mmap
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -153,3 +154,18 @@ class ProgramBuilder:
             path.write_bytes(constant.data)
             self._files[constant.key] = FileBackedData(str(path))
         self._alignments[constant.key] = max(alignment, self._alignments.get(constant.key, _ALIGN_BYTES))
+
+
+def find_constant(program: Path, constant: Constant) -> int:
+    """Return where the bytes of a constant lie in a program that was written.
+
+    Raises:
+        EngineError: nowhere as a whole.
+    """
+    with program.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        offset = mapped.find(constant.data)
+    if offset < 0:
+        raise EngineError(
+            f"executorch stores weights in a way that edgekv does not know ({constant.key[:20]} in pieces)"
+        )
+    return offset

@@ -20,11 +20,13 @@ from ..decoder import build_segment, load_parameter, segment_kind
 from ..onnx.matmul_nbits import quantise
 from ..weights import WeightFile, to_half
 from .lower import lower, materialise, require_executorch
-from .program import ProgramBuilder
+from .program import ProgramBuilder, find_constant
 from .weights import Constant, matrix_constants, vector_constants
 
 PROGRAM = "model.pte"
 EMBEDDING_FILE = "embedding.bin"
+#: What the rows of an output head are to who looks them up, by the kind of weights.
+HEAD_ROWS = {"fp32": "float32", "int8": "int8_row", "int4": "int4_bfloat16"}
 
 Step = Callable[[str], None]
 
@@ -69,6 +71,8 @@ def write_graphs(
                 builder.add(executorch_method(kind, rows), executorch_method(f"segment_{index}", rows), named)
         step("embedding")
         builder.save(folder / PROGRAM)
+    if config.model.tied_embeddings and weights in HEAD_ROWS:
+        return (PROGRAM,), _head_rows(folder / PROGRAM, constants["head.weight"], HEAD_ROWS[weights])
     return (PROGRAM,), write_embedding(checkpoint, folder, weights)
 
 
@@ -94,6 +98,11 @@ def write_embedding(checkpoint: Checkpoint, folder: Path, weights: str) -> Embed
         return EmbeddingSpec(
             EMBEDDING_FILE, "int8", file.put(quantised.codes).offset, file.put(quantised.scales).offset
         )
+
+
+def _head_rows(program: Path, head: list[Constant], dtype: str) -> EmbeddingSpec:
+    """Return where the rows of a tied output head lie in the program, so that the embedding need not be stored again."""
+    return EmbeddingSpec(program.name, dtype, *(find_constant(program, constant) for constant in head))
 
 
 def _split_builder(config: DecoderConfig, weights: str, folder: Path, operators: str) -> ProgramBuilder:

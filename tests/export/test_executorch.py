@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("executorch.exir", reason="the extra `executorch` is not installed")
 pytest.importorskip("torchao", reason="the extra `executorch` is not installed")
 
-from edgekv.bundle import EmbeddingSpec
+from edgekv.bundle import EmbeddingSpec, read_manifest
 from edgekv.contract import segment_spec
 from edgekv.errors import EngineError, UsageError
-from edgekv.export.checkpoint import Checkpoint, open_checkpoint
+from edgekv.export.checkpoint import EMBEDDING, HEAD, Checkpoint, open_checkpoint
 from edgekv.export.decoder import build_segment, load_parameter
 from edgekv.export.executorch import split as executorch
 from edgekv.export.executorch.lower import quantise_linears
+from edgekv.export.executorch.program import find_constant
+from edgekv.export.executorch.split import HEAD_ROWS
 from edgekv.export.executorch.weights import matrix_constants, quantise
+from edgekv.runtime.decoder.embedding import Embedding
 from edgekv.runtime.engines.executorch.blocks import plan_blocks
 from edgekv.runtime.engines.executorch.library import CallList, load_library
-from edgekv.runtime.generate import cache_home
+from edgekv.runtime.generate import Generator, RunOptions, cache_home
 
 #: Largest difference from the eager reference, relative to the largest value. int8 and int4 quantise activations as
 #: they go, and an input that differs in the last bit can fall to the other side of a rounding.
@@ -68,7 +74,14 @@ def test_every_segment_computes_what_its_eager_reference_does(
     assert graphs == ("model.pte",)
     assert isinstance(embedding, EmbeddingSpec)
     assert len(steps) == executorch.count_steps(source)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["embedding.bin", "model.pte"]
+    own = [] if source.config.model.tied_embeddings else ["embedding.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*own, "model.pte"]
+    if source.config.model.tied_embeddings:  # the rows are the head's own numbers
+        table, tokens = source.tensor(EMBEDDING), np.array([0, 383, 97])
+        stored = table if weights == "fp32" else quantise(table, weights).dequantise()
+        found = np.zeros((3, table.shape[1]), np.float32)
+        Embedding(tmp_path, embedding, source.config.model).look_up(tokens, found)
+        np.testing.assert_array_equal(found, stored.numpy()[tokens])
     library = load_library(cache_home())
     if operators == "edgekv":
         library.set_operators(2)
@@ -87,6 +100,58 @@ def test_every_segment_computes_what_its_eager_reference_does(
         for tensor, output in zip(expected, outputs, strict=True):
             scale = float(tensor.abs().max())
             assert np.abs(output - tensor.numpy()).max() <= TOLERANCE[weights] * scale, (index, weights)
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """A checkpoint whose head is its embedding, and one that holds the same matrix twice: by whether they are tied."""
+    tied, untied = checkpoint("llama-tied"), tmp_path_factory.mktemp("untied")
+    shutil.copytree(tied, untied, dirs_exist_ok=True)
+    config = json.loads((tied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    tensors = load_file(tied / "model.safetensors")
+    save_file({**tensors, HEAD: tensors[EMBEDDING].clone()}, untied / "model.safetensors")
+    return {True: tied, False: untied}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("weights", "operators"), [("int4", "xnnpack"), ("int4", "edgekv"), ("int8", None), ("fp32", None)]
+)
+def test_a_tied_embedding_is_stored_once_and_an_untied_one_beside_the_head(
+    weights: str, operators: str | None, pair: dict[bool, Path], bundle: Callable[..., Path]
+) -> None:
+    folders = {tied: bundle(pair[tied], weights=weights, engine="executorch", operators=operators) for tied in pair}
+    spec, sizes = {}, {}
+    for tied, folder in folders.items():
+        manifest = read_manifest(folder)
+        assert manifest.embedding is not None
+        spec[tied] = manifest.embedding
+        sizes[tied] = {name: facts["bytes"] for name, facts in manifest.files.items()}
+    assert sizes[False].pop("embedding.bin") >= 384 * 128
+    assert spec[False].file == "embedding.bin"
+    assert (spec[True].file, spec[True].dtype) == ("model.pte", HEAD_ROWS[weights])
+    assert sizes[True] == sizes[False]
+
+
+@pytest.mark.slow
+def test_one_matrix_stored_once_and_twice_give_the_same_text(
+    pair: dict[bool, Path], bundle: Callable[..., Path]
+) -> None:
+    texts = []
+    for source in pair.values():
+        with Generator.open(bundle(source, engine="executorch"), RunOptions(threads=2)) as generator:
+            texts.append(list(generator.tokens(list(range(40, 90)), max_tokens=40)))
+    assert texts[0] == texts[1]
+
+
+def test_a_head_that_is_not_in_the_program_as_a_whole_is_said(tmp_path: Path) -> None:
+    (constant, *_) = matrix_constants(torch.ones(4, 32), "fp32")
+    (tmp_path / "model.pte").write_bytes(constant.data[:-4] + b"1" + constant.data)
+    assert find_constant(tmp_path / "model.pte", constant) == len(constant.data) - 3
+    (tmp_path / "model.pte").write_bytes(constant.data[:-4])
+    with pytest.raises(EngineError, match="stores weights in a way that edgekv does not know"):
+        find_constant(tmp_path / "model.pte", constant)
 
 
 def test_int4_scales_are_what_the_delegate_stores_and_clipping_is_a_gain() -> None:
