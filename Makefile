@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.edgekv-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-exhaustive soak arm64 sanitize check duplicates map bench bench-flash format clean
+.PHONY: help setup demo test test-slow test-exhaustive soak arm64 sanitize check duplicates map bench bench-flash bench-inline format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -56,6 +56,9 @@ BENCH_BUNDLE ?= $(if $(EDGEKV_PEERS),$(EDGEKV_PEERS)/edgekv-int4.edgekv,bench-ou
 bench-flash: setup ## the flash tier: exact streaming against compute and the medium; exit 1 when the bar is missed
 	@[ -e $(BENCH_BUNDLE) ] || $(VENV)/bin/edgekv export demo --out $(BENCH_BUNDLE)
 	@$(PY) -m benchmarks.flash.streaming $(BENCH_BUNDLE)
+
+bench-inline: setup ## the inline form beside the split form: memory, speed, bytes; exit 1 when a bar is missed
+	@$(PY) -m benchmarks.speed.inline
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build demo-output bench-output

@@ -9,6 +9,7 @@ Measured on the demo model, see docs/architecture.md. Every size may be zero at 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,14 @@ from .pieces import Piece
 
 #: Stands for minus infinity in a masked score: far below any real score, and finite, so that no difference is NaN.
 MASKED = np.float32(-1e30)
-#: Probabilities are written in digits of 7 bits: two products of a full uint8 and a code overflow the 16 bits in which
-#: processors without VNNI add them up. Three digits are 21 bits, about what float32 keeps of a sum.
+#: Queries and probabilities are written in digits of 7 bits: where processors add two products of a full uint8 and a code
+#: in 16 bits (without VNNI) the sum overflows. Three digits are 20 bits and a sign, about what float32 keeps of a sum.
 DIGIT_BITS, DIGITS = 7, 3
-_LARGEST = np.float32((1 << DIGIT_BITS * DIGITS) - 1)
+PLACES = np.array([1 << DIGIT_BITS * place for place in reversed(range(DIGITS))], np.float32)
+_LARGEST = np.float32(((1 << (DIGIT_BITS - 1)) - 1) * PLACES[0])
+#: Scores this far below the largest of their row count as that far: a weight of 1e-35. Smaller ones would be denormal
+#: numbers, with which the product with the values took ten times as long on x86.
+RANGE = np.float32(80)
 
 
 class Nodes:
@@ -168,44 +173,74 @@ def _decode(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
     """Attend with one token to at least one page; returns attention and page_mass."""
     kv, group, dim = shape.n_kv_heads, shape.group, shape.head_dim
     q = g("Squeeze", values.q, g.ints(0))
-    # Scores of pages: the scale of a channel goes to the query, page by page.
-    scaled = g("Mul", q, g("Unsqueeze", values.key_scales, g.ints(2)))
-    codes = g("DequantizeLinear", "key_pages", g.constant(np.float32(1)))
-    scores = g("Transpose", g("MatMul", scaled, codes), perm=(1, 2, 0, 3))
-    scores = g("Reshape", scores, g.ints(kv, group, -1))
+    paged = _page_scores(g, shape, values, q)
     tail = g("MatMul", q, g("Transpose", values.tail_keys, perm=(1, 2, 0)))
     bias = g("Concat", values.bias, g.constant(np.zeros((1, 1), np.float32)), axis=1)
-    weights = g("Softmax", g("Add", g("Concat", scores, tail, axis=2), bias), axis=-1)
+    weights = _softmax(g, g("Add", g("Concat", paged, tail, axis=2), bias))
 
-    n_slots, end = g("Shape", scores, start=2, end=3), g.ints(np.iinfo(np.int64).max)
-    paged = g("Slice", weights, g.ints(0), n_slots, g.ints(2))
+    n_slots, end = g("Shape", paged, start=2, end=3), g.ints(np.iinfo(np.int64).max)
+    on_pages = g("Slice", weights, g.ints(0), n_slots, g.ints(2))
     rest = g("Slice", weights, n_slots, end, g.ints(2))
     tail = g("MatMul", rest, g("Transpose", values.tail_values, perm=(1, 0, 2)))
-    attention = g("Add", _page_values(g, shape, values, paged), tail)
+    attention = g("Add", _page_values(g, shape, values, on_pages), tail)
     return g("Reshape", attention, g.ints(1, kv * group, dim)), _mass(g, shape, weights, n_slots, 0, 1)
+
+
+def _page_scores(g: Nodes, shape: Geometry, values: _Values, q: str) -> str:
+    """Return q [n_kv_heads, group, head_dim] times the keys of all pages, [n_kv_heads, group, slots].
+
+    The scale of a channel goes to the query, page by page.
+    """
+    kv, group = shape.n_kv_heads, shape.group
+    largest_scale = g("Unsqueeze", g("ReduceMax", values.key_scales, g.ints(0), keepdims=0), g.ints(1))
+    to_whole, to_float = _precision(g, g("ReduceMax", g("Mul", g("Abs", q), largest_scale), g.ints(2), keepdims=1))
+    scaled = g("Mul", g("Mul", q, to_whole), g("Unsqueeze", values.key_scales, g.ints(2)))
+    sums = _of_digits(
+        g, g("MatMulInteger", _digits(g, scaled, axis=2), "key_pages", _middle(g)), g.ints(0, kv, DIGITS, -1)
+    )
+    sums = g("Transpose", g("Reshape", sums, g.ints(0, kv, group, shape.page_size)), perm=(1, 2, 0, 3))
+    return g("Mul", g("Reshape", sums, g.ints(kv, group, -1)), to_float)
 
 
 def _page_values(g: Nodes, shape: Geometry, values: _Values, weights: str) -> str:
     """Return weights [n_kv_heads, group, slots] times the values of all pages, [n_kv_heads, group, head_dim].
 
-    The scale of a token goes to its weight, the weight into digits, and one product of integers sums over all slots.
+    The scale of a token goes to its weight, and one product sums over all slots.
     """
     kv, group, dim = shape.n_kv_heads, shape.group, shape.head_dim
-    scales = g("Reshape", values.value_scales, g.ints(kv, 1, -1))
-    weights = g("Mul", weights, scales)
-    peak = g("ReduceMax", weights, g.ints(2), keepdims=1)
-    peak = g("Max", peak, g.constant(np.finfo(np.float32).tiny))
-    whole = g(
-        "Add", g("Mul", weights, g("Div", g.constant(_LARGEST), peak)), g.constant(np.float32(0.5))
-    )  # to be rounded
-    places = (2.0 ** (DIGIT_BITS * np.arange(DIGITS))).astype(np.float32).reshape(DIGITS, 1, 1)
-    shifted = g("Cast", g("Mul", g("Unsqueeze", whole, g.ints(1)), g.constant(1 / places)), to=TensorProto.INT32)
-    digits = g("BitwiseAnd", g("Cast", shifted, to=TensorProto.UINT8), g.constant(np.uint8((1 << DIGIT_BITS) - 1)))
-    digits = g("Reshape", digits, g.ints(kv, DIGITS * group, -1))
+    weights = g("Mul", weights, g("Reshape", values.value_scales, g.ints(kv, 1, -1)))
+    to_whole, to_float = _precision(g, g("ReduceMax", weights, g.ints(2), keepdims=1))
     codes = g("Reshape", g("Transpose", "value_pages", perm=(1, 0, 2, 3)), g.ints(kv, -1, dim))
-    sums = g("Cast", g("MatMulInteger", digits, codes), to=TensorProto.FLOAT)
-    sums = g("Mul", g("Reshape", sums, g.ints(kv, DIGITS, group, dim)), g.constant(places))
-    return g("Mul", g("ReduceSum", sums, g.ints(1), keepdims=0), g("Mul", peak, g.constant(1 / _LARGEST)))
+    sums = g("MatMulInteger", _digits(g, g("Mul", weights, to_whole), axis=1), codes, _middle(g))
+    return g("Mul", g("Reshape", _of_digits(g, sums, g.ints(kv, DIGITS, -1)), g.ints(kv, group, dim)), to_float)
+
+
+def _precision(g: Nodes, peak: str) -> tuple[str, str]:
+    """Return by what to multiply numbers of at most ``peak`` to write them in digits, and by what to multiply the result."""
+    peak = g("Max", peak, g.constant(np.finfo(np.float32).tiny))
+    return g("Div", g.constant(_LARGEST), peak), g("Mul", peak, g.constant(1 / _LARGEST))
+
+
+def _digits(g: Nodes, whole: str, axis: int) -> str:
+    """Write numbers of at most _LARGEST in digits, the highest first, side by side along ``axis`` as uint8.
+
+    A digit is what is left, rounded to its place; :func:`_middle` stands for 0.
+    """
+    zero, scales = _middle(g), [g.constant(place) for place in PLACES]
+    digits = [g("QuantizeLinear", whole, scales[0], zero)]
+    for above, scale in itertools.pairwise(scales):
+        whole = g("Sub", whole, g("DequantizeLinear", digits[-1], above, zero))
+        digits.append(g("QuantizeLinear", whole, scale, zero))
+    return g("Concat", *digits, axis=axis)
+
+
+def _of_digits(g: Nodes, sums: str, shape: str) -> str:
+    """Put products of digits together: int32, to be reshaped to [..., DIGITS, n], gives [..., 1, n] float32."""
+    return g("MatMul", g.constant(np.array([PLACES])), g("Reshape", g("Cast", sums, to=TensorProto.FLOAT), shape))
+
+
+def _middle(g: Nodes) -> str:
+    return g.constant(np.uint8(1 << (DIGIT_BITS - 1)))
 
 
 def _prefill(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
@@ -220,7 +255,7 @@ def _prefill(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
     scores = g("MatMul", q, g("Concat", keys, tail, axis=3))
     causal = g("Where", "causal", g.constant(np.float32(0)), g.constant(MASKED))
     bias = g("Expand", values.bias, g("Concat", g("Shape", q, start=2, end=3), g.ints(1), axis=0))
-    weights = g("Softmax", g("Add", scores, g("Concat", bias, causal, axis=1)), axis=-1)
+    weights = _softmax(g, g("Add", scores, g("Concat", bias, causal, axis=1)))
 
     codes = g("DequantizeLinear", g("Transpose", "value_pages", perm=(1, 0, 2, 3)), one)
     paged = g("Reshape", g("Mul", codes, g("Unsqueeze", values.value_scales, g.ints(3))), g.ints(kv, 1, -1, dim))
@@ -228,6 +263,11 @@ def _prefill(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
     attention = g("MatMul", weights, g("Concat", paged, tail, axis=2))
     attention = g("Reshape", g("Transpose", attention, perm=(2, 0, 1, 3)), g.ints(-1, kv * group, dim))
     return attention, _mass(g, shape, weights, g("Shape", paged, start=2, end=3), 0, 1, 2)
+
+
+def _softmax(g: Nodes, scores: str) -> str:
+    least = g("Sub", g("ReduceMax", scores, g.ints(-1), keepdims=1), g.constant(RANGE))
+    return g("Softmax", g("Max", scores, least), axis=-1)
 
 
 def _mass(g: Nodes, shape: Geometry, weights: str, n_slots: str, *axes: int) -> str:

@@ -145,4 +145,4 @@ def test_a_token_alone_is_as_exact_as_floats_are(seam: Open, n_pages: int) -> No
     case.feeds["q"] *= 20  # a few tokens have nearly all the weight
     out, _ = seam(0).run(None, case.feeds)
     prefill, _ = seam(0).run(None, {**case.feeds, "alone": np.array(False)})
-    np.testing.assert_allclose(out, prefill, atol=1e-5 * np.abs(prefill).max())
+    np.testing.assert_allclose(out, prefill, atol=3e-5 * np.abs(prefill).max())

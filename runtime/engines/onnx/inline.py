@@ -21,7 +21,7 @@ class OnnxInline:
     max_tokens: int | None = None
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int, *, own_process: bool) -> None:
-        sessions = set_up(manifest.weights, threads, own_process=own_process)
+        sessions = set_up(manifest.weights, threads, own_process=own_process, shared_arena=False)
         self.description = sessions.description
         path = folder / manifest.graphs[0]
         self._name = path.name

@@ -36,7 +36,7 @@ class OrtSetup:
     description: str
 
 
-def set_up(weights: str, threads: int, *, own_process: bool) -> OrtSetup:
+def set_up(weights: str, threads: int, *, own_process: bool, shared_arena: bool = True) -> OrtSetup:
     """Set up a process for many small sessions that run in turn.
 
     Products with int4 weights run on our kernels and our threads where the processor has instructions that the kernels
@@ -46,12 +46,14 @@ def set_up(weights: str, threads: int, *, own_process: bool) -> OrtSetup:
     Args:
         weights: the bundle's weight type.
         own_process: whether :func:`share_threads` is allowed.
+        shared_arena: all sessions compute in one arena, which grows by what is asked for. Where sizes grow from step to step it
+            would keep a block of every size; a session's own grows by doubling, and its blocks serve for what comes.
     """
     name = f"onnxruntime {ort.__version__}"
     if own_process:
         ort.set_default_logger_severity(ort_severity())
     kernels = _native_kernels()
-    options = _options()
+    options = _options(shared_arena=shared_arena)
     if kernels and weights == "int4" and (ours := kernels.dense_names()):
         kernels.operators(threads)
         options.register_custom_ops_library(kernels.__file__)
@@ -69,13 +71,14 @@ def set_up(weights: str, threads: int, *, own_process: bool) -> OrtSetup:
     return OrtSetup(options, lent, name)
 
 
-def _options() -> ort.SessionOptions:
-    _share_arena()
+def _options(*, shared_arena: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
+    if shared_arena:
+        _share_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = ort_severity()
     # Shapes change between prefill and decoding; a pattern per shape and session would only keep memory.
     options.enable_mem_pattern = False
-    options.add_session_config_entry("session.use_env_allocators", "1")
     return options
 
 
