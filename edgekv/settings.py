@@ -276,6 +276,40 @@ _PERCENT = Real("percent", 0, 1000, above=True)
 
 
 @dataclass(frozen=True)
+class Interval:
+    """How often something is done: after so many tokens or seconds; 0 is never."""
+
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Every(Setting[Interval]):
+    """An interval, as a text."""
+
+    @property
+    def wanted(self) -> str:  # noqa: D102
+        return "a number of tokens such as 64, or of seconds such as 30s"
+
+    @property
+    def metavar(self) -> str:  # noqa: D102
+        return "N|SECONDS"
+
+    def _from_value(self, value: object) -> Interval | None:
+        if not isinstance(value, str):
+            return None
+        if value.strip().endswith("s"):
+            seconds = _SECONDS._from_text(value.strip()[:-1])
+            return Interval(0, seconds) if seconds is not None else None
+        tokens = _TOKENS._from_text(value)
+        return Interval(tokens, 0.0) if tokens is not None else None
+
+
+_SECONDS = Real("seconds", 0, 86_400, above=True)
+_TOKENS = Whole("tokens", 1, 2**31 - 1)
+
+
+@dataclass(frozen=True)
 class Words(Setting[str]):
     """A text; ``line``: without control characters, as names are."""
 
@@ -320,13 +354,17 @@ class Place(Setting[Path]):
         return Path(name) if max(map(len, parts)) <= _LONGEST_NAME_BYTES else None
 
 
+#: The kinds of object stores, as their URLs begin.
+OBJECT_STORES = ("s3", "gs", "az", "file", "memory")
+
+
 @dataclass(frozen=True)
 class Target(Setting["Path | str"]):
     """A folder, or the URL of an object store."""
 
     @property
     def wanted(self) -> str:  # noqa: D102
-        return "a folder, or the URL of an object store such as s3://bucket/prefix"
+        return f"a folder, or the URL of an object store: {', '.join(f'{name}://' for name in OBJECT_STORES)}"
 
     @property
     def metavar(self) -> str:  # noqa: D102
@@ -334,7 +372,7 @@ class Target(Setting["Path | str"]):
 
     def _from_value(self, value: object) -> Path | str | None:
         if isinstance(value, str) and "://" in value:
-            return _WORDS._from_value(value)
+            return _WORDS._from_value(value) if value.partition("://")[0] in OBJECT_STORES else None
         return _PLACE._from_value(value)
 
 
@@ -428,11 +466,12 @@ PROMPT = Words("prompt")
 SYSTEM = Words("system")
 STOP = Words("stop")
 PROMPT_TOKENS = Whole("prompt_tokens", 1, MOST_TOKENS)
+#: Of a cache that is made before there is a prompt.
+TOKENS_SO_FAR = Whole("prompt_tokens", 0, MOST_TOKENS)
 MAX_TOKENS = Whole("max_tokens", 1, MOST_TOKENS)
 PINNED = Whole("pin", 0, MOST_TOKENS)
 #: Of a cache that is made before anything is generated: none may follow.
 TO_FOLLOW = Whole("max_tokens", 0, MOST_TOKENS)
-PROMPT_TOKENS = Whole("prompt_tokens", 0, MOST_TOKENS)
 
 PAGE_SIZE = Whole("page_size", 4, 128)
 CONTEXT = Whole("context", 1, MOST_TOKENS)
@@ -457,6 +496,7 @@ ENCRYPT_OFFLOAD = Flag("encrypt_offload")
 OWN_PROCESS = Flag("own_process")
 
 CHECKPOINT_TOKENS = Whole("checkpoint_tokens", 0, MOST_TOKENS)
+CHECKPOINT_EVERY = Every("checkpoint_every")
 CHECKPOINT_SECONDS = Real("checkpoint_seconds", 0, 86_400)
 
 MAX_MEMORY_MB = Real("max_memory_mb", 0, 2**30, above=True)

@@ -99,7 +99,6 @@ def main() -> None:
     ):
         table.add_row(label, value(roomy), value(tight))
     console.print(table)
-    rest = tight["peak_rss_bytes"] - in_ram(tight)
     rest = (tight["peak_rss_bytes"] - in_ram(tight)) / 2**20
     say(
         f"The rest of the process, {rest:.0f} MiB, is interpreter, libraries and weights. What grows with the text is above: this"

@@ -69,7 +69,8 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = ()) -> De
         windows=config.windows,
         tied_embeddings=config.tied_embeddings,
         bos_token_id=config.bos_token_id,
-        eos_token_ids=eos + tuple(token for token in further_eos if token not in eos),
+        # Some name -1, or a token beyond the vocabulary, to say that there is none.
+        eos_token_ids=tuple(token for token in dict.fromkeys(eos + further_eos) if 0 <= token < config.vocab_size),
     )
     return DecoderConfig(
         model=model,

@@ -20,7 +20,7 @@ import numpy as np
 
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.errors import EngineError, UsageError
-from edgekv.settings import KV_BUDGET, MAX_TOKENS, PINNED, PROMPT, PROMPT_TOKENS, TO_FOLLOW, whole_numbers
+from edgekv.settings import KV_BUDGET, MAX_TOKENS, PINNED, PROMPT, TO_FOLLOW, TOKENS_SO_FAR, whole_numbers
 from edgekv.tiers import KVMode
 
 from .decoder.base import Rows
@@ -439,7 +439,7 @@ class Generator:
         context = planned_context(
             self.options,
             self.manifest.model.max_context,
-            PROMPT_TOKENS.check(prompt_tokens),
+            TOKENS_SO_FAR.check(prompt_tokens),
             TO_FOLLOW.check(max_tokens),
         )
         with self._turns:

@@ -50,6 +50,11 @@ def refused(result: subprocess.CompletedProcess[str], code: int, *words: str) ->
         assert word in lines[0], lines[0]
 
 
+def test_where_the_statistics_cannot_go_is_said_before_the_run(bundle: Bundle, tmp_path: Path) -> None:
+    result = cli("run", bundle("demo"), "--prompt", "It was", "-n", "4", "--stats", tmp_path / "gone" / "stats.json")
+    refused(result, 2, "--stats", "is no folder that can be written to")
+
+
 def test_text_goes_to_stdout_and_everything_else_to_stderr(bundle: Bundle) -> None:
     result = cli("run", bundle("demo"), "--prompt", "It was a dark night", "-n", "12")
     assert result.returncode == 0

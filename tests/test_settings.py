@@ -16,7 +16,7 @@ from edgekv.errors import UsageError
 from edgekv.runtime.options import RunOptions, SessionOptions
 from edgekv.runtime.pages.policy import make_policy
 from edgekv.runtime.sampling import SamplingOptions
-from edgekv.settings import Budget, Flag, Place, Real, Setting, Size, Target, Whole, Words, parse_attend
+from edgekv.settings import Budget, Flag, Interval, Place, Real, Setting, Size, Target, Whole, Words, parse_attend
 
 ALL: list[Setting[Any]] = [value for value in vars(settings).values() if isinstance(value, Setting)]
 SILLY = [
@@ -36,6 +36,8 @@ def within(setting: Setting[Any], found: object) -> bool:
         return type(found) is int and setting.least <= found <= setting.most
     if isinstance(setting, Real):
         return type(found) is float and math.isfinite(found) and setting.least <= found <= setting.most
+    if isinstance(found, Interval):
+        return (found.tokens > 0) != (0 < found.seconds <= 86_400)
     if isinstance(setting, Size):
         return type(found) is int and 0 < found <= 2**60
     if isinstance(setting, Budget):
@@ -98,6 +100,27 @@ def test_a_number_is_taken_as_a_text_when_it_is_taken_as_a_value(setting: Settin
 )
 def test_sizes_are_read_in_the_units_that_people_write(text: str, size: int) -> None:
     assert settings.FLASH_LIMIT.read(text) == settings.KV_BUDGET.check(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "interval"), [("64", Interval(64, 0)), (" 30s ", Interval(0, 30)), ("1.5s", Interval(0, 1.5))]
+)
+def test_an_interval_is_tokens_or_seconds(text: str, interval: Interval) -> None:
+    assert settings.CHECKPOINT_EVERY.read(text) == interval
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "0s", "-1", "2.5", "s", "nans", "1e9", "9" * 5000, "\N{ARABIC-INDIC DIGIT THREE}"]
+)
+def test_an_interval_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="a number of tokens such as 64, or of seconds such as 30s"):
+        settings.CHECKPOINT_EVERY.read(text)
+
+
+@pytest.mark.parametrize("target", ["ftp://x/y", "://", "s3:/ /x://"])
+def test_the_kind_of_an_object_store_is_known_before_the_run(target: str) -> None:
+    with pytest.raises(UsageError, match="s3://, gs://, az://, file://, memory://"):
+        settings.OFFLOAD.check(target)
 
 
 def test_an_environment_variable_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ from .output import Facts, print_json, stdout
 
 #: Tokens of an answer, when --prompt does not say how much of the context is prompt.
 ANSWER = 256
+#: Tokens that are planned for when nothing else is asked, if the model was made for so many.
+CONTEXT = 4096
 #: Columns that the table of all devices takes.
 MATRIX_WIDTH = 112
 
@@ -46,7 +48,7 @@ def plan_command(
     model: Annotated[Path, argument(settings.FILE, "MODEL", help="A bundle, a Hugging Face folder, or a config.json; weights are not read.")],
     profile: Annotated[str | None, option(settings.PROFILE, "--profile", metavar="NAME|FILE", help="The device; see `edgekv profiles`.")] = None,
     all_profiles: Annotated[bool, typer.Option("--all-profiles", help="One line for every device.")] = False,
-    context: Annotated[int, option(settings.CONTEXT, "--context", help="Tokens in the sequence at the most.")] = 4096,
+    context: Annotated[int | None, option(settings.CONTEXT, "--context", help=f"Tokens in the sequence at the most. Default: {CONTEXT}, or what the model was made for.")] = None,
     prompt: Annotated[int | None, option(settings.PROMPT_TOKENS, "--prompt", help=f"Tokens of it that are read before the first answer. Default: all but {ANSWER}, half at the least.")] = None,
     engine: Annotated[str | None, option(settings.WORD, "--engine", autocompletion=beginning_with(lambda: settings.ENGINE.words), help="onnx or executorch. Default: the bundle's, or onnx.")] = None,
     weights: Annotated[str | None, option(settings.WEIGHTS, "--weights", help="int4, int8, fp16 or fp32. Default: the bundle's, or what `edgekv export` would choose.")] = None,
@@ -60,6 +62,8 @@ def plan_command(
         raise UsageError("give --profile NAME or --all-profiles; `edgekv profiles` lists them")
     planned = read_model(model, engine=engine, weights=weights)
     longest = planned.geometry.max_context
+    if context is None:
+        context = min(CONTEXT, longest)
     if context > longest:
         raise UsageError(f"--context {context} is above what the model was made for, {longest}; lower it")
     if prompt is None:

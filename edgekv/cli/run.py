@@ -21,7 +21,7 @@ from edgekv.sizes import format_bytes
 from edgekv.tiers import KVMode, PressureMode
 
 from .chat import converse, remembered
-from .files import read_text, write_text
+from .files import check_writable, read_text, write_text
 from .interrupt import Interrupted, Signals
 from .options import argument, option
 from .output import Facts, print_json_line, stderr
@@ -79,7 +79,7 @@ def run_command(
     pressure: Annotated[PressureMode, option(settings.PRESSURE, "--pressure", help="auto: give memory back when a control group nears its limit or the system stalls for memory (Linux).")] = PressureMode.AUTO,
     session: Annotated[Path | None, option(settings.FILE, "--session", metavar="FILE", help="Keep the sequence in FILE (a folder) across runs; what a later prompt shares with it is not computed again. Pages are INT8.")] = None,
     resume: Annotated[bool, typer.Option("--continue", help="Go on with the session where it stopped; a prompt is added to its end.")] = False,
-    checkpoint_every: Annotated[str | None, typer.Option("--checkpoint-every", metavar="N|SECONDS", help="Save the session after so many new tokens (64) or seconds (30s), and at the end. Default: 64.")] = None,
+    checkpoint_every: Annotated[settings.Interval | None, option(settings.CHECKPOINT_EVERY, "--checkpoint-every", help="Save the session after so many new tokens (64) or seconds (30s), and at the end. Default: 64.")] = None,
     encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt the session with a key from --key-file, $EDGEKV_SESSION_KEY or the keyring. Without --session: encrypt offloaded pages with a key that ends with the process.")] = False,
     key_file: Annotated[Path | None, option(settings.FILE, "--key-file", metavar="FILE", help="Secret of 16 bytes or more; implies --encrypt.")] = None,
     temperature: Annotated[float, option(settings.TEMPERATURE, "--temperature", "-t", help="0 is greedy.")] = 0.0,
@@ -109,6 +109,8 @@ def run_command(
     if system is not None and not chat:
         raise UsageError("--system is the system message of a conversation; give it with --chat")
     kept = session_options(session, resume, checkpoint_every, encrypt and session is not None, key_file)
+    if stats is not None:
+        check_writable(stats, "--stats")
     if kv_budget and profile:
         raise UsageError("give --kv-budget or --profile, not both: the profile sets the budget")
     if chat and context is None:

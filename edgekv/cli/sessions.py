@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from edgekv import settings
 from edgekv.errors import UsageError
+from edgekv.settings import Interval
 from edgekv.sizes import format_bytes
 
 from .options import option
@@ -182,7 +182,7 @@ def remove(
 
 
 def session_options(
-    path: Path | None, resume: bool, every: str | None, encrypt: bool, key_file: Path | None
+    path: Path | None, resume: bool, every: Interval | None, encrypt: bool, key_file: Path | None
 ) -> SessionOptions | None:
     """Turn the options of `edgekv run` into those of a session, or None without one.
 
@@ -201,20 +201,12 @@ def session_options(
             if given:
                 raise UsageError(f"{name} needs --session FILE")
         return None
-    tokens, seconds = parse_every(every or "64")
-    return SessionOptions(path, tokens, seconds, _secret(encrypt, key_file))
-
-
-def parse_every(text: str) -> tuple[int, float]:
-    """Read ``64`` as tokens, ``30s`` as seconds.
-
-    Raises:
-        UsageError: neither.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s?)\s*", text)
-    if match is None or float(match[1]) <= 0 or (not match[2] and "." in match[1]):
-        raise UsageError(f"not a number of tokens or seconds: {text!r}; write it like 64 or 30s")
-    return (0, float(match[1])) if match[2] else (int(match[1]), 0.0)
+    secret = _secret(encrypt, key_file)
+    return (
+        SessionOptions(path, secret=secret)
+        if every is None
+        else SessionOptions(path, every.tokens, every.seconds, secret)
+    )
 
 
 def continued(generator: Generator, text: str | None) -> list[int]:

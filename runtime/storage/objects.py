@@ -9,11 +9,11 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from edgekv.errors import EngineMissing, StoreError, UsageError
+from edgekv.settings import OBJECT_STORES
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Objects
 
-SCHEMES = ("s3", "gs", "az", "file", "memory")
 #: Seconds that a store may stay silent, retries included, before the run ends with an error.
 PATIENCE_S = 60.0
 #: The same for requests on which no run depends yet.
@@ -34,8 +34,8 @@ def open_objects(url: str, patience_s: float) -> Objects:
         UsageError: not a URL of a known kind. EngineMissing: the obstore package is not installed.
     """
     scheme = url.partition("://")[0]
-    if scheme not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in SCHEMES)
+    if scheme not in OBJECT_STORES:
+        known = ", ".join(f"{name}://" for name in OBJECT_STORES)
         raise UsageError(f"cannot offload to {url}: the kinds of object stores are {known}")
     try:
         from obstore.store import LocalStore, MemoryStore, from_url

@@ -218,6 +218,12 @@ def test_the_rope_of_older_configs_is_the_same(copy: Path) -> None:
     assert open_checkpoint(copy).config.model.rope == new
 
 
+def test_end_tokens_that_the_vocabulary_lacks_are_none(copy: Path) -> None:
+    change_config(copy, eos_token_id=[-1, 257, 384])
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 300, 9999]}))
+    assert open_checkpoint(copy).config.model.eos_token_ids == (257, 300)
+
+
 def test_end_tokens_come_from_both_configs(copy: Path) -> None:
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [300, 257]}))
     assert open_checkpoint(copy).config.model.eos_token_ids == (257, 300)

@@ -70,6 +70,14 @@ def test_pages_are_in_the_tiers_that_the_plan_says(bundle: Callable[..., Path], 
         assert abs(planned[tier] - count) <= model.geometry.n_layers + 2
 
 
+@pytest.mark.parametrize(("made_for", "planned"), [(512, 512), (2048, 2048), (131072, 4096)])
+def test_a_plan_takes_a_context_that_the_model_was_made_for(config: Path, made_for: int, planned: int) -> None:
+    config.write_text(json.dumps({**LLAMA_3B, "max_position_embeddings": made_for}))
+    done = CliRunner().invoke(app, ["plan", str(config), "--profile", "raspberry-pi-5-8gb", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["plan"]["workload"]["context"] == planned
+
+
 def test_a_bundle_and_its_checkpoint_have_the_same_shape_and_nearly_the_same_weights(
     bundle: Callable[..., Path], checkpoint: Callable[[str], Path]
 ) -> None:
