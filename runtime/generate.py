@@ -20,6 +20,7 @@ import numpy as np
 
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.errors import EngineError, UsageError
+from edgekv.schema import shown
 from edgekv.settings import KV_BUDGET, MAX_TOKENS, PINNED, PROMPT, TO_FOLLOW, TOKENS_SO_FAR, whole_numbers
 from edgekv.tiers import KVMode
 
@@ -47,6 +48,9 @@ from .system.process import cache_home as cache_home
 from .system.process import default_threads as default_threads
 from .text import Text, TextStream
 from .turns import Turns
+
+#: Called with (tokens done, tokens to do).
+Progress = Callable[[int, int], None]
 
 
 class Generator:
@@ -151,7 +155,7 @@ class Generator:
         stop: str | Sequence[str] = (),
         before: Sequence[int] = (),
         pin: str | int = 0,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress | None = None,
     ) -> Iterator[str]:
         """Generate text, piece by piece.
 
@@ -162,7 +166,8 @@ class Generator:
             before: tokens whose text the answer goes on in the middle of, such as those of a session that is continued.
             pin: what must stay, such as a system prompt: the beginning of the prompt, or its number of tokens. Reclaim
                 offloads its pages last and never drops them.
-            progress: called during prefill with (tokens done, tokens to do).
+            progress: called during prefill with (tokens done, tokens to do). When it gives the generator another text, this one
+                cannot go on; a fork is free to use.
 
         Raises:
             UsageError: an argument has another type or is out of range, such as a token beyond the vocabulary; another thread
@@ -203,7 +208,7 @@ class Generator:
         max_tokens: int = 256,
         sampling: SamplingOptions | None = None,
         pin: int = 0,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress | None = None,
     ) -> abc.Generator[int]:
         """Generate tokens; ends at ``max_tokens``, where the context ends, or before an end-of-sequence token.
 
@@ -248,7 +253,7 @@ class Generator:
         *,
         max_tokens: int,
         pin: int = 0,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress | None = None,
     ) -> Float:
         """Bring the cache to hold the prompt and return the logits after its last token [vocab_size] float32.
 
@@ -260,63 +265,88 @@ class Generator:
             self._turns.begin()
             return self._prefill(prompt, max_tokens, pin, progress)
 
-    def _prefill(self, prompt: Sequence[int], max_tokens: int, pin: int, progress: Callable[[int, int], None]) -> Float:
+    def _prefill(self, prompt: Sequence[int], max_tokens: int, pin: int, progress: Progress | None) -> Float:
         PINNED.check(pin)
+        if progress is not None and not callable(progress):
+            raise UsageError(f"progress must be a function of (tokens done, tokens to do), not {shown(progress)}")
         if self.prepared is None:
             self._begin_with_prefix(prompt, TO_FOLLOW.check(max_tokens))
         self.prepare(len(prompt), max_tokens)
         assert self.prepared is not None
+        text = self._turns.begin()
         reused = self._reuse(prompt)
         self.prepared.cache.pin(min(pin, len(prompt)))
         started = self._machine.now()
         done, total = reused, len(prompt)
-        logits = None
+        last: Float | None = None
         if self._keeper is not None:
             self._keeper.began(self.prepared.cache, reused, total)
         while done < total:
             part = prompt[done : self._steps.next_stop(done, total, self.options.prefill_chunk)]
             logits = self._run(part, "last" if done + len(part) == total else "none")
             done += len(part)
-            progress(done - reused, total - reused)
-        assert logits is not None
+            if done == total:
+                last = logits[-1].copy()  # the callback may step a fork, whose logits stand where these do
+            if progress is not None:
+                progress(done - reused, total - reused)
+                self._turns.check(text)
+        assert last is not None
         self.stats.prefill_seconds += self._machine.now() - started
         self.stats.prefill_tokens += total - reused
         self.stats.reused_tokens += reused
-        last: Float = logits[-1]
         return last
 
     def step(self, tokens: Sequence[int]) -> Float:
         """Add tokens to a sequence that :meth:`prefill` began and return the logits after the last one [vocab_size] float32.
 
         Raises:
-            UsageError: a token is not of the vocabulary, or there is none. EngineError: the logits are not finite. Nothing
-                was added.
+            UsageError: a token is not of the vocabulary, there is none, or more than ``prefill_chunk`` of them. EngineError: the
+                logits are not finite. Nothing was added.
         """
         with self._turns:
             if self.prepared is None:
                 raise UsageError("there is no sequence to add to; call prefill() first")
-            tokens = self._some(tokens)
+            tokens, most = self._some(tokens), self.options.prefill_chunk
+            if len(tokens) > most:
+                raise UsageError(
+                    f"step() adds 1..{most} tokens at a time (prefill_chunk), not {len(tokens)}; give prefill() the whole"
+                    " sequence: it computes what is new"
+                )
             self._turns.begin()
             logits: Float = self._run(tokens, "last")[-1]
         return logits
 
     def score(self, tokens: Sequence[int]) -> Float:
-        """Add tokens and return the logits after each of them [T, vocab_size] (teacher forcing); not with a session."""
-        if self._keeper is not None:
+        """Add tokens and return the logits after each of them [T, vocab_size] (teacher forcing).
+
+        Raises:
+            UsageError: a token is not of the vocabulary, there is none, or the generator has a session.
+        """
+        if self.options.session is not None:
             raise UsageError("score() computes every token; use it without a session")
         tokens = self._some(tokens)
         with self._turns:
             self._turns.begin()
-            self.prepare(len(self._tokens) + len(tokens), 0)
-            parts, first = [], len(self._tokens)
-            while (done := len(self._tokens) - first) < len(tokens):
-                stop = self._steps.next_stop(first + done, first + len(tokens), self.options.prefill_chunk)
-                parts.append(self._run(tokens[done : stop - first], "all").copy())
-        return np.concatenate(parts)
+            held, steps = self._tokens, self._steps
+            self.prepare(len(held) + len(tokens), 0)
+            if self._tokens is not held:  # a longer cache is a new one: what was in the sequence is computed again
+                self._steps = steps
+                self._extend(held, "none")
+            return np.concatenate(self._extend(tokens, "all"))
+
+    def _extend(self, tokens: Sequence[int], rows: Rows) -> list[Float]:
+        """Add tokens in the steps of a prompt, and return the logits of each step."""
+        parts, first = [], len(self._tokens)
+        while (done := len(self._tokens) - first) < len(tokens):
+            stop = self._steps.next_stop(first + done, first + len(tokens), self.options.prefill_chunk)
+            parts.append(self._run(tokens[done : stop - first], rows).copy())
+        return parts
 
     def _ids(self, tokens: Sequence[int]) -> list[int]:
         """Check that tokens are numbers of the vocabulary, and return them as plain integers."""
         ids: list[int] = whole_numbers(tokens, "a token", most=self.manifest.model.vocab_size - 1).tolist()
+        if np.ndim(tokens) != 1:
+            raise UsageError(f"tokens must stand in one row, such as [1, 2, 3], not {shown(tokens)}")
         return ids
 
     def _some(self, tokens: Sequence[int]) -> list[int]:

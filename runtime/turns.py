@@ -68,17 +68,26 @@ class Turns:
         self._text, self._thread = object(), None
         return self._text
 
-    def take(self, text: object) -> None:
-        """Let this thread take the next token of a text.
+    def check(self, text: object) -> None:
+        """Refuse to go on with a text, after a callback too: what it called may have used the generator.
 
         Raises:
-            UsageError: it is not the one in the cache any more.
+            UsageError: it is not the one in the cache any more, or the generator was closed.
         """
+        self.check_open()
         if self._text is not text:
             raise UsageError(
                 "this text cannot go on: its generator was given another one meanwhile. Finish one before the next, or give"
                 " each its own cache with Generator.fork()"
             )
+
+    def take(self, text: object) -> None:
+        """Let this thread take the next token of a text.
+
+        Raises:
+            UsageError: see :meth:`check`.
+        """
+        self.check(text)
         self._thread = threading.current_thread()
 
     def over(self, text: object, last: Callable[[], None]) -> None:

@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from edgekv.errors import BudgetError, CorruptPage, PromptTooLong, StoreFull
+from edgekv.errors import BudgetError, CorruptPage, PromptTooLong, StoreFull, UsageError
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
 from edgekv.runtime.sampling import SamplingOptions
@@ -225,3 +226,50 @@ def test_dropping_is_off_unless_allowed_and_reported_when_it_happens(bundle: Bun
         assert pages is not None
         assert pages.pages_dropped == 0
         assert pages.pages_offloaded > 0
+
+
+@pytest.mark.parametrize("prompt", [5, np.int64(5), [[1]], [[1, 2], [3, 4]], np.array([[1, 2]]), [[]]])
+def test_a_prompt_that_is_no_row_of_tokens_is_refused_and_named(bundle: Bundle, prompt: Any) -> None:
+    with Generator.open(bundle("demo"), RunOptions(threads=2)) as generator:
+        for call in (
+            lambda: list(generator.stream(prompt, max_tokens=1)),
+            lambda: list(generator.stream([5], before=prompt, max_tokens=1)),
+            lambda: generator.prefill(prompt, max_tokens=1),
+            lambda: generator.score(prompt),
+        ):
+            with pytest.raises(UsageError, match=r"tokens must stand in one row, such as \[1, 2, 3\], not ") as caught:
+                call()
+            assert str(caught.value).endswith(" ".join(repr(prompt).split()))
+
+
+def test_progress_may_be_none_and_is_refused_by_name_where_it_cannot_be_called(bundle: Bundle) -> None:
+    with Generator.open(bundle("demo"), RunOptions(threads=2)) as generator:
+        expected = list(generator.stream([5, 6], max_tokens=3))
+        assert list(generator.stream([5, 6], max_tokens=3, progress=None)) == expected
+        wrong: Any = 5
+        with pytest.raises(UsageError, match=r"progress must be a function .* not 5"):
+            list(generator.stream([5, 6], max_tokens=3, progress=wrong))
+
+
+def test_a_step_of_more_tokens_than_a_step_of_prefill_is_refused_and_adds_nothing(bundle: Bundle) -> None:
+    with Generator.open(bundle("demo"), RunOptions(threads=2, prefill_chunk=32)) as generator:
+        generator.prefill([1, 2, 3], max_tokens=100)
+        with pytest.raises(UsageError, match=r"step\(\) adds 1\.\.32 tokens at a time \(prefill_chunk\), not 33"):
+            generator.step([5] * 33)
+        assert generator.sequence == [1, 2, 3]
+        after = generator.step([5] * 32).copy()
+    with Generator.open(bundle("demo"), RunOptions(threads=2, prefill_chunk=32)) as generator:
+        generator.prefill([1, 2, 3], max_tokens=100)
+        assert np.array_equal(generator.step([5] * 32), after)
+
+
+def test_score_goes_on_from_what_the_cache_holds_however_long_that_was_made_for(bundle: Bundle) -> None:
+    prompt, more = list(range(20, 70)), list(range(80, 140))
+    options = RunOptions(threads=2, prefill_chunk=32, kv=KVMode.INT8)
+    with Generator.open(bundle("demo"), options) as generator:
+        generator.prefill(prompt, max_tokens=200)
+        expected = generator.score(more)
+    with Generator.open(bundle("demo"), options) as generator:
+        generator.prefill(prompt, max_tokens=1)
+        assert np.array_equal(generator.score(more), expected)
+        assert generator.sequence == prompt + more

@@ -240,3 +240,71 @@ def test_a_process_ends_cleanly_with(how: str, folder: Path) -> None:
             run.stdout
             == "a forked process cannot use the generator of its parent, whose threads it does not have: open it after the fork\n"
         )
+
+
+LONG = [token % 250 for token in range(600)]  # three steps of prefill
+NESTED: dict[str, Callable[[Generator], object]] = {
+    "stream": lambda generator: list(generator.stream("It", max_tokens=3)),
+    "tokens": lambda generator: alone(generator, SECOND),
+    "a text that is left": lambda generator: next(generator.tokens(SECOND, max_tokens=3)),
+    "prefill": lambda generator: generator.prefill([5, 6, 7], max_tokens=0),
+    "step": lambda generator: generator.step([5]),
+    "score": lambda generator: generator.score([5, 6]),
+    "prepare": lambda generator: generator.prepare(900, 50),
+    "close": lambda generator: generator.close(),
+}
+OUTER: dict[str, Callable[[Generator, Callable[[int, int], None]], object]] = {
+    "stream": lambda generator, progress: list(generator.stream(LONG, max_tokens=4, progress=progress)),
+    "tokens": lambda generator, progress: list(generator.tokens(LONG, max_tokens=4, progress=progress)),
+    "prefill": lambda generator, progress: generator.prefill(LONG, max_tokens=4, progress=progress),
+}
+
+
+@pytest.mark.parametrize("when", [256, 600], ids=["in the middle", "at the end"])
+@pytest.mark.parametrize("nested", NESTED)
+@pytest.mark.parametrize("outer", OUTER)
+def test_a_callback_that_gives_the_generator_another_text_ends_the_one_it_was_called_for(
+    outer: str, nested: str, when: int, folder: Path
+) -> None:
+    with Generator.open(folder, RunOptions(threads=1, pressure=PressureMode.IGNORE)) as generator:
+
+        def progress(done: int, total: int) -> None:
+            if done == when:
+                NESTED[nested](generator)
+
+        with pytest.raises(UsageError, match=r"this text cannot go on|closed in the middle of a call"):
+            OUTER[outer](generator, progress)
+        assert generator.prepared is None or generator.sequence[:256] != LONG[:256] or nested in ("step", "score")
+
+
+def test_a_session_holds_the_text_that_a_callback_began_and_nothing_of_the_one_that_it_ended(
+    folder: Path, tmp_path: Path
+) -> None:
+    options = RunOptions(threads=1, session=SessionOptions(tmp_path / "a.kv"))
+    with Generator.open(folder, options) as generator:
+        answer: list[int] = []
+
+        def progress(done: int, total: int) -> None:
+            if not answer:
+                answer.extend(alone(generator, SECOND))
+
+        with pytest.raises(UsageError, match="cannot go on"):
+            list(generator.tokens(LONG, max_tokens=8, progress=progress))
+        assert generator.sequence == SECOND + answer
+    with Generator.open(folder, options) as again:
+        assert again.session is not None
+        assert again.session.tokens == (SECOND + answer)[: len(again.session.tokens)]
+        assert len(again.session.tokens) >= len(SECOND)
+
+
+def test_a_callback_may_use_a_fork_and_what_leaves_the_text_alone(generator: Generator) -> None:
+    expected = generator.prefill(LONG, max_tokens=8).copy()
+    generator.prefill(SECOND, max_tokens=8)
+    with generator.fork(generator.options) as other:
+
+        def progress(done: int, total: int) -> None:
+            alone(other, SECOND)
+            generator.save()
+            generator.on_pressure("none")
+
+        assert generator.prefill(LONG, max_tokens=8, progress=progress).tolist() == expected.tolist()

@@ -144,3 +144,16 @@ def test_prefixes_from_the_command_line(bundle: Bundle, tmp_path: Path) -> None:
     assert call("prefix", "list") == []
     result = runner.invoke(app, ["prefix", "rm", "beef"])
     assert isinstance(result.exception, UsageError)
+
+
+def test_score_and_step_do_with_a_cached_prefix_what_they_do_without(bundle: Bundle) -> None:
+    folder, long = bundle("demo"), tokens(100)
+    add_prefix(folder, long, SHORT)
+    found: list[tuple[int, list[object]]] = []
+    for prefixes_on in (False, True):
+        with Generator.open(folder, dataclasses.replace(SHORT, prefixes=prefixes_on)) as generator:
+            list(generator.tokens(long + tokens(9, 1), max_tokens=2))
+            longer = generator.score(tokens(70, 2)).tolist()
+            found.append((generator.stats.reused_tokens, [longer, generator.score([7, 8]).tolist()]))
+    assert (found[0][0], found[1][0]) == (0, 96)
+    assert found[0][1] == found[1][1]
