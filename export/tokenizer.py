@@ -17,6 +17,9 @@ from typing import Any
 from edgekv.bundle import TOKENIZER
 from edgekv.errors import CheckpointError
 from edgekv.model_config import read_json_object
+from edgekv.schema import shown
+
+from .tokenizer_class import as_class
 
 #: The names under which a tokenizer's configuration holds special tokens. Source: transformers, SPECIAL_TOKENS_ATTRIBUTES.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -72,7 +75,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:
         vocab_size: rows of the embedding; a named token (often a pad token) that would get none is not added.
 
     Raises:
-        CheckpointError: tokenizer.json is missing or damaged, two files give a token different ids, or a token has no row.
+        CheckpointError: tokenizer.json is missing or damaged, two files give a token different ids, a token has no row, or
+            tokenizer_config.json has a value that means nothing or cannot be kept.
     """
     path = folder / TOKENIZER
     if not path.is_file():
@@ -83,6 +87,10 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:
     tokenizer = _load(path, text)
     settings_path = folder / "tokenizer_config.json"
     settings = _optional(settings_path)
+    if settings.get("split_special_tokens"):  # a switch of transformers that a tokenizer.json has no place for
+        raise CheckpointError(
+            f"{settings_path}: split_special_tokens is on, and a bundle always reads special tokens as such; set it to false"
+        )
     added = {entry["content"]: entry for entry in _entries(path, data.get("added_tokens") or [])}
     before = sorted(added.values(), key=_number)
     declared = settings.get("added_tokens_decoder")
@@ -90,6 +98,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:
         entries = _entries(settings_path, _by_id(settings_path, declared))
     else:  # as older versions of transformers wrote them
         settings |= _optional(folder / "special_tokens_map.json")
+        _refuse_no_tokens(settings_path, settings)
         entries = _legacy(folder / "added_tokens.json", settings)
         entries = [e for e in entries if e["content"] not in added or e["id"] != added[e["content"]]["id"]]
     for entry in entries:
@@ -98,6 +107,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:
             raise _disagree(folder, entry, known["id"])
         # A token that is special once stays so; what else is said of it, the configuration says last.
         added[entry["content"]] = {**entry, "special": known["special"] or entry["special"]}
+    _refuse_no_tokens(settings_path, settings)
     named, further = _special(settings, tokenizer)
     free = max((tokenizer.get_vocab_size(), *(entry["id"] + 1 for entry in added.values())))
     for token in (*named.values(), *further):
@@ -110,8 +120,9 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:
         if number is not None:
             added[token["content"]] = {**token, "id": number}
     tokens = sorted(added.values(), key=_number)
-    if tokens != before or data.get("truncation") or data.get("padding"):
-        text = json.dumps({**data, "added_tokens": tokens, "truncation": None, "padding": None}, ensure_ascii=False)
+    made = as_class(data, settings, str(_optional(folder / "config.json").get("model_type")))
+    if made is not data or tokens != before or data.get("truncation") or data.get("padding"):
+        text = json.dumps({**made, "added_tokens": tokens, "truncation": None, "padding": None}, ensure_ascii=False)
         tokenizer = _load(path, text)
     for entry in tokens:
         if (number := tokenizer.token_to_id(entry["content"])) != entry["id"]:
@@ -155,6 +166,24 @@ def _special(settings: Mapping[str, Any], tokenizer: Any) -> tuple[dict[str, Add
     return named, [token for value in extra if (token := _token(value)) is not None]
 
 
+def _refuse_no_tokens(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse special tokens that are none, where the names say that they are."""
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        listed = settings.get(name) or []
+        if not isinstance(listed, list | dict):
+            raise _no_tokens(path, name, listed, "a list of tokens or an object of them by name")
+        for value in listed.values() if isinstance(listed, dict) else listed:
+            if value and _token(value) is None:
+                raise _no_tokens(path, name, value, "texts, or objects with a content, as tokens")
+    for name in NAMED:
+        if settings.get(name) and _token(settings[name]) is None:
+            raise _no_tokens(path, name, settings[name], "a text, or an object with a content")
+
+
+def _no_tokens(path: Path, name: str, value: object, wanted: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {name} must have {wanted}, not {shown(value)}; download the checkpoint again")
+
+
 def _token(value: Any) -> Added | None:
     """Read a special token as configurations write it, a string or an object; None where there is none."""
     flags = value if isinstance(value, dict) else {}
@@ -172,7 +201,7 @@ def _number(entry: Added) -> int:
 
 
 def _by_id(path: Path, declared: Any) -> list[Any]:
-    if not isinstance(declared, dict) or not all(str(key).isdecimal() for key in declared):
+    if not isinstance(declared, dict) or not all(str(key).isdecimal() and len(str(key)) < 12 for key in declared):
         raise CheckpointError(f"{path}: added_tokens_decoder does not give tokens by id; download the checkpoint again")
     tokens = sorted(((int(key), value) for key, value in declared.items()), key=lambda pair: pair[0])
     return [{**value, "id": key} if isinstance(value, dict) else value for key, value in tokens]
@@ -221,6 +250,15 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if (others / "default.jinja").is_file():
         return _read(others / "default.jinja")
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several named templates: the one called "default"
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
+    if isinstance(template, list) and all(map(_is_named_template, template)):  # the one called "default"
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a text, or a list of objects with a name and a template,"
+            f" not {shown(template)}; download the checkpoint again"
+        )
+    return template
+
+
+def _is_named_template(entry: object) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))

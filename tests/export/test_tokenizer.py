@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from edgekv.bundle import read_manifest
 from edgekv.errors import CheckpointError
@@ -239,3 +241,72 @@ def test_a_bundle_of_before_names_its_tokens_by_the_models_numbers(
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}] * 2
     old, new = (Text.open(folder, read_manifest(folder)) for folder in (copy, bundle("demo")))
     assert old.encode_chat(messages) == new.encode_chat(messages)
+
+
+CLASSES: dict[str, tuple[str, Settings]] = {
+    f"{cls} of {kind} with {more}": (kind, {"tokenizer_class": cls, **more})
+    for kind, classes in {
+        "byte_level": ("GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"),
+        "llama_2": ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"),
+    }.items()
+    for cls in classes
+    for more in ({}, {"add_prefix_space": True}, {"add_prefix_space": False}, {"legacy": True}, {"legacy": False})
+    if cls.startswith("Llama") or "legacy" not in more
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "model_type"),
+    [
+        (case, model_type)
+        for case in CLASSES
+        for model_type in ("llama", "mistral", "qwen3", *(["qwen2"] if case.startswith("Qwen2") else []))
+    ],
+)
+def test_a_tokenizer_class_and_its_prefix_space_give_the_tokens_of_transformers(
+    case: str, model_type: str, tmp_path: Path
+) -> None:
+    kind, settings = CLASSES[case]
+    tokenizer = make_tokenizer(kind)
+    if settings["tokenizer_class"] == "Qwen2Tokenizer":  # this class splits in a way of its own
+        split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", **settings})
+    write(tmp_path, "config.json", {"model_type": model_type})
+    reference, (_, text) = AutoTokenizer.from_pretrained(tmp_path), opened(tmp_path)
+    for saying in ("Hello world", " Hello  world", "<s>Hi</s> there\n<|im_start|>it isn't", "\t東京", SAYING, ""):
+        ids = reference.encode(saying)
+        assert text.encode(saying) == ids, saying
+        assert text.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split_special_tokens": True}, "split_special_tokens is on"),
+        ({"chat_template": ["a"]}, "chat_template must be a text, or a list of objects .* not ['a']"),
+        ({"chat_template": [{"name": "default", "template": 5}]}, "chat_template must be a text"),
+        ({"chat_template": 5}, "chat_template must be a text, .* not 5"),
+        ({"chat_template": {"default": "a"}}, "chat_template must be a text"),
+        ({"extra_special_tokens": 5}, "extra_special_tokens must have a list of tokens or an object"),
+        ({"extra_special_tokens": "<a>"}, "extra_special_tokens must have a list of tokens or an object"),
+        ({"extra_special_tokens": [5]}, "extra_special_tokens must have texts"),
+        ({"extra_special_tokens": {"tool_token": ["a"]}}, "extra_special_tokens must have texts"),
+        ({"additional_special_tokens": True}, "additional_special_tokens must have a list"),
+        ({"bos_token": 5}, "bos_token must have a text, or an object with a content, not 5"),
+        ({"eos_token": {"text": "a"}}, "eos_token must have a text"),
+        ({"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}, "added_tokens_decoder does not give tokens by id"),
+    ],
+)
+def test_a_value_of_the_configuration_that_means_nothing_is_refused_with_its_file_and_key(
+    folder: Path, changes: Settings, message: str
+) -> None:
+    change(folder, "tokenizer_config.json", **changes)
+    with pytest.raises(CheckpointError, match=message.replace("[", r"\[").replace("]", r"\]")) as caught:
+        read_tokenizer(folder, ROOM)
+    assert str(folder / "tokenizer_config.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400

@@ -1,0 +1,75 @@
+"""What a tokenizer class of transformers makes of a tokenizer.json, as tokenizer_config.json asks for it.
+
+transformers 5 reads most classes from the file as it is. Those below decide about the space before a text; LlamaTokenizer
+writes it before the text alone, where files of before wrote one behind every special token too. How a byte-level tokenizer
+splits text stays as the file says: a model was trained with that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Json = dict[str, Any]
+
+#: Models whose tokenizers transformers reads with one class, whatever their configuration names; None: from the file as it is.
+#: Source: transformers, TOKENIZER_MAPPING_NAMES and MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.
+_OF_MODEL: Mapping[str, str | None] = {"mistral": None, "qwen2": "Qwen2Tokenizer"}
+
+
+def as_class(data: Json, settings: Mapping[str, Any], model_type: str) -> Json:
+    """Return the content of a tokenizer.json as its class reads it; the same object where that changes nothing.
+
+    Args:
+        data: the content. settings: of tokenizer_config.json. model_type: of config.json.
+    """
+    model = data.get("model")
+    named = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+    cls = _OF_MODEL.get(model_type, named)
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        return data
+    space = settings.get("add_prefix_space")
+    if cls == "LlamaTokenizer" and _is_sentencepiece(data):
+        made = _llama(data, space=space is None or bool(space), legacy=bool(settings.get("legacy")))
+    elif cls in ("GPT2Tokenizer", "Qwen2Tokenizer") and space is not None:
+        made = {**data, "pre_tokenizer": _with_space(data.get("pre_tokenizer"), space=bool(space))}
+    else:
+        return data
+    return data if made == data else made
+
+
+def _llama(data: Json, *, space: bool, legacy: bool) -> Json:
+    scheme = ("always" if legacy else "first") if space else "never"
+    decoders: list[Json] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if space:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        **data,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {**data["model"], "unk_token": None, "fuse_unk": True, "byte_fallback": True},
+    }
+
+
+def _is_sentencepiece(data: Json) -> bool:
+    """Say whether a tokenizer only writes ``▁`` for a space, and perhaps one before the text."""
+    before = data.get("pre_tokenizer") or {"type": "Metaspace"}
+    changes = data.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    changes = changes["normalizers"] if changes["type"] == "Sequence" else [changes]
+    return before["type"] == "Metaspace" and all(change["type"] in ("Prepend", "Replace") for change in changes)
+
+
+def _with_space(part: Any, *, space: bool) -> Any:
+    """Return a pre-tokenizer whose byte level puts a space before a text, or none."""
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "ByteLevel":
+        return {**part, "add_prefix_space": space}
+    if part.get("type") == "Sequence":
+        return {**part, "pretokenizers": [_with_space(one, space=space) for one in part["pretokenizers"]]}
+    return part
