@@ -256,7 +256,7 @@ def test_a_session_of_somebody_else_is_read_and_not_written(tmp_path: Path) -> N
         (theirs / "lock").chmod(0o400)
         before = {path.name: path.read_bytes() for path in theirs.iterdir()}
         session = open_session(theirs)
-        assert session.read_only == "it is on a medium that cannot be written"
+        assert session.read_only == "its files cannot be written"
         chat = Chat(session)
         assert chat.start(tokens) == len(tokens)
         session.close()

@@ -133,6 +133,8 @@ def run_command(
         if generator.kernels.isa() == "numpy":
             print("edgekv: the native kernels are not built; NumPy is used, many times slower", file=sys.stderr)
 
+        if generator.session is not None and generator.session.read_only:
+            print(f"edgekv: {generator.session.path} is not saved: {generator.session.read_only}", file=sys.stderr)
         system_tokens = _system_tokens(generator, remembered(generator, system)) if pin_prompt and chat else 0
 
         before: list[int] = []  # of which the answer is the next part
@@ -180,6 +182,9 @@ def run_command(
             write_text(stats, json.dumps(_stats(generator)) + "\n", "--stats")
         if not quiet and not as_json:
             _summary(generator).print(console)
+        elif generator.session is not None:  # what was said before and had to be computed again is never passed over
+            for problem in generator.session.problems:
+                print(f"edgekv: {generator.session.path}: {problem}", file=sys.stderr)
 
 
 def _profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -> int:

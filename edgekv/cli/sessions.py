@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekv import settings
-from edgekv.errors import UsageError
+from edgekv.errors import SessionError, UsageError
 from edgekv.settings import Interval
 from edgekv.sizes import format_bytes
 
@@ -42,13 +43,27 @@ KeyFile = Annotated[
 def list_sessions(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to look in.")] = Path("."), as_json: Json = False
 ) -> None:
-    """List the sessions of a folder."""
+    """List the sessions of a folder. Exit 1 when one cannot be read; the others are listed."""
     from edgekv.runtime.sessions import tools as session_tools
 
-    found = [session_tools.describe(path) for path in session_tools.find_sessions(folder)]
+    found: list[dict[str, Any]] = []
+    unreadable: list[dict[str, Any]] = []
+    for path in session_tools.find_sessions(folder):
+        try:
+            found.append(session_tools.describe(path))
+        except SessionError as error:
+            unreadable.append({"path": str(path), "problems": [str(error)]})
     if as_json:
-        print_json(found)
-        return
+        print_json(found + unreadable)
+    else:
+        _print_list(folder, found)
+        for facts in unreadable:
+            print(f"edgekv: {facts['problems'][0]}", file=sys.stderr)
+    if unreadable:
+        raise typer.Exit(1)
+
+
+def _print_list(folder: Path, found: list[dict[str, Any]]) -> None:
     table = Table("session", "tokens", "on flash", "shared", "saved", "", box=None, pad_edge=False)
     for column in table.columns[1:4]:
         column.justify = "right"

@@ -24,12 +24,11 @@ from edgekv.errors import SessionError, SessionMismatch, StoreLocked, UsageError
 from edgekv.files import create_file, make_folder, open_file, reason
 from edgekv.schema import printable
 from edgekv.scratch import ScratchFolder
-from edgekv.spec import PageSpec
 
 from ..storage.cipher import SALT_BYTES, Cipher
 from ..storage.segments import count_records, is_counted, segment_paths, sync_folder
 from ..storage.wear import LEDGER, WearLedger
-from .index import BACKUP, DAMAGED, FORMAT, INDEX, Meta, SessionIndex, State, Tail
+from .index import BACKUP, DAMAGED, FORMAT, INDEX, Meta, SessionIndex, State, UnreadableIndex, cannot_open
 
 if sys.platform != "win32":
     import fcntl
@@ -43,14 +42,17 @@ def is_session(path: Path) -> bool:
     return path.is_dir() and ((path / INDEX).exists() or (path / BACKUP).exists())
 
 
-def make_session(path: Path) -> None:
+def make_session(path: Path) -> bool:
     """Make the folder of a new session, readable by its owner only; an existing session is left as it is.
+
+    Returns:
+        whether it was made now.
 
     Raises:
         UsageError: something else is there. SessionError: it cannot be made.
     """
     if is_session(path):
-        return
+        return False
     try:
         if path.exists():
             # A session whose first commit never came may hold any of its files.
@@ -58,19 +60,32 @@ def make_session(path: Path) -> None:
                 not p.name.startswith((LOCK, "index.", "pages-", LEDGER)) for p in path.iterdir()
             ):
                 raise UsageError(f"{path} exists and is not a session; choose another name for --session")
-            return
+            return False
         make_folder(path)
         sync_folder(path.parent)
+        return True
     except OSError as error:
         raise SessionError(f"cannot make the session {path}: {error.strerror}; choose another place") from error
 
 
+def unmake_session(path: Path) -> None:
+    """Remove the folder that :func:`make_session` made, while it holds no pages: nothing was saved."""
+    with contextlib.suppress(OSError):
+        if not segment_paths(path):
+            for file in path.iterdir():
+                if file.name.startswith((LOCK, "index.", LEDGER)):
+                    file.unlink()
+            path.rmdir()
+
+
 def take_lock(path: Path) -> int | None:
-    """Keep other processes out of a session; returns the handle, or None on a medium that cannot be written.
+    """Keep other processes out of a session; returns the handle, or None where it can only be read.
 
     Raises:
         StoreLocked: another process has it open. SessionError: it cannot be used, or is another user's.
     """
+    if not _may_write(path):
+        return None
     try:
         handle = open_file(path / LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
@@ -89,21 +104,31 @@ def take_lock(path: Path) -> int | None:
     return handle
 
 
+def _may_write(path: Path) -> bool:
+    """Say whether a session can be written: its folder, in which SQLite makes files, and its index if that can be read."""
+
+    def may(file: Path, mode: int) -> bool:
+        return os.access(file, mode, effective_ids=os.access in os.supports_effective_ids)
+
+    index = path / INDEX, path / f"{INDEX}-wal"
+    return may(path, os.W_OK) and all(may(file, os.W_OK) or not may(file, os.R_OK) for file in index)
+
+
 @contextmanager
 def index_copy(path: Path, name: str = INDEX) -> Iterator[SessionIndex]:
     """Open a private copy of an index: nothing is written beside the session, and nobody is disturbed.
 
     Raises:
-        SessionError: it cannot be read.
+        UnreadableIndex, SessionError: it cannot be read.
     """
     with ScratchFolder(None, "edgekv-") as scratch:
         folder = scratch.path
         try:
-            shutil.copyfile(path / name, folder / INDEX)
-            if (path / f"{name}-wal").exists():
-                shutil.copyfile(path / f"{name}-wal", folder / f"{INDEX}-wal")
+            for suffix in ("", "-wal") if (path / f"{name}-wal").exists() else ("",):
+                with os.fdopen(open_file(path / f"{name}{suffix}", os.O_RDONLY), "rb") as source:
+                    (folder / f"{INDEX}{suffix}").write_bytes(source.read())
         except OSError as error:
-            raise SessionError(f"cannot read {path / name}: {error.strerror}") from error
+            raise cannot_open(path / name, error) from error
         index = SessionIndex(folder / INDEX)
         try:
             yield index
@@ -112,7 +137,7 @@ def index_copy(path: Path, name: str = INDEX) -> Iterator[SessionIndex]:
 
 
 def load_index(index: SessionIndex, path: Path, secret: bytes | None) -> State:
-    """Read everything that is whole in an index.
+    """Read everything that is whole in an index. Whether its records are in the page files is another question.
 
     Raises:
         SessionMismatch: it is encrypted and the key is missing or wrong, or it has a newer format.
@@ -124,24 +149,19 @@ def load_index(index: SessionIndex, path: Path, secret: bytes | None) -> State:
         return state
     index.cipher = make_cipher(state.meta, path, secret)
     index.load(state, state.meta.pages)
-    _forget_missing(state, state.meta.pages, path)
     return state
 
 
-def _forget_missing(state: State, spec: PageSpec, path: Path) -> None:
-    """Drop the pages from the first on whose records are in no file, before memory is taken for what the index says."""
-    counts = count_records(path, spec)
-
-    def missing(records: tuple[int, ...]) -> bool:
-        return not all(is_counted(record, counts) for record in records)
-
-    kept = next((page for page, row in enumerate(state.rows) if missing(row.records)), len(state.rows))
-    if kept < len(state.rows):
-        state.problems.append(f"page {kept} is missing in the page files")
-        state.rows, state.tail = state.rows[:kept], Tail()
-    elif missing(state.tail.records):
-        state.problems.append("the open page is missing in the page files")
-        state.tail = dataclasses.replace(state.tail, records=(), checks=())
+def missing_pages(state: State, path: Path) -> list[str]:
+    """Say which is the first page whose records are in no file: it and those behind it are computed again, as damaged ones."""
+    if state.meta is None:
+        return []
+    counts = count_records(path, state.meta.pages)
+    for page, row in enumerate(state.rows):
+        if not all(is_counted(record, counts) for record in row.records):
+            return [f"page {page} is missing in the page files"]
+    whole = all(is_counted(record, counts) for record in state.tail.records)
+    return [] if whole else ["the open page is missing in the page files"]
 
 
 def make_cipher(meta: Meta, path: Path, secret: bytes | None) -> Cipher | None:
@@ -248,12 +268,18 @@ def session_key(manifest: Manifest, version: int = FORMAT) -> dict[str, str | in
 
 
 def open_index(path: Path, manifest: Manifest | None, secret: bytes | None) -> tuple[State, SessionIndex | None]:
-    """Open the index for writing; a new one gets its meta, a damaged one is replaced by what is whole of it."""
+    """Open the index for writing; a new one gets its meta, a damaged one is replaced by what is whole of it.
+
+    Raises:
+        UnreadableIndex: the system refuses to open it, or the backup of a damaged one; neither is replaced.
+    """
     index: SessionIndex | None = None
     if segment_paths(path) or (path / BACKUP).exists():  # at least one commit was made, so there must be an index
         try:
             index = SessionIndex(path / INDEX)
             state = load_index(index, path, secret)
+        except UnreadableIndex:
+            raise
         except SessionError as error:
             state = State(problems=[str(error)])
         except BaseException:
@@ -264,6 +290,7 @@ def open_index(path: Path, manifest: Manifest | None, secret: bytes | None) -> t
             return state, index
         if index is not None:
             index.close()
+        _check_readable(path / BACKUP)
         state = read_state(path, secret)
         return state, replace_index(path, state, secret) if state.meta else None
     index = SessionIndex(path / INDEX, create=True)
@@ -272,6 +299,9 @@ def open_index(path: Path, manifest: Manifest | None, secret: bytes | None) -> t
     except BaseException:
         index.close()
         raise
+    if state.meta and state.problems:
+        index.close()
+        return state, replace_index(path, state, secret)
     if state.meta:
         return state, index
     if manifest is None:
@@ -288,6 +318,16 @@ def open_index(path: Path, manifest: Manifest | None, secret: bytes | None) -> t
     index.begin(meta)
     sync_folder(path)
     return State(meta=meta), index
+
+
+def _check_readable(backup: Path) -> None:
+    """Refuse to go on without a backup that cannot be read now: it may hold more than what would take its place."""
+    try:
+        os.close(open_file(backup, os.O_RDONLY))
+    except OSError as error:
+        refused = cannot_open(backup, error)
+        if isinstance(refused, UnreadableIndex):
+            raise refused from error
 
 
 def check_key(path: Path, meta: Meta, manifest: Manifest) -> None:

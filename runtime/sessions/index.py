@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import operator
@@ -49,6 +50,8 @@ FORMAT = 2
 INDEX = "index.sqlite"
 BACKUP = "index.backup"
 DAMAGED = "index.damaged"
+#: Nothing is there, or what is no file (without a number: what :func:`edgekv.files.open_file` refuses).
+_NOT_AN_INDEX = (None, errno.ENOENT, errno.EISDIR, errno.ENXIO, errno.ELOOP)
 
 
 @dataclass(frozen=True)
@@ -188,11 +191,15 @@ def row_check(name: str, value: bytes, version: int = FORMAT) -> bytes:
     return checksum.to_bytes(8, "big" if version == 1 else "little")
 
 
+class UnreadableIndex(SessionError):
+    """The system refuses to open an index: nothing is known of what it holds, so nothing may take its place."""
+
+
 class SessionIndex:
     """The open index of one session.
 
     Raises (from the constructor):
-        SessionError: SQLite cannot open it.
+        UnreadableIndex: the system refuses to open it. SessionError: it is no file of ours, or SQLite cannot open it.
     """
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
@@ -203,7 +210,7 @@ class SessionIndex:
         try:
             _check_own(path, create=create)
         except OSError as error:
-            raise SessionError(f"cannot open the index {path}: {reason(error)}") from error
+            raise cannot_open(path, error) from error
         try:
             self._db = sqlite3.connect(
                 f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None, check_same_thread=False
@@ -372,6 +379,12 @@ class SessionIndex:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def cannot_open(path: Path, error: OSError) -> SessionError:
+    """Return the error of an index that cannot be opened: it is none, or the system refuses to open it."""
+    kind = SessionError if error.errno in _NOT_AN_INDEX else UnreadableIndex
+    return kind(f"cannot open the index {path}: {reason(error)}")
 
 
 def _check_own(path: Path, *, create: bool) -> None:

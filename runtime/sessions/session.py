@@ -43,6 +43,7 @@ from .folder import (
     share_segments,
     signals_held,
     take_lock,
+    unmake_session,
     write_backup,
 )
 from .index import FORMAT, INDEX, Meta, Row, SessionIndex, State, Tail, chain, from_ranges, to_ranges
@@ -50,6 +51,7 @@ from .restore import common_prefix, open_tags, records_of, restore_open, restore
 from .steps import Steps
 
 Part = TypeVar("Part", Row, Tail)
+_WHEN_USED_UP = "or run without --session"
 
 
 @dataclass
@@ -96,6 +98,7 @@ class Session:
         self.notes: dict[str, Any] = state.notes
         self.reused_tokens = self.computed_tokens = self.discarded_tokens = 0
         self.checkpoints = 0
+        self._is_new = False
         assert state.meta is not None
         self._state = state
         #: What the next checkpoint says the session is.
@@ -120,16 +123,16 @@ class Session:
             StoreLocked: another process has it. SessionMismatch: it was made with something else; the message says with
                 what. UsageError: the path is no session. SessionError, StoreError: it cannot be read.
         """
-        path = options.path
+        path, is_new = options.path, False
         if manifest is None or not save:
             if not is_session(path):
                 raise UsageError(f"{path} is not a session; edgekv sessions list DIR shows those of a folder")
         else:
-            make_session(path)
+            is_new = make_session(path)
         lock = take_lock(path) if save else None
         index: SessionIndex | None = None
         try:
-            read_only = None if lock is not None else "it is on a medium that cannot be written"
+            read_only = None if lock is not None else "its files cannot be written"
             if lock is not None:
                 state, index = open_index(path, manifest, options.secret)
             else:
@@ -147,16 +150,19 @@ class Session:
                 state.meta.pages,
                 cipher,
                 medium,
-                WearLedger(path, options.max_bytes_per_day) if lock is not None else None,
+                WearLedger(path, options.max_bytes_per_day, _WHEN_USED_UP) if lock is not None else None,
                 write=lock is not None,
             )
         except BaseException:
             if index is not None:
                 index.close()
+            if is_new:
+                unmake_session(path)
             if lock is not None:
                 os.close(lock)
             raise
         session = cls(path, state, store, index, lock, read_only)
+        session._is_new = is_new
         if manifest is not None and state.meta.format < FORMAT:
             session._meta = replace(state.meta, format=FORMAT, key=session_key(manifest))
         session._adopt()
@@ -221,10 +227,12 @@ class Session:
         whole = min(count // size, len(state.rows))
         restored = restore_pages(cache, state.rows[:whole], self.store)
         if restored < whole:
-            self.problems.append(f"page {restored} is damaged; the tokens from {restored * size} on are computed again")
+            self.problems.append(
+                f"page {restored} is damaged or missing; the tokens from {restored * size} on are computed again"
+            )
             count = steps.keep(restored * size, -1)
         elif count > sealed and not restore_open(cache, count, state.tail.records, self.store, self._version):
-            self.problems.append("the open page is damaged; its tokens are computed again")
+            self.problems.append("the open page is damaged or missing; its tokens are computed again")
             count = steps.keep(sealed, -1)
         cache.truncate(count)
         cache.prune(pruned[pruned < count])
@@ -386,7 +394,7 @@ class Session:
         self._forgotten()
 
     def close(self) -> None:
-        """Close the files and let other processes in; what was not saved is gone."""
+        """Close the files and let other processes in; what was not saved is gone, and so is a new session that holds nothing."""
         index = self._held.index
         try:
             if self._forgotten.alive and index is not None:
@@ -397,6 +405,8 @@ class Session:
                 index.close()
                 if saved:
                     write_backup(self.path)
+                elif self._is_new:
+                    unmake_session(self.path)
         finally:
             self._forgotten()
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from edgekv.errors import SessionError, SessionMismatch, UsageError
-from edgekv.files import make_folder
+from edgekv.files import make_folder, reason
 from edgekv.scratch import HIDDEN, ScratchFolder
 
 from ..options import SessionOptions
 from ..pages.manager import tag
 from ..storage.segments import segment_paths, sync_folder
 from ..system.buffers import aligned_rows
-from .folder import is_session, read_state, take_lock
+from .folder import is_session, missing_pages, read_state, take_lock
 from .index import Row
 from .restore import open_tags
 from .session import Session
@@ -24,20 +24,34 @@ _BATCH_RECORDS = 64
 
 
 def find_sessions(folder: Path) -> list[Path]:
-    """Return the sessions in a folder; the folder itself if it is one."""
+    """Return the sessions in a folder, and the folders that cannot be looked into; the folder itself if it is one."""
     if is_session(folder):
         return [folder]
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and is_session(path))
+
+    def may_be_one(path: Path) -> bool:
+        try:
+            return is_session(path)
+        except PermissionError:
+            return True
+
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and may_be_one(path))
 
 
 def describe(path: Path, secret: bytes | None = None) -> dict[str, Any]:
     """Return what a session holds, without opening it for writing; an encrypted one without its key shows less.
 
     Raises:
-        UsageError: not a session. SessionError: nothing of it can be read.
+        UsageError: not a session. SessionError: its folder cannot be read.
     """
+    try:
+        return _describe(path, secret)
+    except OSError as error:
+        raise SessionError(f"cannot read the session {path}: {reason(error)}") from error
+
+
+def _describe(path: Path, secret: bytes | None) -> dict[str, Any]:
     if not is_session(path):
         raise UsageError(f"{path} is not a session; edgekv sessions list DIR shows those of a folder")
     sizes = [(file.stat().st_blocks * 512, file.stat().st_nlink) for file in segment_paths(path).values()]
@@ -63,7 +77,7 @@ def describe(path: Path, secret: bytes | None = None) -> dict[str, Any]:
         "messages": len(state.notes.get("messages", [])),
         "created_at": state.meta.created,
         "key": state.meta.key,
-        "problems": state.problems,
+        "problems": state.problems + missing_pages(state, path),
     }
 
 
@@ -186,7 +200,7 @@ def remove(path: Path) -> int:
         raise UsageError(f"{path} is not a session; nothing was removed")
     lock = take_lock(path)
     if lock is None:
-        raise SessionError(f"the session {path} is on a medium that cannot be written")
+        raise SessionError(f"the session {path} cannot be removed: its files cannot be written")
     try:
         freed = sum(
             file.stat().st_blocks * 512 for file in path.iterdir() if file.is_file() and file.stat().st_nlink == 1

@@ -100,6 +100,11 @@ class PageFile:
         """Whether the file has another name, and so another owner."""
         return os.fstat(self.handle).st_nlink > 1
 
+    @property
+    def n_whole(self) -> int:
+        """How many whole records the file is long enough for."""
+        return os.fstat(self.handle).st_size // self._size
+
     def holds(self, record: int) -> bool:
         """Whether the file is long enough for a record."""
         return os.fstat(self.handle).st_size >= (record - self._first + 1) * self._size

@@ -138,10 +138,15 @@ class SegmentStore:
     # -- records -----------------------------------------------------------------------------------------------
 
     def adopt(self, records: Iterable[int], checks: Iterable[int]) -> None:
-        """Take over records that the index refers to; all others are free."""
+        """Take over records that the index refers to; all others are free.
+
+        A segment that lacks one of them takes no new ones: under the number of a lost record there is never another.
+        """
         self._checks = dict(zip(records, checks, strict=True))
         self._committed = set(self._checks)
         self._last_number = max((self._last_number, *(record >> 32 for record in self._committed)))
+        held = {number: segment.n_whole for number, segment in self._segments.items()}
+        self._writable -= {record >> 32 for record in self._committed if not is_counted(record, held)}
         self._keep_committed()
 
     def check_of(self, record: int) -> int:

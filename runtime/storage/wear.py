@@ -31,6 +31,7 @@ if sys.platform != "win32":
 
 LEDGER = "wear.jsonl"
 LINE_BYTES = 128
+_FEWER_PAGES = "raise --kv-budget, lower --context, or let pages be forgotten with --allow-drop"
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,16 @@ class WearLedger:
 
     Args:
         max_bytes_per_day: of all runs that share the ledger; None is no limit.
+        when_used_up: what the user can do beyond it, other than raising it.
 
     Raises (from the constructor):
         StoreError: the file cannot be opened.
     """
 
-    def __init__(self, folder: Path, max_bytes_per_day: int | None = None) -> None:
+    def __init__(self, folder: Path, max_bytes_per_day: int | None = None, when_used_up: str = _FEWER_PAGES) -> None:
         self.path = folder / LEDGER
         self._limit = max_bytes_per_day
+        self._when_used_up = when_used_up
         self._run = secrets.token_hex(6)
         self._entry: Entry | None = None
         self._place = 0
@@ -103,8 +106,7 @@ class WearLedger:
                 if used + size_bytes > self._limit:
                     raise WriteLimit(
                         f"{self.path.parent} has taken {format_bytes(used)} today, and the next {format_bytes(size_bytes)} would"
-                        f" pass --max-write-per-day {format_bytes(self._limit)}: raise that limit, raise --kv-budget, lower"
-                        " --context, or let pages be forgotten with --allow-drop"
+                        f" pass --max-write-per-day {format_bytes(self._limit)}: raise that limit, {self._when_used_up}"
                     )
             entry = self._entry
             if entry is None or entry.day != day:

@@ -210,7 +210,7 @@ def test_read_only_media_run_do_not_save_and_say_so(
     with opened(folder, path, kv_budget="22%", context=1500) as generator:
         assert generator.session is not None
         answer = list(generator.tokens(tokens + first, max_tokens=600))
-        assert generator.session.read_only == "it is on a medium that cannot be written"
+        assert generator.session.read_only == "its files cannot be written"
         assert generator.session.reused_tokens == 409
         assert generator.session.checkpoints == 0
         assert generator.report().pages.pages_offloaded > 0  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ import pytest
 
 from edgekv.errors import EdgeKVError, SessionError
 from edgekv.runtime.sessions.index import BACKUP, DAMAGED, INDEX
-from edgekv.runtime.sessions.tools import verify
+from edgekv.runtime.sessions.tools import describe, verify
 from edgekv.runtime.storage.segments import segment_paths
 from tests.runtime.sessions.toy import PAGE_SIZE, SPEC, Chat, open_session, some_tokens
 
@@ -139,6 +139,54 @@ def test_a_missing_page_file_is_found(saved: Path, tmp_path: Path) -> None:
     path = damaged(saved, tmp_path, lambda path: pages_file(path).unlink())
     assert verify(path)[1] == 0
     assert resume(path) == 0
+
+
+def moved_away(path: Path) -> None:
+    pages_file(path).rename(path.parent / "elsewhere.bin")
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("backup", [True, False])
+@pytest.mark.parametrize("lose", [moved_away, cutting(PAGES, 3 * SPEC.record_bytes)])
+def test_lost_pages_cost_time_and_no_token(
+    lose: Callable[[Path], object], backup: bool, save: bool, saved: Path, tmp_path: Path
+) -> None:
+    """Also where the session is only read."""
+    path = damaged(saved, tmp_path, lose)
+    if not backup:
+        (path / BACKUP).unlink()
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    assert any("missing in the page files" in problem for problem in describe(path)["problems"])
+    session = open_session(path, save=save)
+    assert session.tokens == TOKENS
+    chat = Chat(session)
+    assert chat.start(TOKENS) < len(TOKENS)
+    assert "missing; the tokens from" in session.problems[0]
+    chat.check()
+    session.close()
+    assert {file.name: file.read_bytes() for file in path.iterdir() if file.name != "index.sqlite-wal"} == before
+
+
+def test_a_page_file_that_comes_back_is_used_again(saved: Path, tmp_path: Path) -> None:
+    path = damaged(saved, tmp_path, moved_away)
+    session = open_session(path)
+    assert Chat(session).start(TOKENS[:20]) == 0
+    session.close()
+    (tmp_path / "elsewhere.bin").rename(path / "pages-00000001.bin")
+    assert verify(path) == ([], len(TOKENS))
+    assert resume(path) == len(TOKENS)
+
+
+def test_the_place_of_a_lost_record_is_given_to_no_other(saved: Path, tmp_path: Path) -> None:
+    path = damaged(saved, tmp_path, cutting(PAGES, 3 * SPEC.record_bytes))
+    session = open_session(path)
+    chat = Chat(session)
+    chat.start(TOKENS)
+    lost = {record for row in session.state.rows[1:] for record in row.records}
+    chat.save()
+    assert not lost & {record for row in session.state.rows for record in row.records}
+    session.close()
+    assert verify(path) == ([], len(TOKENS))
 
 
 def test_flipped_bits_in_the_index_are_found_and_the_backup_helps(saved: Path, tmp_path: Path) -> None:

@@ -131,6 +131,9 @@ def test_tools_leave_what_is_no_session_and_what_is_open_alone(tmp_path: Path) -
         with pytest.raises(StoreLocked):
             tool(tmp_path / "a.kv")
     assert tools.describe(tmp_path / "a.kv")["tokens"] == 0
+    chat = Chat(session)
+    chat.start(some_tokens(3))
+    chat.save()
     session.close()
     with pytest.raises(UsageError, match="exists already"):
         tools.fork(tmp_path / "a.kv", tmp_path / "folder")
