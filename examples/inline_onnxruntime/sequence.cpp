@@ -25,9 +25,11 @@ const float* Sequence::prefill(const std::vector<int64_t>& wanted) {
     if (place % page_size == 0 || place >= opened) start = place, kept = i;
     if (i < steps.size()) place += steps[i];
   }
+  const std::vector<bool> pruned(cache.pruned().begin(), cache.pruned().begin() + std::min(common, cache.size()));
   std::vector<int64_t> again(steps.begin() + static_cast<std::ptrdiff_t>(kept), steps.end());
   steps.resize(kept);
   cache.cut(start);
+  reused = start;
   tokens.assign(wanted.begin(), wanted.begin() + start);
   const float* logits = nullptr;
   bool repeating = true;
@@ -35,7 +37,8 @@ const float* Sequence::prefill(const std::vector<int64_t>& wanted) {
     repeating = repeating && i < again.size() && start + again[i] <= common;
     int64_t stop = repeating ? start + again[i++] : std::min(count, (start / kPromptStep + 1) * kPromptStep);
     logits = step({wanted.begin() + start, wanted.begin() + stop});
-    start = stop;
+    for (; start < stop; ++start)  // a token that is computed again stays pruned
+      if (start < static_cast<int64_t>(pruned.size()) && pruned[static_cast<size_t>(start)]) cache.prune(start, start + 1);
   }
   return logits;
 }

@@ -25,4 +25,5 @@ class Sequence {
   Cache cache;
   std::vector<int64_t> tokens;  // those beyond the cache's size have no keys and values yet
   std::vector<int64_t> steps;   // how many tokens were computed together, from position 0 on; may reach beyond the cache
+  int64_t reused = 0;           // tokens whose keys and values were there before the prompt
 };

@@ -268,10 +268,11 @@ void Session::save(const Sequence& sequence) {
     chain = blake2b_128(chain + tokens);
     const bool live = place < cache.pages().size() && cache.pages()[place] == page;
     std::string& row = rows[page];
-    auto stored = rows_.find(page);
+    // A page that was computed again is another one: what was pruned meanwhile took no part in it.
+    auto stored = (page + 1) * static_cast<int64_t>(shape.page_size) <= sequence.reused ? rows_.find(page) : rows_.end();
     if (!live) {
       row = tokens + chain;
-    } else if (stored != rows_.end() && stored->second.size() > token_bytes + 16 && stored->second.substr(stored->second.size() - 16) == chain) {
+    } else if (stored != rows_.end()) {
       row = stored->second;
     } else {
       std::string numbers, checks;
