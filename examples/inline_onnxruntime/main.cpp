@@ -78,15 +78,13 @@ Options parse(int n, char** arguments) {
 
 std::vector<int64_t> prompt_of(const Options& options, const Model& model, const Tokenizer& tokenizer) {
   std::vector<int64_t> tokens;
-  if (!options.tokens.empty()) {
-    for (const std::string& part : split(options.tokens, ',')) tokens.push_back(whole(part));
-    return tokens;
-  }
+  for (const std::string& part : split(options.tokens, ',')) tokens.push_back(whole(part));
+  if (!tokens.empty()) return tokens;
   tokens = tokenizer.encode(options.prompt);
   if (options.go_on) return tokens;  // text in the middle of a sequence
+  if (tokens.empty()) return {model.manifest.at("model").at("bos_token_id").integer()};
   tokens.insert(tokens.begin(), model.prompt_begin.begin(), model.prompt_begin.end());
   tokens.insert(tokens.end(), model.prompt_end.begin(), model.prompt_end.end());
-  if (tokens.empty()) tokens.push_back(model.manifest.at("model").at("bos_token_id").integer());
   return tokens;
 }
 
@@ -143,11 +141,16 @@ void run(const Options& options) {
     std::printf("\n");
     return;
   }
-  std::string tokens;
-  for (int64_t token : answer) tokens += (tokens.empty() ? "" : ", ") + std::to_string(token);
-  std::printf("{\"text\": %s, \"tokens\": [%s], \"prompt_tokens\": %zu, \"prefill_seconds\": %.4f, \"decode_seconds\": %.4f, \"engine\": %s}\n",
-              quoted(text).c_str(), tokens.c_str(), wanted.size(), prefilled - start, decoded - prefilled,
-              quoted("onnxruntime " + engine.version()).c_str());
+  auto list = [](const std::vector<int64_t>& numbers) {
+    std::string result;
+    for (int64_t number : numbers) result += (result.empty() ? "" : ", ") + std::to_string(number);
+    return "[" + result + "]";
+  };
+  std::printf(
+      "{\"text\": %s, \"tokens\": %s, \"prompt\": %s, \"reused_tokens\": %lld, \"prefill_seconds\": %.4f, "
+      "\"decode_seconds\": %.4f, \"engine\": %s}\n",
+      quoted(text).c_str(), list(answer).c_str(), list(wanted).c_str(), static_cast<long long>(sequence.reused),
+      prefilled - start, decoded - prefilled, quoted("onnxruntime " + engine.version()).c_str());
 }
 
 }  // namespace

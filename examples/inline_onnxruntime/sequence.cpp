@@ -30,9 +30,10 @@ const float* Sequence::prefill(const std::vector<int64_t>& wanted) {
   steps.resize(kept);
   cache.cut(start);
   reused = start;
+  const size_t tokens_before = tokens.size();
   tokens.assign(wanted.begin(), wanted.begin() + start);
   const float* logits = nullptr;
-  bool repeating = true;
+  bool repeating = common == static_cast<int64_t>(tokens_before);
   for (size_t i = 0; start < count;) {
     repeating = repeating && i < again.size() && start + again[i] <= common;
     int64_t stop = repeating ? start + again[i++] : std::min(count, (start / kPromptStep + 1) * kPromptStep);

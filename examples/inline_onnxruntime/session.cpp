@@ -253,7 +253,6 @@ void Session::load(Sequence& sequence) {
 void Session::save(const Sequence& sequence) {
   const Shape& shape = model_.shape;
   const Cache& cache = sequence.cache;
-  const size_t token_bytes = 4 * shape.page_size;
   int64_t segment = 1;
   while (access(segment_path(segment).c_str(), F_OK) == 0) ++segment;
   int file = open(segment_path(segment).c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);

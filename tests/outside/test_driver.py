@@ -1,0 +1,322 @@
+"""A program in C++ that knows edgekv by its documents has the bits of `edgekv run`; each continues the sessions of the other.
+
+What differs by nature is not compared: when a session was made, which records of a segment hold its pages, and what lies in
+slots of the open page that no token has reached.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from session_files import Session, read_session
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from typer.testing import CliRunner
+
+from edgekv.cli.main import app
+from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.runtime.options import SessionOptions
+from tests.checkpoints import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "examples" / "inline_onnxruntime"
+TEXT = (ROOT / "examples" / "long_prompt.txt").read_text(encoding="utf-8")
+#: Source, weights, page size, and how many characters of TEXT a token of its tokenizer stands for.
+CASES: dict[str, tuple[str, str, int, float]] = {
+    "demo": ("demo", "fp32", 32, 2.7),
+    "demo, small pages": ("demo", "fp32", 16, 2.7),
+    "demo, int4": ("demo", "int4", 32, 2.7),
+    "window": ("window", "fp32", 16, 1.2),
+    "qk-norm": ("qk-norm", "fp32", 16, 1.2),
+}
+Run = Callable[..., dict[str, Any]]
+Bundle = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a function that runs the program and returns what it says; the workers of a test run compile it once."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    folder, run = tmp_path_factory.getbasetemp(), os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = folder / "driver" if run is None else folder.parent / f"driver-{run}"
+    folder.mkdir(exist_ok=True)
+    program = folder / "driver"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            sources = sorted(map(str, SOURCE.glob("*.cpp")))
+            command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", *sources, "-ldl", "-pthread"]
+            subprocess.run([*command, "-o", str(folder / "unfinished")], check=True)
+            (folder / "unfinished").rename(program)
+    (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.*")
+
+    def call(bundle: Path, *arguments: str) -> dict[str, Any]:
+        command = [str(program), str(bundle), "--json", "--threads", "2", "--onnxruntime", str(library), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr)
+        said: dict[str, Any] = json.loads(done.stdout)
+        return said
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def model(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that exports a case."""
+    made: dict[str, Path] = {"demo": Path("demo")}
+
+    def get(case: str) -> Path:
+        source, weights, page_size, _ = CASES[case]
+        if source not in made:
+            folder = made[source] = tmp_path_factory.mktemp(source)
+            if source == "window":
+                make_checkpoint(folder, "mistral", std=0.04, sliding_window=24, max_position_embeddings=4096)
+                put_tokens_around_prompts(folder / "tokenizer.json")
+            else:
+                make_checkpoint(folder, "qwen3", std=0.04, tie_word_embeddings=True, max_position_embeddings=4096)
+        return bundle(made[source] if source != "demo" else source, "inline", weights, page_size)
+
+    return get
+
+
+def put_tokens_around_prompts(path: Path) -> None:
+    """Let a tokenizer begin and end its texts with a special token, as many do."""
+    tokenizer = Tokenizer.from_file(str(path))
+    names = ("<|begin|>", "<|user|>")
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{names[0]} $A {names[1]}", special_tokens=[(name, tokenizer.token_to_id(name)) for name in names]
+    )
+    tokenizer.save(str(path))
+
+
+def edgekv_run(bundle: Path, session: Path, *arguments: str) -> None:
+    """Let `edgekv run` do something with a session."""
+    command = ["run", str(bundle), "--session", str(session), "--threads", "2", "-q", *arguments]
+    if json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["weights"] == "int4":
+        # Products with int4 weights are the engine's own only where edgekv has no kernels for them.
+        environment = {**os.environ, "EDGEKV_ISA": "scalar"}
+        subprocess.run([sys.executable, "-m", "edgekv", *command], check=True, capture_output=True, env=environment)
+    else:
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+
+
+def same(mine: Path, theirs: Path) -> Session:
+    """Check that two sessions hold the same bits; returns the first."""
+    one, other = read_session(mine), read_session(theirs)
+    for name in ("key", "shape", "tokens", "n_kv", "steps", "pruned", "notes"):
+        assert getattr(one, name) == getattr(other, name), name
+    for number, (ours, their) in enumerate(zip(one.pages, other.pages, strict=True)):
+        assert [page.pack() for page in ours] == [page.pack() for page in their], f"page {number}"
+    filled = one.n_kv % one.shape.page_size
+    for a, b in ((one.open_keys, other.open_keys), (one.open_values, other.open_values)):
+        assert (a is None) == (b is None)
+        assert a is None or b is None or a[:, :, :filled].tobytes() == b[:, :, :filled].tobytes()
+    return one
+
+
+def copy(session: Path, name: str) -> Path:
+    return Path(shutil.copytree(session, session.parent / name, symlinks=True))
+
+
+def compare(case: str, tokens: int, answer: int, folder: Path, driver: Run, tmp_path: Path) -> None:
+    """Let both begin a session of ``tokens`` tokens or more, and each continue that of the other."""
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    prompt = TEXT[: int((tokens - answer) * CASES[case][3]) + 10]
+    said = driver(folder, "--prompt", prompt, "-n", str(answer), "--session", str(mine))
+    edgekv_run(folder, theirs, "-p", prompt, "-n", str(answer))
+    session = same(mine, theirs)
+    assert session.tokens == said["prompt"] + said["tokens"]
+    assert len(session.tokens) >= tokens
+    assert len(session.pages) == session.n_kv // CASES[case][2]
+
+    crossed = copy(mine, "crossed")
+    more = " But nobody knew, and"
+    assert (
+        driver(folder, "--session", str(theirs), "--continue", "--prompt", more, "-n", "20")["reused_tokens"]
+        == session.n_kv
+    )
+    edgekv_run(folder, crossed, "--continue", "-p", more, "-n", "20")
+    same(theirs, crossed)
+    driver(folder, "--session", str(crossed), "--continue", "-n", "20")
+    edgekv_run(folder, theirs, "--continue", "-n", "20")
+    same(theirs, crossed)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_pages_and_sessions_are_those_of_edgekv_run(
+    case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
+) -> None:
+    compare(case, 300, 40, model(case), driver, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_thousand_tokens_are_those_of_edgekv_run(
+    case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
+) -> None:
+    compare(case, 2000, 300, model(case), driver, tmp_path)
+
+
+def begin(folder: Path, session: Path, prompt: list[int], pruned: list[range], answer: int) -> list[int]:
+    """Let edgekv compute a prompt, prune, and compute an answer greedily, all of which gets keys and values."""
+    options = RunOptions(threads=2, session=SessionOptions(session), prefixes=False)
+    tokens: list[int] = []
+    with Generator.open(folder, options) as generator:
+        logits = generator.prefill(prompt, max_tokens=answer + 1)
+        if pruned:
+            assert generator.cache is not None
+            generator.cache.prune(np.concatenate([np.array(span) for span in pruned]))
+        for _ in range(answer):
+            tokens.append(int(np.argmax(logits)))
+            logits = generator.step(tokens[-1:])
+        generator.save(whole=True)
+    return tokens
+
+
+def ranges(spans: list[range]) -> str:
+    return ",".join(f"{span.start}:{span.stop}" for span in spans)
+
+
+@pytest.mark.parametrize("case", ["window", "qk-norm"])
+@pytest.mark.parametrize(
+    "pruned",
+    [
+        pytest.param([range(3, 20), range(40, 90)], id="whole pages and parts"),
+        pytest.param([range(288, 300)], id="the open page"),
+        pytest.param([range(20, 33), range(280, 298)], id="up to the open page"),
+        pytest.param([range(300)], id="everything"),
+    ],
+)
+def test_pruned_tokens_are_seen_by_nobody_and_stay_pruned(
+    pruned: list[range], case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
+) -> None:
+    folder, mine, theirs = model(case), tmp_path / "mine", tmp_path / "theirs"
+    prompt = np.random.default_rng(0).integers(0, 250, 300).tolist()
+    listed = ["--tokens", ",".join(map(str, prompt))]
+    said = driver(folder, *listed, "--prune", ranges(pruned), "-n", "25", "--session", str(mine))
+    tokens = begin(folder, theirs, prompt, pruned, 24)
+    assert said["tokens"][:24] == tokens
+
+    # The session of the driver has one token more, the last one: it has no keys and values yet.
+    one, other = read_session(mine), read_session(theirs)
+    assert one.tokens == [*other.tokens, said["tokens"][-1]]
+    assert (one.n_kv, one.pruned, one.steps) == (other.n_kv, other.pruned, other.steps)
+    assert [[page.pack() for page in page_of] for page_of in one.pages] == [
+        [page.pack() for page in page_of] for page_of in other.pages
+    ]
+    crossed = copy(theirs, "crossed")
+    edgekv_run(folder, theirs, "--continue", "-n", "20")
+    driver(folder, "--session", str(crossed), "--continue", "-n", "20")
+    same(crossed, theirs)
+    crossed = copy(mine, "crossed back")
+    edgekv_run(folder, crossed, "--continue", "-n", "20", "-p", " and on")
+    driver(folder, "--session", str(mine), "--continue", "-n", "20", "--prompt", " and on")
+    same(mine, crossed)
+
+
+@pytest.mark.parametrize("pruned", [[], [range(3, 20), range(250, 290)], [range(290, 300)]], ids=ranges)
+def test_a_session_whose_last_token_is_known_is_computed_again_from_where_a_step_began(
+    pruned: list[range], model: Callable[[str], Path], driver: Run, tmp_path: Path
+) -> None:
+    folder, theirs = model("qk-norm"), tmp_path / "theirs"
+    begin(folder, theirs, np.random.default_rng(1).integers(0, 250, 300).tolist(), pruned, 0)
+    mine = copy(theirs, "mine")
+    edgekv_run(folder, theirs, "--continue", "-n", "20")
+    assert driver(folder, "--session", str(mine), "--continue", "-n", "20")["reused_tokens"] == 256
+    same(mine, theirs)
+
+
+def test_a_session_without_its_open_page_is_resumed_as_edgekv_does_it(
+    model: Callable[[str], Path], driver: Run, tmp_path: Path
+) -> None:
+    folder, prompt = model("qk-norm"), np.random.default_rng(2).integers(0, 250, 300).tolist()
+    options = RunOptions(threads=2, session=SessionOptions(tmp_path / "running"), prefixes=False)
+    with Generator.open(folder, options) as generator:
+        generator.prefill(prompt, max_tokens=8)
+        for token in (5, 6, 7):
+            generator.step([token])
+        generator.save()
+        mine, theirs = copy(tmp_path / "running", "mine"), copy(tmp_path / "running", "theirs")  # as after a kill
+    tail = read_session(mine)
+    assert tail.open_keys is None
+    driver(folder, "--session", str(mine), "--continue", "-n", "20")
+    edgekv_run(folder, theirs, "--continue", "-n", "20")
+    same(mine, theirs)
+
+
+def test_another_prompt_takes_what_it_shares_with_the_session(
+    model: Callable[[str], Path], driver: Run, tmp_path: Path
+) -> None:
+    folder, first = model("qk-norm"), tmp_path / "first"
+    driver(folder, "--prompt", TEXT[:400], "-n", "20", "--session", str(first))
+    for number, prompt in enumerate((TEXT[:350] + " no!", TEXT[:400] + " yes!", TEXT[:100], "Not at all like it")):
+        mine, theirs = copy(first, f"mine {number}"), copy(first, f"theirs {number}")
+        driver(folder, "--prompt", prompt, "-n", "20", "--session", str(mine))
+        edgekv_run(folder, theirs, "-p", prompt, "-n", "20")
+        same(mine, theirs)
+
+
+@pytest.mark.parametrize("case", ["demo, small pages", "window"])
+def test_texts_have_the_tokens_of_the_tokenizers_library(case: str, model: Callable[[str], Path], driver: Run) -> None:
+    folder = model(case)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = (
+        "Hello caf\u00e9 \u6771\u4eac it's 12 o'clock",
+        "a  b\n\n c\t",
+        "\u041f\u0440\u0438\u0432\u0435\u0442, x\u00b2 \u00bd \u0663\u0664",
+        "<s>hi</s> <|end|>there",
+        "we'll they've I'M",
+        "   x",
+        "\U0001f60e 1234 56 \u00a0 z",
+    )
+    for text in texts:
+        said = driver(folder, "--prompt", text, "-n", "0")
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert said["prompt"] == [*manifest["prompt_begin"], *ids, *manifest["prompt_end"]]
+    assert driver(folder, "--prompt", "", "-n", "0")["prompt"] == [manifest["model"]["bos_token_id"]]
+
+
+def test_it_says_what_is_damaged_and_what_does_not_fit(
+    model: Callable[[str], Path], driver: Run, tmp_path: Path
+) -> None:
+    folder, session = model("qk-norm"), tmp_path / "session"
+    driver(folder, "--prompt", TEXT[:100], "-n", "20", "--session", str(session))
+    with pytest.raises(RuntimeError, match="is of another bundle: checkpoint is"):
+        driver(model("window"), "--continue", "--session", str(session))
+    segment = session / "pages-00000001.bin"
+    damaged = bytearray(segment.read_bytes())
+    damaged[500] ^= 1
+    segment.write_bytes(damaged)
+    with pytest.raises(RuntimeError, match="the record of page 0 is damaged"):
+        driver(folder, "--continue", "--session", str(session))
+
+
+def test_it_includes_nothing_of_ours() -> None:
+    files = [*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")]
+    included = {name for file in files for name in re.findall(r'#include "(.*)"', file.read_text(encoding="utf-8"))}
+    assert included <= {file.name for file in files}
+    system = {name for file in files for name in re.findall(r"#include <(.*)>", file.read_text(encoding="utf-8"))}
+    assert {name for name in system if "." in name or "/" in name} == {
+        "dlfcn.h",
+        "fcntl.h",
+        "sys/file.h",
+        "sys/stat.h",
+        "unistd.h",
+    }
