@@ -18,6 +18,8 @@ class Sequence {
   const float* step(const std::vector<int64_t>& new_tokens);
 
  private:
+  const float* call(const std::vector<int64_t>& new_tokens);
+
   const Model& model_;
   Engine& engine_;
 

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, str, int, float]] = {
     "demo, int4": ("demo", "int4", 32, 2.7),
     "window": ("window", "fp32", 16, 1.2),
     "qk-norm": ("qk-norm", "fp32", 16, 1.2),
+    "many heads": ("many heads", "fp32", 16, 1.2),  # a step is several calls of the graph
 }
 Run = Callable[..., dict[str, Any]]
 Bundle = Callable[..., Path]
@@ -88,7 +89,8 @@ def model(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[
                 make_checkpoint(folder, "mistral", std=0.04, sliding_window=24, max_position_embeddings=4096)
                 put_tokens_around_prompts(folder / "tokenizer.json")
             else:
-                make_checkpoint(folder, "qwen3", std=0.04, tie_word_embeddings=True, max_position_embeddings=4096)
+                heads = 48 if source == "many heads" else 4
+                make_checkpoint(folder, "qwen3", std=0.04, num_attention_heads=heads, max_position_embeddings=4096)
         return bundle(made[source] if source != "demo" else source, "inline", weights, page_size)
 
     return get
@@ -242,8 +244,9 @@ def test_a_session_whose_last_token_is_known_is_computed_again_from_where_a_step
     same(mine, theirs)
 
 
+@pytest.mark.parametrize("more", ["", " and then"])
 def test_a_session_without_its_open_page_is_resumed_as_edgekv_does_it(
-    model: Callable[[str], Path], driver: Run, tmp_path: Path
+    more: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
 ) -> None:
     folder, prompt = model("qk-norm"), np.random.default_rng(2).integers(0, 250, 300).tolist()
     options = RunOptions(threads=2, session=SessionOptions(tmp_path / "running"), prefixes=False)
@@ -253,10 +256,10 @@ def test_a_session_without_its_open_page_is_resumed_as_edgekv_does_it(
             generator.step([token])
         generator.save()
         mine, theirs = copy(tmp_path / "running", "mine"), copy(tmp_path / "running", "theirs")  # as after a kill
-    tail = read_session(mine)
-    assert tail.open_keys is None
-    driver(folder, "--session", str(mine), "--continue", "-n", "20")
-    edgekv_run(folder, theirs, "--continue", "-n", "20")
+    assert read_session(mine).open_keys is None
+    added = ["-n", "20", *(["--prompt", more] if more else [])]
+    driver(folder, "--session", str(mine), "--continue", *added)
+    edgekv_run(folder, theirs, "--continue", *added)
     same(mine, theirs)
 
 
