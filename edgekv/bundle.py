@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta
 
 import edgekv
-from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, OPERATORS, WEIGHTS
+from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, IO, OPERATORS, WEIGHTS, GraphSpec, inline_spec
 from edgekv.errors import BundleError, FormatError, UsageError
 from edgekv.files import make_own_folder, read_own, replace_own
 from edgekv.schema import Bytes, Natural, Positive, checked, file_within, one_of, plain_json, plain_name, read_whole
@@ -153,6 +153,12 @@ class Manifest:
         str | None,
         Meta(description="what an ExecuTorch program computes with", extra_json_schema={"enum": [*OPERATORS, None]}),
     ] = None
+    io: Annotated[
+        str, Meta(description="types of the cache's inputs in the inline form", extra_json_schema={"enum": [*IO]})
+    ] = IO[0]
+    least_onnxruntime: Annotated[
+        str | None, Meta(description="the oldest ONNX Runtime that runs the graphs; none for other engines")
+    ] = None
     files: Annotated[
         dict[str, FileFacts], Meta(description="every file of the bundle but the manifest, by its name")
     ] = dataclasses.field(default_factory=dict)
@@ -168,13 +174,17 @@ class Manifest:
         """Return the manifest as plain data."""
         return dataclasses.asdict(self)
 
+    def inline_spec(self) -> GraphSpec:
+        """Return what the graph of an inline bundle takes and gives."""
+        return inline_spec(self.model, self.page_size, self.contract_version, self.io)
+
     def check(self) -> None:
         """Hold the fields against each other, and against the sizes of the files.
 
         Raises:
             FormatError: nothing can run with this; the message names the field.
         """
-        for name, choices in (("engine", ENGINES), ("form", FORMS), ("weights", WEIGHTS)):
+        for name, choices in (("engine", ENGINES), ("form", FORMS), ("weights", WEIGHTS), ("io", IO)):
             one_of(getattr(self, name), name, choices)
         if self.operators is not None:
             one_of(self.operators, "operators", OPERATORS)

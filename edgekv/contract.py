@@ -22,6 +22,10 @@ OPERATORS = ("xnnpack", "edgekv")
 #: From this many parameters on, weights are int4 when nothing is asked for, below fp32.
 INT4_FROM_PARAMETERS = 100_000_000
 PAGE_SIZE = 32
+#: The types of scales and recent tokens in the inline form: float16, or float32 for bindings that know no float16 (Swift's).
+IO = ("compact", "portable")
+#: The oldest ONNX Runtime that runs a bundle, by how its weights are stored; tools/old_engines.py tries them.
+LEAST_ONNXRUNTIME = {"int4": "1.18", "int8": "1.22", "fp16": "1.18", "fp32": "1.18"}
 
 #: Numbers of rows for which an ExecuTorch program has methods: its shapes are fixed, and a step is put together of them.
 EXECUTORCH_ROWS = (1, 16, 128)
@@ -98,14 +102,16 @@ INLINE_CACHE = (
 )  # fmt: skip
 
 
-def inline_spec(model: ModelSpec, page_size: int, version: int = CONTRACT_VERSION) -> GraphSpec:
+def inline_spec(model: ModelSpec, page_size: int, version: int = CONTRACT_VERSION, io: str = IO[0]) -> GraphSpec:
     """Return the contract of the inline form: the paged cache itself as inputs and outputs.
 
     Args:
         version: of the contract, as a bundle's manifest says.
+        io: one of :data:`IO`; a bundle of version 1 is compact.
     """
     if version == 1:
         return _inline_spec_1(model, page_size)
+    half = "float32" if io == "portable" else "float16"
     kv_heads, dim = model.n_kv_heads, model.head_dim
     inputs = [
         TensorSpec("input_ids", "int64", ("T",), "the new tokens"),
@@ -123,16 +129,16 @@ def inline_spec(model: ModelSpec, page_size: int, version: int = CONTRACT_VERSIO
         n, r = f"N{layer}", f"R{layer}"  # equal names would promise an engine equal sizes in all layers
         meanings = (
             ("int8", (n, kv_heads, dim, page_size), "codes of the keys, after RoPE: channel by channel"),
-            ("float16", (n, kv_heads, dim), "key scale per channel within a page"),
+            (half, (n, kv_heads, dim), "key scale per channel within a page"),
             ("int8", (n, kv_heads, page_size, dim), "codes of the values: token by token"),
-            ("float16", (n, kv_heads, page_size), "value scale per token"),
+            (half, (n, kv_heads, page_size), "value scale per token"),
             (
                 "int64",
                 (n, page_size),
                 "position of the token in each slot of a page; -1: no token, nobody sees the slot",
             ),
-            ("float16", (r, kv_heads, dim), "keys not yet quantised"),
-            ("float16", (r, kv_heads, dim), "values not yet quantised"),
+            (half, (r, kv_heads, dim), "keys not yet quantised"),
+            (half, (r, kv_heads, dim), "values not yet quantised"),
             ("int64", (r,), "position of each of these tokens; -1: no token, nobody sees it"),
         )
         inputs += [TensorSpec(f"{name}.{layer}", *row) for name, row in zip(INLINE_CACHE, meanings, strict=True)]

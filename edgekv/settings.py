@@ -25,7 +25,7 @@ from typing import Any, Generic, NoReturn, SupportsFloat, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.contract import ENGINES, FORMS, OPERATORS
+from edgekv.contract import ENGINES, FORMS, IO, OPERATORS
 from edgekv.contract import WEIGHTS as WEIGHT_KINDS
 from edgekv.errors import UsageError
 from edgekv.schema import shown
@@ -482,6 +482,7 @@ ENGINE = Choice("engine", ENGINES)
 FORM = Choice("form", FORMS)
 WEIGHTS = Choice("weights", WEIGHT_KINDS)
 OPERATORS_OF = Choice("operators", OPERATORS)
+IO_OF = Choice("io", IO)
 POLICY = Choice("policy", ("lru", "heavy", "window", "random"))
 OFFLOAD = Target("offload")
 FLASH_LIMIT = Size("flash_limit")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekv.bundle import MANIFEST, TOKENIZER, EmbeddingSpec, Manifest, file_sha256, write_manifest
-from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, OPERATORS, WEIGHTS, default_weights
+from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, IO, LEAST_ONNXRUNTIME, OPERATORS, WEIGHTS, default_weights
 from edgekv.errors import EdgeKVError, EngineMissing, UsageError
 from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
 
@@ -34,6 +34,7 @@ def export_model(
     page_size: int = 32,
     operators: str | None = None,
     calibration: str | Path | None = None,
+    io: str | None = None,
     force: bool = False,
     progress: Progress = lambda step, done, total: None,
 ) -> Manifest:
@@ -48,6 +49,7 @@ def export_model(
             or what was measured faster where the engine was chosen by measurement.
         calibration: the text that int4 weights of an ONNX bundle are rounded with, ``none`` to round each to the nearest
             code; None takes the one that comes with edgekv. See :mod:`edgekv.export.rounding`.
+        io: one of :data:`edgekv.contract.IO`, for the inline form; None: compact.
         force: replace ``out`` if it exists.
         progress: called before each step with its name, the number of steps done, and of all steps.
 
@@ -61,11 +63,14 @@ def export_model(
         ("form", form, FORMS),
         ("weights", weights, WEIGHTS),
         ("operators", operators, OPERATORS),
+        ("io", io, IO),
     ):
         if value is not None and value not in allowed:
             raise UsageError(f"{name} {value!r} is not known; choose one of {', '.join(allowed)}")
     if operators is not None and engine == "onnx":
         raise UsageError("--operators is for --engine executorch")
+    if io is not None and (form != "inline" or engine == "executorch"):
+        raise UsageError("--io is for --form inline with --engine onnx: it chooses the types of the cache's inputs")
     if page_size not in (16, 32, 64, 128):
         raise UsageError(f"page_size {page_size} is not supported; use 16, 32, 64 or 128")
     remove_abandoned(out.parent, HIDDEN)  # before anything is asked of ``out``: it may come back
@@ -79,9 +84,8 @@ def export_model(
         if str(source) == "demo":
             folder = stack.enter_context(resources.as_file(resources.files("edgekv.export") / "demo_model"))
         try:
-            return _export(
-                folder, out, Choice(engine, form, weights, page_size, operators, calibration), _Steps(progress)
-            )
+            choice = Choice(engine, form, weights, page_size, operators, calibration, io or IO[0])
+            return _export(folder, out, choice, _Steps(progress))
         except ImportError as error:
             raise EngineMissing(f'exporting needs {error.name}; install it: pip install "edgekv[export]"') from error
         except OSError as error:
@@ -99,6 +103,7 @@ class Choice:
     page_size: int
     operators: str | None
     calibration: str | Path | None
+    io: str
 
 
 class _Steps:
@@ -137,7 +142,7 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
         from .onnx import graphs as onnx
 
         count = onnx.count_steps(checkpoint)
-        write = functools.partial(onnx.write_graphs, checkpoint, calibration=calibration)
+        write = functools.partial(onnx.write_graphs, checkpoint, calibration=calibration, io=choice.io)
 
     steps.total = count + 2
     steps("checking the checkpoint")
@@ -168,6 +173,8 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
             prompt_begin=prompt_begin,
             prompt_end=prompt_end,
             operators=operators,
+            io=choice.io,
+            least_onnxruntime=LEAST_ONNXRUNTIME[weights] if engine == "onnx" else None,
             contract_version=1 if (engine, choice.form) == ("executorch", "inline") else CONTRACT_VERSION,
         )
         manifest = write_manifest(folder, manifest)

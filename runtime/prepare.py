@@ -192,7 +192,7 @@ def prepare_cache(
             )
             forward = SplitForward(dense.engine, dense.embedding, Rope(model.rope), cache, attender, machine.meter)
         else:
-            forward = InlineForward(dense, model, cache, machine.meter)
+            forward = InlineForward(dense, model, cache, manifest.io, machine.meter)
         governor = Governor(cache.manager, plan, context, options, machine, attender)
         release.callback(governor.close)
         if attender is not None:

@@ -72,6 +72,15 @@ def export_command(
             " code, which is quicker and worse. Default: 75 kB of two novels.",
         ),
     ] = None,
+    io: Annotated[
+        str | None,
+        option(
+            settings.IO_OF,
+            "--io",
+            help="The inline form's cache inputs. compact: scales and recent tokens as float16. portable: as float32, for"
+            " bindings that know no float16, such as Swift's.",
+        ),
+    ] = None,
     page_size: Annotated[
         int, option(settings.PAGE_SIZE, "--page-size", metavar="16|32|64|128", help="Tokens per page of the KV cache.")
     ] = 32,
@@ -107,6 +116,7 @@ def export_command(
             weights=weights,
             page_size=page_size,
             operators=operators,
+            io=io,
             calibration=calibration,
             force=force,
             progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from edgekv import settings
 from edgekv.bundle import Manifest, check_files, read_manifest
-from edgekv.contract import GraphSpec, TensorSpec, inline_spec, segment_spec
+from edgekv.contract import GraphSpec, TensorSpec, segment_spec
 from edgekv.sizes import format_bytes
 
 from .options import argument
@@ -60,7 +60,7 @@ def graph_specs(manifest: Manifest) -> list[tuple[str, GraphSpec]]:
     """Return the distinct contracts of the bundle's graphs with the files that keep them."""
     model, graphs = manifest.model, manifest.graphs
     if manifest.form == "inline":
-        return [(graphs[0], inline_spec(model, manifest.page_size, manifest.contract_version))]
+        return [(graphs[0], manifest.inline_spec())]
     if len(graphs) == 1:  # one program with a method per segment
         graphs = tuple(f"segment_{index}" for index in range(model.n_layers + 1))
     rows = [(graphs[0], segment_spec(model, 0))]

@@ -23,6 +23,7 @@ from ..checkpoint import EMBEDDING, HEAD, Checkpoint
 from ..decoder import parameter_sources
 from ..rounding import Compensator
 from ..weights import Extent, WeightFile, to_half
+from .look_up import look_up
 from .matmul_nbits import BITS, BLOCK, QuantisedWeight, pack, quantise
 from .pieces import OPSET, Piece
 from .stack import stack_gate_and_up
@@ -144,19 +145,10 @@ class GraphBuilder:
         path, name = "/model/embed_tokens", EMBEDDING
         if table.scales is not None:
             width = table.columns * BITS[table.kind] // 8
-            data = self._initializer(f"{name}.rows", table.data, (table.rows, width))
+            rows = self._initializer(f"{name}.rows", table.data, (table.rows, width))
             scales = self._initializer(f"{name}.row_scales", table.scales)
-            self._append(
-                "GatherBlockQuantized",
-                [data, ids, scales],
-                output,
-                path,
-                domain=CONTRIB,
-                bits=BITS[table.kind],
-                block_size=BLOCK,
-                gather_axis=0,
-                quantize_axis=1,
-            )
+            piece = look_up(BITS[table.kind], BLOCK, table.columns)
+            self.add(piece, path, {"ids": ids, "rows": rows, "scales": scales, "values": output})
             return
         data = self._initializer(f"{name}.{table.kind}", table.data)
         if table.kind == "fp16":

@@ -21,8 +21,9 @@ from ..decoder import segment_kind
 from ..rounding import Calibration, Compensator
 from ..weights import WeightFile
 from .graph_builder import GraphBuilder, WeightBinder, segment_sources
+from .nodes import Nodes
 from .pieces import Piece, export_positions, export_segments
-from .seam import Geometry, Nodes, build_seam
+from .seam import Geometry, build_seam
 
 WEIGHT_FILE = "weights.bin"
 _EMBEDDING_DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4"}
@@ -37,6 +38,7 @@ def write_graphs(
     form: str,
     weights: str,
     page_size: int,
+    io: str,
     calibration: Calibration | None,
     step: Step,
 ) -> tuple[tuple[str, ...], EmbeddingSpec | None]:
@@ -55,7 +57,7 @@ def write_graphs(
         compensator = Compensator(checkpoint, calibration) if calibration is not None else None
         binder = WeightBinder(checkpoint, file, weights, compensator)
         if form == "inline":
-            return _write_inline(binder, segments, folder, page_size, step), None
+            return _write_inline(binder, segments, folder, page_size, io, step), None
         return _write_split(binder, segments, folder, step)
 
 
@@ -84,7 +86,7 @@ def _write_split(
 
 
 def _write_inline(
-    binder: WeightBinder, segments: dict[str, Piece], folder: Path, page_size: int, step: Step
+    binder: WeightBinder, segments: dict[str, Piece], folder: Path, page_size: int, io: str, step: Step
 ) -> tuple[str, ...]:
     config = binder.checkpoint.config
     model = config.model
@@ -113,7 +115,7 @@ def _write_inline(
         if index < model.n_layers:
             window = model.windows[index]
             builder.add(seams[window], f"/model/layers.{index}/attention", {**names, **_seam_names(window, index)})
-    spec = inline_spec(model, page_size)
+    spec = inline_spec(model, page_size, io=io)
     builder.save(spec, folder / "model.onnx")
     return ("model.onnx",)
 

@@ -33,12 +33,12 @@ _ROWS = {"none": slice(0, 0), "last": slice(-1, None), "all": slice(None)}
 class InlineForward:
     """A :class:`~edgekv.runtime.decoder.base.Forward` on the inline graph."""
 
-    def __init__(self, engine: InlineEngine, model: ModelSpec, cache: KVCache, meter: Meter = SILENT) -> None:
+    def __init__(self, engine: InlineEngine, model: ModelSpec, cache: KVCache, io: str, meter: Meter = SILENT) -> None:
         self.engine = engine
         self._model = model
         self._cache = cache
         self._meter = meter
-        contract = inline_spec(model, cache.spec.page_size)
+        contract = inline_spec(model, cache.spec.page_size, io=io)
         self._inputs = [LayerInputs(cache, layer, contract) for layer in range(model.n_layers)]
 
     def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:

@@ -36,31 +36,50 @@ class LayerInputs:
             for names in (_PAGES, _RECENT)
         )
         self._size = size
+        #: What the rows hold, in a form that is quickly compared: as long as it is the same, they only fill up.
+        self._arrangement: tuple[int, bytes, bytes] | None = None
+        self._packed_pages: Int = np.empty(0, np.int64)
+        self._hot_pages, self._open_rows = self._packed_pages, self._packed_pages
+        self._positions: tuple[Array, Array] = (self._packed_pages, self._packed_pages)
+        self._feeds: dict[str, Array] = {}
 
     def bring_up_to_date(self, feeds: dict[str, Array]) -> tuple[Int, int]:
         """Fill ``feeds`` with the inputs; returns the pages that go in as INT8, and how many recent slots there are."""
         table, layer = self._cache.table, self._layer
-        first = int(table.first_seen()[layer])
-        tiers = table.tier[layer, first : table.n_pages(layer)]
+        first, stop = int(table.first_seen()[layer]), table.n_pages(layer)
+        tiers, contents = table.tier[layer, first:stop], table.content[layer, first:stop]
+        arrangement = (first, tiers.tobytes(), contents.tobytes())
+        if arrangement != self._arrangement:
+            self._arrangement = None  # until all of it is there
+            self._arrange(first, tiers, contents)
+            # What comes from flash is read for this step alone.
+            self._arrangement = None if offloaded(tiers).any() else arrangement
+        else:
+            self._write_hot(self._hot_pages, self._open_rows)
+        held = table.tokens[layer].reshape(-1, self._size)
+        np.take(held, self._packed_pages, axis=0, out=self._positions[0], mode="clip")
+        np.take(held, self._hot_pages, axis=0, out=self._positions[1], mode="clip")
+        feeds.update(self._feeds)
+        return self._packed_pages, len(self._hot_pages) * self._size
+
+    def _arrange(self, first: int, tiers: NDArray[np.uint8], contents: Int) -> None:
+        """Let the rows be those of these pages, and write the ones that are not there."""
         away = offloaded(tiers)
-        packed, hot = first + np.flatnonzero((tiers == Tier.WARM) | away), first + np.flatnonzero(tiers == Tier.HOT)
-        contents = table.content[layer]
-        # What comes from flash is read for this step alone.
-        stale = self._packed.arrange(np.where(away[packed - first], UNSETTLED, contents[packed]))
-        self._write_packed(packed, stale, away[packed - first])
+        packed, hot = np.flatnonzero((tiers == Tier.WARM) | away), np.flatnonzero(tiers == Tier.HOT)
+        self._packed_pages, self._hot_pages = first + packed, first + hot
+        stale = self._packed.arrange(np.where(away[packed], UNSETTLED, contents[packed]))
+        self._write_packed(self._packed_pages, stale, away[packed])
         self._packed.settle(stale)
         stale = self._hot.arrange(contents[hot])
-        self._write_hot(hot, stale)
+        self._write_hot(self._hot_pages, stale)
         self._hot.settle(stale)
-        held = table.tokens[layer].reshape(-1, self._size)
-        self._packed.view(f"page_positions.{layer}")[:] = held[packed]
-        self._hot.view(f"recent_positions.{layer}")[:] = held[hot]
-        for name in self._packed.arrays:
-            feeds[name] = self._packed.view(name)
+        self._open_rows = np.flatnonzero(contents[hot] == UNSETTLED)
+        names = (f"page_positions.{self._layer}", f"recent_positions.{self._layer}")
+        self._positions = (self._packed.view(names[0]), self._hot.view(names[1]))
+        self._feeds = {name: self._packed.view(name) for name in self._packed.arrays}
         for name in self._hot.arrays:
             view = self._hot.view(name)
-            feeds[name] = view.reshape(-1, *view.shape[2:])
-        return packed, len(hot) * self._size
+            self._feeds[name] = view.reshape(-1, *view.shape[2:])
 
     def _write_packed(self, pages: Int, stale: Int, away: NDArray[np.bool_]) -> None:
         spec, layer, manager = self._cache.spec, self._layer, self._cache.manager

@@ -9,8 +9,12 @@ import onnx
 import pytest
 
 from edgekv.bundle import read_manifest
-from edgekv.contract import GraphSpec, TensorSpec, inline_spec, segment_spec
+from edgekv.contract import IO, GraphSpec, TensorSpec, inline_spec, segment_spec
+from edgekv.errors import UsageError
+from edgekv.export import export_model
 from edgekv.export.onnx.pieces import OPSET
+from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.tiers import KVMode
 from tests.export.contract_page import PAGE, render
 
 KINDS = {
@@ -68,3 +72,22 @@ def test_nodes_are_named_by_path_and_named_once(checkpoint: Callable[[str], Path
 def test_the_page_in_docs_shows_the_tables_of_the_contract() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert page == render(page), "run: python -m tests.export.contract_page"
+
+
+def test_a_portable_bundle_takes_no_float16_and_gives_the_same_tokens(tmp_path: Path) -> None:
+    prompt, answers = list(range(2, 90)), []
+    for io in IO:
+        export_model("demo", tmp_path / io, form="inline", engine="onnx", io=io)
+        graph = onnx.load(tmp_path / io / "model.onnx", load_external_data=False).graph
+        kinds = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+        assert KINDS["bool"] not in kinds
+        assert (KINDS["float16"] in kinds) == (io == "compact")
+        check(tmp_path / io / "model.onnx", read_manifest(tmp_path / io).inline_spec())
+        with Generator.open(tmp_path / io, RunOptions(threads=2, kv=KVMode.INT8, prefixes=False)) as generator:
+            answers.append(list(generator.tokens(prompt, max_tokens=24)))
+    assert answers[0] == answers[1]
+
+
+def test_types_of_the_cache_are_for_the_inline_form_alone(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--io is for --form inline"):
+        export_model("demo", tmp_path / "split", io="portable")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.bundle import Manifest
-from edgekv.contract import EXECUTORCH_CACHED_TOKENS, EXECUTORCH_PREFILL_ROWS, GraphSpec, inline_spec
+from edgekv.contract import EXECUTORCH_CACHED_TOKENS, EXECUTORCH_PREFILL_ROWS, GraphSpec
 from edgekv.errors import EngineError
 
 from .build import version
@@ -33,7 +33,7 @@ class ExecutorchInline:
         self.description = f"executorch {version()}"
         self._page_size = manifest.page_size
         self._n_layers = manifest.model.n_layers
-        self._spec: GraphSpec = inline_spec(manifest.model, manifest.page_size, manifest.contract_version)
+        self._spec: GraphSpec = manifest.inline_spec()
         packed = PackedCache(cache, manifest, version())
         self._packed = packed
         path = folder / manifest.graphs[0]

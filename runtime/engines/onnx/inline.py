@@ -9,7 +9,6 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgekv.bundle import Manifest
-from edgekv.contract import inline_spec
 from edgekv.ort import onnxruntime as ort
 
 from .options import check_contract, failure, open_session, set_up
@@ -29,7 +28,7 @@ class OnnxInline:
         if _promises_equal_layers(self._session):
             sessions.options.enable_mem_reuse = False
             self._session = open_session(path, sessions.options)
-        check_contract(self._session, inline_spec(manifest.model, manifest.page_size, manifest.contract_version), path)
+        check_contract(self._session, manifest.inline_spec(), path)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
