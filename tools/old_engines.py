@@ -4,7 +4,7 @@
 
 Exports the bundled model in every form and weight type, installs each version into an environment of its own (under ``--folder``,
 kept for the next time), and runs a step of one token and one of seven in it: a bundle runs if all of them give what the
-ONNX Runtime of this environment gives. Needs the network once per version.
+ONNX Runtime of this environment gives with products in floats. Needs the network once per version.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import venv
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from edgekv.bundle import read_manifest
 from edgekv.contract import FORMS, WEIGHTS, GraphSpec, inline_spec, segment_spec
@@ -42,8 +43,9 @@ for line in sys.stdin.read().splitlines():
     else:
         print("ok", flush=True)
 """
-#: Root mean square of the difference over that of an output: products with quantised weights round the activations otherwise.
-TOLERANCE = 0.03
+#: Root mean square of the difference over that of an output. Products with quantised weights round the activations to INT8, each
+#: version in its own way: the newest is 0.032 away in the logits, 1.18 is 0.016.
+TOLERANCE = 0.05
 
 
 def main() -> None:
@@ -90,7 +92,7 @@ def verdict(folder: Path, python: Path, version: str) -> str:
             if not feeds.exists():
                 made = inputs(spec, tokens)
                 np.savez(feeds, **made)  # type: ignore[arg-type]
-                session = ort.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(in_floats(folder / name), providers=["CPUExecutionProvider"])
                 names = [output.name for output in session.get_outputs()]
                 np.savez(expected, **dict(zip(names, session.run(names, made), strict=True)))
             lines.append(f"{folder / name}\t{feeds}\t{out}")
@@ -105,6 +107,18 @@ def verdict(folder: Path, python: Path, version: str) -> str:
     if wrong is not None:
         print(json.dumps({"bundle": folder.name, "onnxruntime": version, "reason": wrong}), file=sys.stderr)
     return "yes" if wrong is None else "no"
+
+
+def in_floats(graph: Path) -> Path:
+    """Write a copy of a graph beside it that rounds no activation."""
+    model = onnx.load(graph, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    copy = graph.with_name(f"floats-{graph.name}")
+    copy.write_bytes(model.SerializeToString())
+    return copy
 
 
 def inputs(spec: GraphSpec, tokens: int) -> dict[str, np.ndarray]:
