@@ -179,7 +179,8 @@ void sha_block(uint32_t* state, const uint8_t* block) {
     uint32_t a = v[0], e = v[4];
     uint32_t first = v[7] + (rotate_right(e, 6) ^ rotate_right(e, 11) ^ rotate_right(e, 25)) + ((e & v[5]) ^ (~e & v[6])) +
                      kShaConstants[i] + w[i];
-    uint32_t second = (rotate_right(a, 2) ^ rotate_right(a, 13) ^ rotate_right(a, 22)) + ((a & v[1]) ^ (a & v[2]) ^ (v[1] & v[2]));
+    uint32_t second = (rotate_right(a, 2) ^ rotate_right(a, 13) ^ rotate_right(a, 22)) +
+                      ((a & v[1]) ^ (a & v[2]) ^ (v[1] & v[2]));
     std::copy_backward(v, v + 7, v + 8);
     v[4] += first;
     v[0] = first + second;

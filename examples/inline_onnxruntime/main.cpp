@@ -112,13 +112,15 @@ void run(const Options& options) {
   const double prefilled = now();
   for (const std::string& range : split(options.prune, ',')) {
     const std::vector<std::string> ends = split(range, ':');
-    if (ends.size() != 2 || whole(ends[1]) > sequence.cache.size()) throw Usage("--prune " + range + " is no range of tokens: START:STOP");
+    if (ends.size() != 2 || whole(ends[1]) > sequence.cache.size())
+      throw Usage("--prune " + range + " is no range of tokens: START:STOP");
     sequence.cache.prune(whole(ends[0]), whole(ends[1]));
   }
 
   std::string text;
   std::vector<int64_t> answer;
-  while (static_cast<int64_t>(answer.size()) < options.count && static_cast<int64_t>(sequence.tokens.size()) < model.max_context) {
+  const int64_t most = std::min(options.count, model.max_context - static_cast<int64_t>(wanted.size()));
+  while (static_cast<int64_t>(answer.size()) < most) {
     if (!answer.empty()) {
       sequence.tokens.pop_back();  // it was noted without keys and values; the step notes it again
       logits = sequence.step({answer.back()});

@@ -35,7 +35,8 @@ Model::Model(const std::string& bundle) : manifest(Json::read(bundle + "/manifes
   prompt_begin = manifest.get("prompt_begin").integers();
   prompt_end = manifest.get("prompt_end").integers();
   graph = file_of(bundle, manifest.at("graphs").items.at(0).string(), manifest);
-  std::string path = file_of(bundle, manifest.get("tokenizer").is_null() ? "tokenizer.json" : manifest.at("tokenizer").string(), manifest);
+  const Json& named = manifest.get("tokenizer");
+  std::string path = file_of(bundle, named.is_null() ? "tokenizer.json" : named.string(), manifest);
   std::string text = read_file(path);
   if (hexadecimal(sha256(text)) != manifest.at("tokenizer_sha256").string()) throw std::runtime_error(path + " is damaged");
   tokenizer = Json::parse(text);

@@ -9,6 +9,10 @@ namespace {
 constexpr int64_t kPromptStep = 256;  // a prompt is cut at the multiples of so many tokens of the sequence
 constexpr int64_t kMostScores = 1 << 21, kLeastPart = 64;
 
+constexpr auto kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+constexpr auto kInt64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+constexpr auto kFloat16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+
 std::string of_layer(const char* name, size_t l) { return std::string(name) + "." + std::to_string(l); }
 
 }  // namespace
@@ -69,9 +73,9 @@ const float* Sequence::call(const std::vector<int64_t>& new_tokens) {
   const std::vector<int64_t> open_positions = cache.open_positions();
   const int64_t n_recent = cache.open_has_live_tokens() ? page_size : 0;
 
-  std::vector<Tensor> inputs = {{"input_ids", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, {n_new}, new_tokens.data()},
-                                {"position_ids", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, {n_new}, positions.data()},
-                                {"logits_rows", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, {1}, &last_row}};
+  std::vector<Tensor> inputs = {{"input_ids", kInt64, {n_new}, new_tokens.data()},
+                                {"position_ids", kInt64, {n_new}, positions.data()},
+                                {"logits_rows", kInt64, {1}, &last_row}};
   std::vector<std::string> outputs = {"logits"};
   for (size_t l = 0; l < shape.layers; ++l) {
     // Pages are in the order of their positions: those that nobody sees any more are the first.
@@ -85,15 +89,15 @@ const float* Sequence::call(const std::vector<int64_t>& new_tokens) {
     auto add = [&](const char* name, ONNXTensorElementDataType type, std::vector<int64_t> sizes, const void* data) {
       inputs.push_back({of_layer(name, l), type, std::move(sizes), data});
     };
-    add("key_pages", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, {n, heads, dim, page_size}, layer.key_codes.data() + hidden * shape.elements());
-    add("key_scales", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, {n, heads, dim}, layer.key_scales.data() + hidden * row);
-    add("value_pages", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, {n, heads, page_size, dim}, layer.value_codes.data() + hidden * shape.elements());
-    add("value_scales", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, {n, heads, page_size},
+    add("key_pages", kInt8, {n, heads, dim, page_size}, layer.key_codes.data() + hidden * shape.elements());
+    add("key_scales", kFloat16, {n, heads, dim}, layer.key_scales.data() + hidden * row);
+    add("value_pages", kInt8, {n, heads, page_size, dim}, layer.value_codes.data() + hidden * shape.elements());
+    add("value_scales", kFloat16, {n, heads, page_size},
         layer.value_scales.data() + hidden * shape.heads * shape.page_size);
-    add("page_positions", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, {n, page_size}, cache.positions().data() + hidden * shape.page_size);
-    add("recent_keys", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, {n_recent, heads, dim}, layer.open_keys.data());
-    add("recent_values", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, {n_recent, heads, dim}, layer.open_values.data());
-    add("recent_positions", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, {n_recent}, open_positions.data());
+    add("page_positions", kInt64, {n, page_size}, cache.positions().data() + hidden * shape.page_size);
+    add("recent_keys", kFloat16, {n_recent, heads, dim}, layer.open_keys.data());
+    add("recent_values", kFloat16, {n_recent, heads, dim}, layer.open_values.data());
+    add("recent_positions", kInt64, {n_recent}, open_positions.data());
     outputs.push_back(of_layer("new_keys", l));
     outputs.push_back(of_layer("new_values", l));
   }

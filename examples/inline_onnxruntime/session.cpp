@@ -65,13 +65,13 @@ struct sqlite3_stmt;
 class Database {
  public:
   explicit Database(const std::string& path) {
-    library_ = nullptr;
     const char* chosen = std::getenv("SQLITE3_LIBRARY");
     for (const char* name : {chosen, "libsqlite3.so.0", "libsqlite3.so", "libsqlite3.dylib"})
       if (library_ == nullptr && name != nullptr) library_ = dlopen(name, RTLD_NOW);
     if (library_ == nullptr) throw std::runtime_error("SQLite is not there: set SQLITE3_LIBRARY to the path of libsqlite3");
     constexpr int kReadWrite = 2, kCreate = 4;
-    function<int(const char*, sqlite3**, int, const char*)>("sqlite3_open_v2")(path.c_str(), &handle_, kReadWrite | kCreate, nullptr);
+    auto open_it = function<int(const char*, sqlite3**, int, const char*)>("sqlite3_open_v2");
+    check(open_it(path.c_str(), &handle_, kReadWrite | kCreate, nullptr) == 0);
     run("PRAGMA synchronous=FULL");
   }
   ~Database() { function<int(sqlite3*)>("sqlite3_close")(handle_); }
@@ -82,7 +82,8 @@ class Database {
   std::vector<std::vector<std::string>> run(const char* sql, const std::vector<std::pair<bool, std::string>>& values = {}) {
     constexpr int kRow = 100, kDone = 101;
     sqlite3_stmt* statement = nullptr;
-    check(function<int(sqlite3*, const char*, int, sqlite3_stmt**, const char**)>("sqlite3_prepare_v2")(handle_, sql, -1, &statement, nullptr) == 0);
+    auto prepare = function<int(sqlite3*, const char*, int, sqlite3_stmt**, const char**)>("sqlite3_prepare_v2");
+    check(prepare(handle_, sql, -1, &statement, nullptr) == 0);
     for (size_t i = 0; i < values.size(); ++i) {
       const auto& [is_text, value] = values[i];
       auto bind = function<int(sqlite3_stmt*, int, const void*, int, void*)>(is_text ? "sqlite3_bind_text" : "sqlite3_bind_blob");
@@ -133,7 +134,7 @@ class Database {
     if (!fine) throw std::runtime_error(std::string("SQLite: ") + function<const char*(sqlite3*)>("sqlite3_errmsg")(handle_));
   }
 
-  void* library_;
+  void* library_ = nullptr;
   sqlite3* handle_ = nullptr;
 };
 
@@ -169,7 +170,8 @@ std::string Session::read_record(Placed placed, int64_t page, size_t layer, int 
   return record.substr(kHeader, n_bytes);
 }
 
-Session::Placed Session::write_record(int file, int64_t number, int64_t page, size_t layer, int kind, const std::string& payload) const {
+Session::Placed Session::write_record(int file, int64_t number, int64_t page, size_t layer, int kind,
+                                      const std::string& payload) const {
   std::string checked;
   put(checked, number);
   put(checked, static_cast<uint32_t>(page));
@@ -196,7 +198,8 @@ void Session::load(Sequence& sequence) {
   const Json wanted = Json::parse(model_.compatibility_key());
   for (const auto& [name, value] : wanted.members)
     if (meta.at("key").at(name).text != value.text)
-      throw std::runtime_error(folder_ + " is of another bundle: " + name + " is " + meta.at("key").at(name).text + ", not " + value.text);
+      throw std::runtime_error(folder_ + " is of another bundle: " + name + " is " + meta.at("key").at(name).text +
+                               ", not " + value.text);
 
   const Shape& shape = model_.shape;
   const Json tail = Json::parse(index.row("tail"));
@@ -230,9 +233,10 @@ void Session::load(Sequence& sequence) {
     std::vector<std::string> halves[2];
     for (size_t i = 0; i < 2 * layers; ++i) {
       const int kind = i % 2 == 0 ? kOpenKeys : kOpenValues;
-      halves[i % 2].push_back(records.empty() ? std::string(2 * shape.elements(), '\0')
-                                              : read_record({records.at(i).integer(), checks.at(i).natural()}, n_pages, i / 2, kind,
-                                                            2 * shape.elements()));
+      const size_t n_bytes = 2 * shape.elements();
+      std::string half(n_bytes, '\0');
+      if (!records.empty()) half = read_record({records.at(i).integer(), checks.at(i).natural()}, n_pages, i / 2, kind, n_bytes);
+      halves[i % 2].push_back(std::move(half));
     }
     sequence.cache.restore_open(n_open, halves[0], halves[1]);
   }
@@ -289,7 +293,8 @@ void Session::save(const Sequence& sequence) {
   if (cache.open_has_live_tokens())
     for (size_t i = 0; i < 2 * shape.layers; ++i) {
       const bool values = i % 2 == 1;
-      Placed placed = write_record(file, number++, cache.sealed_pages(), i / 2, values ? kOpenValues : kOpenKeys, cache.pack_open(i / 2, values));
+      const int kind = values ? kOpenValues : kOpenKeys;
+      Placed placed = write_record(file, number++, cache.sealed_pages(), i / 2, kind, cache.pack_open(i / 2, values));
       records.push_back(placed.number);
       checks.push_back(placed.check);
     }
@@ -309,8 +314,9 @@ void Session::save(const Sequence& sequence) {
     ++steps.back();
   }
   const auto sealed = static_cast<std::ptrdiff_t>(cache.sealed_pages() * static_cast<int64_t>(shape.page_size));
+  const std::vector<int64_t> behind(sequence.tokens.begin() + sealed, sequence.tokens.end());
   const std::string tail = "{\"n_pages\": " + std::to_string(cache.sealed_pages()) +
-                           ", \"tokens\": " + json_list(std::vector<int64_t>(sequence.tokens.begin() + sealed, sequence.tokens.end())) +
+                           ", \"tokens\": " + json_list(behind) +
                            ", \"n_kv\": " + std::to_string(cache.size()) + ", \"records\": " + json_list(records) +
                            ", \"checks\": " + json_list(checks) + ", \"chain\": \"" + hexadecimal(chain) +
                            "\", \"pruned\": " + json_list(pruned) + ", \"steps\": " + json_list(steps) + "}";
@@ -323,10 +329,12 @@ void Session::save(const Sequence& sequence) {
   index.run("CREATE TABLE IF NOT EXISTS item(name TEXT PRIMARY KEY, value BLOB, xxh3 BLOB) WITHOUT ROWID");
   index.run("BEGIN IMMEDIATE");
   if (!held_) {
-    index.put_row("meta", "{\"format\": 2, \"key\": " + model_.compatibility_key() + ", \"pages\": {\"n_layers\": " +
-                              std::to_string(shape.layers) + ", \"n_kv_heads\": " + std::to_string(shape.heads) + ", \"head_dim\": " +
-                              std::to_string(shape.dim) + ", \"page_size\": " + std::to_string(shape.page_size) + "}, \"created\": " +
-                              std::to_string(std::time(nullptr)) + ", \"encrypted\": false, \"salt\": \"\", \"probe\": \"\"}");
+    const std::string sizes = "{\"n_layers\": " + std::to_string(shape.layers) + ", \"n_kv_heads\": " + std::to_string(shape.heads) +
+                              ", \"head_dim\": " + std::to_string(shape.dim) + ", \"page_size\": " +
+                              std::to_string(shape.page_size) + "}";
+    index.put_row("meta", "{\"format\": 2, \"key\": " + model_.compatibility_key() + ", \"pages\": " + sizes +
+                              ", \"created\": " + std::to_string(std::time(nullptr)) +
+                              ", \"encrypted\": false, \"salt\": \"\", \"probe\": \"\"}");
     index.put_row("notes", "{}");
   }
   for (const auto& [page, row] : rows) {

@@ -33,7 +33,7 @@ class Session {
 
   std::string segment_path(int64_t segment) const;
   std::string read_record(Placed placed, int64_t page, size_t layer, int kind, size_t n_bytes) const;
-  Placed write_record(int file, int64_t place, int64_t page, size_t layer, int kind, const std::string& payload) const;
+  Placed write_record(int file, int64_t number, int64_t page, size_t layer, int kind, const std::string& payload) const;
 
   std::string folder_;
   const Model& model_;

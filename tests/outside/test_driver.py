@@ -139,7 +139,7 @@ def copy(session: Path, name: str) -> Path:
 def compare(case: str, tokens: int, answer: int, folder: Path, driver: Run, tmp_path: Path) -> None:
     """Let both begin a session of ``tokens`` tokens or more, and each continue that of the other."""
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
-    prompt = TEXT[: int((tokens - answer) * CASES[case][3]) + 10]
+    prompt = TEXT[: int((tokens - answer) * CASES[case][3]) + 40]
     said = driver(folder, "--prompt", prompt, "-n", str(answer), "--session", str(mine))
     edgekv_run(folder, theirs, "-p", prompt, "-n", str(answer))
     session = same(mine, theirs)

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
+from tests.checkpoints import make_checkpoint
 from tests.sessions import session_options
 
 
@@ -55,6 +56,17 @@ def test_tokens_pages_and_sessions_have_the_bits_of_edgekv(
         answer = list(generator.tokens(prompt, max_tokens=21))
     driver = Driver(folder, options=session_options())
     assert driver.generate(driver.read(prompt), 21) == answer
+    same(driver.save(), read_session(tmp_path / "theirs.kv"))
+
+
+def test_a_step_of_many_tokens_is_several_calls(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    folder = bundle(make_checkpoint(tmp_path / "many heads", "qwen3", std=0.04, num_attention_heads=48), "inline")
+    prompt = np.random.default_rng(0).integers(0, 250, 300).tolist()
+    options = RunOptions(threads=2, session=SessionOptions(tmp_path / "theirs.kv"), prefixes=False)
+    with Generator.open(folder, options) as generator:
+        answer = list(generator.tokens(prompt, max_tokens=5))
+    driver = Driver(folder, options=session_options())
+    assert driver.generate(driver.read(prompt), 5) == answer
     same(driver.save(), read_session(tmp_path / "theirs.kv"))
 
 
