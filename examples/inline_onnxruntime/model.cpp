@@ -24,6 +24,8 @@ Model::Model(const std::string& bundle) : manifest(Json::read(bundle + "/manifes
     throw std::runtime_error(bundle + ": this program knows version 2 of manifest and contract");
   if (manifest.at("engine").string() != "onnx" || manifest.at("form").string() != "inline")
     throw std::runtime_error(bundle + " is no inline graph for ONNX Runtime: edgekv export --form inline --engine onnx");
+  if (const Json& io = manifest.get("io"); !io.is_null() && io.string() != "compact")
+    throw std::runtime_error(bundle + ": this program hands over float16: edgekv export --io compact");
   const Json& model = manifest.at("model");
   auto size = [](const Json& table, const char* name) { return static_cast<size_t>(table.at(name).integer()); };
   shape = {size(model, "n_layers"), size(model, "n_kv_heads"), size(model, "head_dim"), size(manifest, "page_size")};

@@ -311,6 +311,14 @@ def test_it_says_what_is_damaged_and_what_does_not_fit(
         driver(folder, "--continue", "--session", str(session))
 
 
+def test_a_bundle_for_other_bindings_is_refused(model: Callable[[str], Path], driver: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model("qk-norm"), tmp_path / "portable"))
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "io": "portable"}), encoding="utf-8")
+    with pytest.raises(RuntimeError, match="--io compact"):
+        driver(folder, "--prompt", "x", "-n", "1")
+
+
 def test_it_includes_nothing_of_ours() -> None:
     files = [*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")]
     included = {name for file in files for name in re.findall(r'#include "(.*)"', file.read_text(encoding="utf-8"))}
