@@ -4,7 +4,7 @@ The meaning is :func:`edgekv.seam.paged_attention`. Two ways lie in one graph, b
 (:func:`_decode`) reads pages as codes: scales belong to the query and to the probabilities, so that nothing as large as the
 cache is multiplied by them. Several tokens (:func:`_prefill`) decode the cache once for all of them.
 
-Measured on the demo model, see docs/architecture.md. Every size may be zero at run time except the number of new tokens.
+What was tried is in docs/architecture.md. Every size may be zero at run time except the number of new tokens.
 """
 
 from __future__ import annotations
