@@ -50,12 +50,12 @@ class Moment:
 class Ended:
     """How a run ended.
 
-    ``before``: its text when the signal came. ``silent``: seconds of a processor that its main thread used before it spoke.
-    ``seconds``: of a processor that all its threads used from the signal to the end.
+    ``before``: its text when the signal came; None: the moment did not come before the end. ``silent``: seconds of a processor
+    that its main thread used before it spoke. ``seconds``: of a processor that all its threads used from the signal to the end.
     """
 
     code: int
-    before: str
+    before: str | None
     text: str
     errors: str
     silent: float
@@ -81,7 +81,8 @@ def run(folder: Path, arguments: list[str], moment: Moment | None = None) -> End
         os._exit(code if isinstance(code, int) else 0)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = main_thread_seconds(child)
-    text, used, silent = "", 0.0, 0.0
+    text: str | None = None
+    used, silent = 0.0, 0.0
     deadline = time.monotonic() + HUNG_S
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
         lasted, said = main_thread_seconds(child) - began, out.stat().st_size
@@ -143,8 +144,8 @@ def check(bundle: str, folder: Path, count: int, seed: int) -> dict[str, object]
         in_prompt = Moment(chance.uniform(0, whole.silent), 0)
         ended = run(folder, begin, in_prompt if index % 2 else Moment(0, chance.randrange(1, len(whole.text))))
         codes[ended.code == 130] += 1
-        if ended.code == 0 and ended.before.strip() == whole.text.strip():
-            continue  # all was said before the signal came
+        if ended.before is None or (ended.code == 0 and ended.before.strip() == whole.text.strip()):
+            continue  # no signal was sent, or all was said before it came
         printed = ended.text.removesuffix("\n")
         said[bool(printed)] += 1
         again = [*common, "--continue", "-n", str(TOKENS)]
