@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from gguf import ReaderTensor
 
 MAGIC = b"GGUF"
-#: The types in which tensors may be stored: those that ``gguf`` turns into floats.
-FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
