@@ -30,9 +30,8 @@ LEAST_ONNXRUNTIME = {"int4": "1.18", "int8": "1.22", "fp16": "1.18", "fp32": "1.
 #: Numbers of rows for which an ExecuTorch program has methods: its shapes are fixed, and a step is put together of them.
 EXECUTORCH_ROWS = (1, 16, 128)
 EXECUTORCH_HEAD_ROWS = (1, 16)
-#: Inline form: the most new tokens of its prefill method, and the most cached ones as pages and as recent tokens each.
+#: Inline form: the most new tokens of a step.
 EXECUTORCH_PREFILL_ROWS = 64
-EXECUTORCH_CACHED_TOKENS = 4096
 
 Dim = int | str
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekv.bundle import MANIFEST, TOKENIZER, EmbeddingSpec, Manifest, file_sha256, write_manifest
-from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, IO, LEAST_ONNXRUNTIME, OPERATORS, WEIGHTS, default_weights
+from edgekv.contract import ENGINES, FORMS, IO, LEAST_ONNXRUNTIME, OPERATORS, WEIGHTS, default_weights
 from edgekv.errors import EdgeKVError, EngineMissing, UsageError
 from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
 
@@ -175,7 +175,6 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
             operators=operators,
             io=choice.io,
             least_onnxruntime=LEAST_ONNXRUNTIME[weights] if engine == "onnx" else None,
-            contract_version=1 if (engine, choice.form) == ("executorch", "inline") else CONTRACT_VERSION,
         )
         manifest = write_manifest(folder, manifest)
     steps.progress("done", steps.total, steps.total)

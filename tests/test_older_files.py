@@ -42,6 +42,13 @@ def test_an_inline_bundle_of_contract_1_gives_the_tokens_that_it_gave_when_it_wa
         assert generator.score(EXPECTED["prompt"]).shape == (40, 320)
 
 
+@pytest.mark.parametrize("kv", [KVMode.INT8, KVMode.FP16])
+def test_an_inline_program_of_contract_1_gives_the_tokens_that_it_gave_when_it_was_made(kv: KVMode) -> None:
+    pytest.importorskip("executorch", reason="the extra `executorch` is not installed")
+    with Generator.open(DATA / "inline-executorch-1", RunOptions(threads=2, kv=kv, prefixes=False)) as generator:
+        assert list(generator.tokens(EXPECTED["executorch_prompt"], max_tokens=12)) == EXPECTED["executorch_answer"]
+
+
 def test_an_inline_bundle_of_contract_1_follows_its_budget_though_it_promises_equal_layers() -> None:
     options = RunOptions(threads=2, kv=KVMode.FP16, context=512, prefixes=False)
     with Generator.open(DATA / "inline-1", options) as generator:

@@ -15,9 +15,9 @@ from onnx import helper
 from edgekv.bundle import EmbeddingSpec
 from edgekv.contract import INLINE_CACHE, inline_spec, segment_spec
 
-from ..attention import distinct_windows
 from ..checkpoint import Checkpoint
 from ..decoder import segment_kind
+from ..positions import distinct_windows
 from ..rounding import Calibration, Compensator
 from ..weights import WeightFile
 from .graph_builder import GraphBuilder, WeightBinder, segment_sources

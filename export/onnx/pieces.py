@@ -21,10 +21,10 @@ from torch import nn
 from edgekv.logs import quiet
 from edgekv.spec import ModelSpec, RopeSpec
 
-from ..attention import Positions, distinct_windows
 from ..config import DecoderConfig
 from ..decoder import build_segment, segment_kind
 from ..ops import ONNX_TRANSLATIONS
+from ..positions import Positions, distinct_windows
 
 #: Opset 21 is the newest whose every operator runs in ONNX Runtime 1.20 and later, on desktop and mobile builds.
 OPSET = 21

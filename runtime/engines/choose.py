@@ -41,9 +41,11 @@ def open_inline(folder: Path, manifest: Manifest, threads: int, cache: Path, *, 
     """Open the graph of an inline bundle; see :func:`open_segments`."""
     engine: InlineEngine
     if manifest.engine == "executorch":
+        from .executorch.first_inline import FirstExecutorchInline
         from .executorch.inline import ExecutorchInline
 
-        engine = ExecutorchInline(folder, manifest, threads, cache)
+        kind = FirstExecutorchInline if manifest.contract_version == 1 else ExecutorchInline
+        engine = kind(folder, manifest, threads, cache)
     else:
         from .onnx.inline import OnnxInline
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from edgekv.bundle import Manifest
-from edgekv.contract import EXECUTORCH_CACHED_TOKENS, EXECUTORCH_HEAD_ROWS, EXECUTORCH_PREFILL_ROWS, EXECUTORCH_ROWS
+from edgekv.contract import EXECUTORCH_HEAD_ROWS, EXECUTORCH_PREFILL_ROWS, EXECUTORCH_ROWS
 from tests.fields import field_table, json_schema, put_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ def schema_text() -> str:
 
 
 def limits() -> str:
-    cached, rows = EXECUTORCH_CACHED_TOKENS, EXECUTORCH_PREFILL_ROWS
+    rows = EXECUTORCH_PREFILL_ROWS
     methods, heads = (", ".join(map(str, sizes)) for sizes in (EXECUTORCH_ROWS, EXECUTORCH_HEAD_ROWS))
     table = (
         ("onnx", "inline", "T >= 1", "any"),
@@ -30,8 +30,8 @@ def limits() -> str:
         (
             "executorch",
             "inline",
-            f"method `decode`: T = 1; `prefill`: 2 to {rows}",
-            f"N and R >= 2, the same in all layers; N * page_size and R <= {cached}",
+            f"method `decode`: T = 1, L = 1; `prefill`: T = 1 to {rows}, L <= {rows}",
+            "N * page_size and R <= `model.max_context`, rounded up to whole pages",
         ),
         (
             "executorch",

@@ -8,6 +8,9 @@
 #include <executorch/runtime/executor/method_meta.h>
 #include <executorch/runtime/platform/platform.h>
 
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -37,9 +40,11 @@ using executorch::extension::Module;
 using executorch::runtime::BackendOptions;
 using executorch::runtime::Error;
 using executorch::runtime::EValue;
+using executorch::runtime::HierarchicalAllocator;
 using executorch::runtime::LoadBackendOptionsMap;
 using executorch::runtime::Method;
 using executorch::runtime::Program;
+using executorch::runtime::Span;
 
 constexpr int kMaxDims = 8;
 
@@ -100,6 +105,53 @@ struct BoundTensor {
     std::unique_ptr<TensorImpl> impl;
 };
 
+// A range of addresses that becomes memory where it is touched.
+struct Unmap {
+    size_t size = 0;
+    void operator()(uint8_t* start) const { munmap(start, size); }
+};
+using Room = std::unique_ptr<uint8_t, Unmap>;
+
+Room make_room(size_t size) {
+    void* start = size == 0 ? MAP_FAILED
+                            : mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
+    return Room(start == MAP_FAILED ? nullptr : static_cast<uint8_t*>(start), Unmap{size});
+}
+
+// A program and the room for what its methods compute on the way. ExecuTorch plans for the largest shapes, and a Module of its
+// own fills all of that with zeros; here a step costs what it touches. One method runs at a time, so they share it.
+struct OpenProgram {
+    explicit OpenProgram(const char* path) : module(std::string(path), Module::LoadMode::Mmap) {}
+
+    Error plan() {
+        const auto names = module.method_names();
+        if (!names.ok()) return names.error();
+        std::vector<size_t> sizes;
+        for (const auto& name : names.get()) {
+            const auto meta = module.method_meta(name);
+            if (!meta.ok()) return meta.error();
+            sizes.resize(std::max(sizes.size(), meta->num_memory_planned_buffers()));
+            for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
+                const auto size = meta->memory_planned_buffer_size(i);
+                if (!size.ok()) return size.error();
+                sizes[i] = std::max(sizes[i], static_cast<size_t>(*size));
+            }
+        }
+        for (const size_t size : sizes) {
+            rooms.push_back(make_room(size));
+            if (size != 0 && rooms.back() == nullptr) return Error::MemoryAllocationFailed;
+            spans.emplace_back(rooms.back().get(), size);
+        }
+        memory = std::make_unique<HierarchicalAllocator>(Span<Span<uint8_t>>(spans.data(), spans.size()));
+        return Error::Ok;
+    }
+
+    std::vector<Room> rooms;
+    std::vector<Span<uint8_t>> spans;
+    std::unique_ptr<HierarchicalAllocator> memory;
+    Module module;  // last: its methods use the memory
+};
+
 struct Call {
     Method* method;
     std::vector<std::unique_ptr<BoundTensor>> inputs, outputs;
@@ -127,8 +179,7 @@ bool edgekv_et_parallel(void (*task)(void*, size_t), void* context, size_t count
 // Opens a program, mapped into memory. packed_cache: file for packed weights, or empty for none.
 void* edgekv_et_open(const char* path, const char* packed_cache) {
     last_log.clear();
-    auto module = std::make_unique<Module>(
-        std::string(path), Module::LoadMode::Mmap, nullptr, nullptr, nullptr, /*share_memory_arenas=*/true);
+    auto program = std::make_unique<OpenProgram>(path);
     BackendOptions<4> options;
     LoadBackendOptionsMap map;
     (void)options.set_option("weight_cache_enabled", true);
@@ -138,27 +189,29 @@ void* edgekv_et_open(const char* path, const char* packed_cache) {
         (void)options.set_option("save_weight_cache_on_disk", true);
     }
     (void)map.set_options("XnnpackBackend", options.view());
-    const Error error = module->load(map, Program::Verification::InternalConsistency);
+    Error error = program->module.load(map, Program::Verification::InternalConsistency);
+    if (error == Error::Ok) error = program->plan();
     if (error != Error::Ok) {
         fail("the program was not loaded", error);
         return nullptr;
     }
-    return module.release();
+    return program.release();
 }
 
-void edgekv_et_close(void* program) { delete static_cast<Module*>(program); }
+void edgekv_et_close(void* program) { delete static_cast<OpenProgram*>(program); }
 
 int edgekv_et_has_backend(const char* name) { return executorch::runtime::get_backend_class(name) != nullptr; }
 
 int edgekv_et_has_method(void* program, const char* name) {
-    auto names = static_cast<Module*>(program)->method_names();
+    auto names = static_cast<OpenProgram*>(program)->module.method_names();
     return names.ok() && names.get().count(name) != 0;
 }
 
 void* edgekv_et_method(void* program, const char* name) {
     last_log.clear();
-    auto& module = *static_cast<Module*>(program);
-    const Error error = module.load_method(name);
+    auto* opened = static_cast<OpenProgram*>(program);
+    auto& module = opened->module;
+    const Error error = module.load_method(name, opened->memory.get());
     if (error != Error::Ok) {
         fail(std::string("method ") + name + " was not loaded", error);
         return nullptr;
