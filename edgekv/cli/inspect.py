@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -106,14 +107,21 @@ def _contract(manifest: Manifest) -> Table:
 
 
 def _one_layer(tensors: tuple[TensorSpec, ...]) -> list[TensorSpec]:
-    """Keep layer 0 of the tensors that every layer has, under the name ``x.{l}``."""
+    """Keep layer 0 of the tensors that every layer has, for any layer: ``x.{l}`` with the sizes ``N{l}``."""
     kept = []
     for tensor in tensors:
         name, _, layer = tensor.name.partition(".")
-        if layer in ("", "0"):
-            renamed = name + ".{l}" if layer else name
-            kept.append(TensorSpec(renamed, tensor.dtype, tensor.shape, tensor.meaning))
+        if not layer:
+            kept.append(tensor)
+        elif layer == "0":
+            shape = tuple(_any_layer(size) if isinstance(size, str) else size for size in tensor.shape)
+            kept.append(TensorSpec(name + ".{l}", tensor.dtype, shape, _any_layer(tensor.meaning)))
     return kept
+
+
+def _any_layer(text: str) -> str:
+    """Write the symbols of layer 0 (``N0``, ``R0``) as those of any layer."""
+    return re.sub(r"\b([A-Z])0\b", r"\1{l}", text)
 
 
 def _files(manifest: Manifest) -> Table:

@@ -1,38 +1,34 @@
-// ONNX Runtime, opened by path: one graph, run with named tensors.
+// What runs the graph. Each engine is an engine.cpp: ONNX Runtime's lies beside this file, ExecuTorch's in ../inline_executorch.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
-#include "onnxruntime_c.h"
+enum class Type { kInt8, kInt64, kFloat16 };
 
 // An input: memory of the caller, which stays as it is until the run is over.
 struct Tensor {
   std::string name;
-  ONNXTensorElementDataType type;
+  Type type;
   std::vector<int64_t> shape;
   const void* data;
 };
 
 class Engine {
  public:
-  Engine(const std::string& library, const std::string& graph, int threads);
-  ~Engine();
-  Engine(const Engine&) = delete;
-  Engine& operator=(const Engine&) = delete;
+  static const char* const kName;  // in manifests
 
-  // Runs the graph and returns its outputs of these names, all float32; valid until the next run.
+  Engine(const std::string& graph, int threads);
+  ~Engine();
+
+  // Runs the graph with all of its inputs and returns its outputs, all float32; valid until the next run. Both are named, and
+  // in the order of the contract's table: an engine goes by the one or by the other.
   std::vector<const float*> run(const std::vector<Tensor>& inputs, const std::vector<std::string>& outputs);
-  const std::string& version() const { return version_; }
+  int64_t most_tokens() const;  // new ones of a run
+  std::string description() const;
 
  private:
-  void check(OrtStatus* status) const;
-  void release_outputs();
-
-  const OrtApi* api_ = nullptr;
-  OrtEnv* env_ = nullptr;
-  OrtSession* session_ = nullptr;
-  OrtMemoryInfo* memory_ = nullptr;
-  std::vector<OrtValue*> outputs_;
-  std::string version_;
+  struct State;
+  std::unique_ptr<State> state_;
 };

@@ -18,14 +18,14 @@ namespace {
 
 constexpr const char* kUsage =
     "driver BUNDLE [--prompt TEXT | --tokens N,N,...] [-n N] [--session FOLDER [--continue]] [--prune A:B,C:D...]\n"
-    "              [--threads N] [--onnxruntime FILE] [--json]";
+    "              [--threads N] [--json]";
 
 struct Usage : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
 struct Options {
-  std::string bundle, prompt, tokens, session, prune, library;
+  std::string bundle, prompt, tokens, session, prune;
   bool given = false, go_on = false, json = false;
   int64_t count = 256;
   int threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 4u));
@@ -50,7 +50,6 @@ std::vector<std::string> split(const std::string& text, char separator) {
 
 Options parse(int n, char** arguments) {
   Options options;
-  if (const char* library = std::getenv("ONNXRUNTIME_LIBRARY")) options.library = library;
   for (int i = 1; i < n; ++i) {
     std::string name = arguments[i];
     auto value = [&]() -> std::string {
@@ -64,13 +63,11 @@ Options parse(int n, char** arguments) {
     else if (name == "--continue") options.go_on = true;
     else if (name == "--prune") options.prune = value();
     else if (name == "--threads") options.threads = static_cast<int>(whole(value()));
-    else if (name == "--onnxruntime") options.library = value();
     else if (name == "--json") options.json = true;
     else if (options.bundle.empty() && name[0] != '-') options.bundle = name;
     else throw Usage("unknown: " + name);
   }
   if (options.bundle.empty()) throw Usage("which bundle?");
-  if (options.library.empty()) throw Usage("--onnxruntime or ONNXRUNTIME_LIBRARY must name libonnxruntime");
   if (options.go_on && options.session.empty()) throw Usage("--continue needs --session");
   if (!options.go_on && !options.given) throw Usage("--prompt is missing");
   return options;
@@ -93,7 +90,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 void run(const Options& options) {
   const Model model(options.bundle);
   const Tokenizer tokenizer(model.tokenizer);
-  Engine engine(options.library, model.graph, options.threads);
+  Engine engine(model.graph, options.threads);
   Sequence sequence(model, engine);
   std::unique_ptr<Session> session;
   if (!options.session.empty()) {
@@ -152,7 +149,7 @@ void run(const Options& options) {
       "{\"text\": %s, \"tokens\": %s, \"prompt\": %s, \"reused_tokens\": %lld, \"prefill_seconds\": %.4f, "
       "\"decode_seconds\": %.4f, \"engine\": %s}\n",
       quoted(text).c_str(), list(answer).c_str(), list(wanted).c_str(), static_cast<long long>(sequence.reused),
-      prefilled - start, decoded - prefilled, quoted("onnxruntime " + engine.version()).c_str());
+      prefilled - start, decoded - prefilled, quoted(engine.description()).c_str());
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "engine.h"
 #include "hashes.h"
 
 namespace {
@@ -22,8 +23,8 @@ std::string file_of(const std::string& bundle, const std::string& name, const Js
 Model::Model(const std::string& bundle) : manifest(Json::read(bundle + "/manifest.json")) {
   if (manifest.at("format_version").integer() != 2 || manifest.at("contract_version").integer() != 2)
     throw std::runtime_error(bundle + ": this program knows version 2 of manifest and contract");
-  if (manifest.at("engine").string() != "onnx" || manifest.at("form").string() != "inline")
-    throw std::runtime_error(bundle + " is no inline graph for ONNX Runtime: edgekv export --form inline --engine onnx");
+  if (manifest.at("engine").string() != Engine::kName || manifest.at("form").string() != "inline")
+    throw std::runtime_error(bundle + " is no bundle for this program: edgekv export --form inline --engine " + Engine::kName);
   if (const Json& io = manifest.get("io"); !io.is_null() && io.string() != "compact")
     throw std::runtime_error(bundle + ": this program hands over float16: edgekv export --io compact");
   const Json& model = manifest.at("model");

@@ -9,10 +9,6 @@ namespace {
 constexpr int64_t kPromptStep = 256;  // a prompt is cut at the multiples of so many tokens of the sequence
 constexpr int64_t kMostScores = 1 << 21, kLeastPart = 64;
 
-constexpr auto kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
-constexpr auto kInt64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-constexpr auto kFloat16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-
 std::string of_layer(const char* name, size_t l) { return std::string(name) + "." + std::to_string(l); }
 
 }  // namespace
@@ -54,6 +50,7 @@ const float* Sequence::step(const std::vector<int64_t>& new_tokens) {
   const int64_t count = static_cast<int64_t>(new_tokens.size()), end = cache.size() + count;
   int64_t part = kPromptStep;
   while (part > kLeastPart && model_.query_heads * part * end > kMostScores) part /= 2;
+  part = std::min(part, engine_.most_tokens());
   const float* logits = nullptr;
   for (int64_t start = 0; start < count; start += part)
     logits = call({new_tokens.begin() + start, new_tokens.begin() + std::min(count, start + part)});
@@ -73,9 +70,9 @@ const float* Sequence::call(const std::vector<int64_t>& new_tokens) {
   const std::vector<int64_t> open_positions = cache.open_positions();
   const int64_t n_recent = cache.open_has_live_tokens() ? page_size : 0;
 
-  std::vector<Tensor> inputs = {{"input_ids", kInt64, {n_new}, new_tokens.data()},
-                                {"position_ids", kInt64, {n_new}, positions.data()},
-                                {"logits_rows", kInt64, {1}, &last_row}};
+  std::vector<Tensor> inputs = {{"input_ids", Type::kInt64, {n_new}, new_tokens.data()},
+                                {"position_ids", Type::kInt64, {n_new}, positions.data()},
+                                {"logits_rows", Type::kInt64, {1}, &last_row}};
   std::vector<std::string> outputs = {"logits"};
   for (size_t l = 0; l < shape.layers; ++l) {
     // Pages are in the order of their positions: those that nobody sees any more are the first.
@@ -86,27 +83,26 @@ const float* Sequence::call(const std::vector<int64_t>& new_tokens) {
       while (hidden < pages.size() && (pages[hidden] + 1) * page_size - 1 <= first - window) ++hidden;
     const int64_t n = static_cast<int64_t>(pages.size() - hidden);
     const size_t row = shape.heads * shape.dim;
-    auto add = [&](const char* name, ONNXTensorElementDataType type, std::vector<int64_t> sizes, const void* data) {
+    auto add = [&](const char* name, Type type, std::vector<int64_t> sizes, const void* data) {
       inputs.push_back({of_layer(name, l), type, std::move(sizes), data});
     };
-    add("key_pages", kInt8, {n, heads, dim, page_size}, layer.key_codes.data() + hidden * shape.elements());
-    add("key_scales", kFloat16, {n, heads, dim}, layer.key_scales.data() + hidden * row);
-    add("value_pages", kInt8, {n, heads, page_size, dim}, layer.value_codes.data() + hidden * shape.elements());
-    add("value_scales", kFloat16, {n, heads, page_size},
+    add("key_pages", Type::kInt8, {n, heads, dim, page_size}, layer.key_codes.data() + hidden * shape.elements());
+    add("key_scales", Type::kFloat16, {n, heads, dim}, layer.key_scales.data() + hidden * row);
+    add("value_pages", Type::kInt8, {n, heads, page_size, dim}, layer.value_codes.data() + hidden * shape.elements());
+    add("value_scales", Type::kFloat16, {n, heads, page_size},
         layer.value_scales.data() + hidden * shape.heads * shape.page_size);
-    add("page_positions", kInt64, {n, page_size}, cache.positions().data() + hidden * shape.page_size);
-    add("recent_keys", kFloat16, {n_recent, heads, dim}, layer.open_keys.data());
-    add("recent_values", kFloat16, {n_recent, heads, dim}, layer.open_values.data());
-    add("recent_positions", kInt64, {n_recent}, open_positions.data());
-    outputs.push_back(of_layer("new_keys", l));
-    outputs.push_back(of_layer("new_values", l));
+    add("page_positions", Type::kInt64, {n, page_size}, cache.positions().data() + hidden * shape.page_size);
+    add("recent_keys", Type::kFloat16, {n_recent, heads, dim}, layer.open_keys.data());
+    add("recent_values", Type::kFloat16, {n_recent, heads, dim}, layer.open_values.data());
+    add("recent_positions", Type::kInt64, {n_recent}, open_positions.data());
+    for (const char* name : {"new_keys", "new_values", "page_mass"}) outputs.push_back(of_layer(name, l));
   }
 
   const std::vector<const float*> results = engine_.run(inputs, outputs);
   std::vector<const float*> keys, values;
   for (size_t l = 0; l < shape.layers; ++l) {
-    keys.push_back(results[1 + 2 * l]);
-    values.push_back(results[2 + 2 * l]);
+    keys.push_back(results[1 + 3 * l]);
+    values.push_back(results[2 + 3 * l]);
   }
   cache.append(new_tokens.size(), keys, values);
   tokens.insert(tokens.end(), new_tokens.begin(), new_tokens.end());

@@ -108,10 +108,16 @@ class Database {
   }
 
   std::string row(const std::string& name) {
+    const std::vector<std::string> found = unchecked_row(name);
+    if (found[1] != checksum(name, found[0])) throw std::runtime_error("row " + name + " of the session is damaged");
+    return found[0];
+  }
+
+  // Value and checksum.
+  std::vector<std::string> unchecked_row(const std::string& name) {
     auto found = run("SELECT value, xxh3 FROM item WHERE name = ?", {{true, name}});
     if (found.empty()) throw std::runtime_error("the session has no row " + name);
-    if (found[0][1] != checksum(name, found[0][0])) throw std::runtime_error("row " + name + " of the session is damaged");
-    return found[0][0];
+    return found[0];
   }
 
   void put_row(const std::string& name, const std::string& value) {
@@ -192,9 +198,13 @@ Session::Placed Session::write_record(int file, int64_t number, int64_t page, si
 
 void Session::load(Sequence& sequence) {
   Database index(folder_ + "/index.sqlite");
-  const Json meta = Json::parse(index.row("meta"));
-  if (meta.at("format").integer() != 2) throw std::runtime_error(folder_ + ": this program knows sessions of format 2");
-  if (meta.at("encrypted").truth) throw std::runtime_error(folder_ + " is encrypted");
+  const Json meta = Json::parse(index.unchecked_row("meta")[0]);
+  if (const int64_t format = meta.at("format").integer(); format != 2)  // whose checksums may be other ones
+    throw std::runtime_error(folder_ + " has format " + std::to_string(format) +
+                             ", and this program knows 2: edgekv run --continue makes that of an older one");
+  index.row("meta");
+  if (meta.at("encrypted").truth)
+    throw std::runtime_error(folder_ + " is encrypted, which this program cannot read: edgekv run has the key");
   const Json wanted = Json::parse(model_.compatibility_key());
   for (const auto& [name, value] : wanted.members)
     if (meta.at("key").at(name).text != value.text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,13 @@ def test_what_is_piped_is_not_wrapped_at_the_width_of_a_terminal(
     assert command.strip() == f"edgekv run {bundle('demo')} --profile laptop-16gb --context 4096 --chat"
     assert run_command_line(["profiles", "show", "laptop-16gb"]) == 0
     assert 100 < max(len(line.rstrip()) for line in capsys.readouterr().out.splitlines()) < 1000
+
+
+def test_inspect_prints_the_sizes_of_every_layer_as_those_of_any(bundle: Bundle) -> None:
+    printed = CliRunner().invoke(app, ["inspect", str(bundle("demo", "inline"))]).stdout
+    assert re.search(r"key_pages\.\{l\} +int8 +\[N\{l\}, \d+, \d+, 16\]", printed)
+    assert re.search(r"recent_positions\.\{l\} +int64 +\[R\{l\}\]", printed)
+    assert not re.search(r"\b[A-Z]0\b", printed)
 
 
 def test_a_terminal_may_wrap_a_fact_but_a_copy_of_it_is_one_line(

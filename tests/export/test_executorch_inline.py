@@ -169,6 +169,17 @@ def test_the_order_of_pages_does_not_matter(program: Program, n_new: int) -> Non
         np.testing.assert_allclose(others[name], results[name], atol=1e-4, err_msg=name)
 
 
+def test_a_token_has_the_same_keys_whether_its_logits_are_wanted_or_not(program: Program) -> None:
+    layers = [(5, 7, 0.8), (4, 3, 0.8)]
+    results = [
+        {name: value.copy() for name, value in program.engine.run(make_step(4, 1, rows, layers)[0]).items()}
+        for rows in ([0], [], [0, 0])
+    ]
+    assert [len(result["logits"]) for result in results] == [1, 0, 2]
+    for name in results[0].keys() - {"logits"}:
+        assert results[0][name].tobytes() == results[1][name].tobytes() == results[2][name].tobytes()
+
+
 def test_the_whole_context_fits_as_pages_and_as_recent_tokens_and_no_more(program: Program) -> None:
     pages = CONTEXT // PAGE
     feeds, views = make_step(2, 3, [2], [(pages, 0, 1.0), (0, CONTEXT, 1.0)])

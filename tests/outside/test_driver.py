@@ -7,6 +7,7 @@ slots of the open page that no token has reached.
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import re
@@ -26,48 +27,89 @@ from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 from edgekv.cli.main import app
+from edgekv.export import export_model
+from edgekv.runtime.engines.executorch.build import package_folder
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "examples" / "inline_onnxruntime"
+#: Where the program of an engine lies: what they share lies with the one for ONNX Runtime.
+SOURCES = {
+    engine: ROOT / "examples" / f"inline_{name}" for engine, name in (("onnx", "onnxruntime"), ("executorch",) * 2)
+}
 TEXT = (ROOT / "examples" / "long_prompt.txt").read_text(encoding="utf-8")
-#: Source, weights, page size, and how many characters of TEXT a token of its tokenizer stands for.
-CASES: dict[str, tuple[str, str, int, float]] = {
-    "demo": ("demo", "fp32", 32, 2.7),
-    "demo, small pages": ("demo", "fp32", 16, 2.7),
-    "demo, int4": ("demo", "int4", 32, 2.7),
-    "window": ("window", "fp32", 16, 1.2),
-    "qk-norm": ("qk-norm", "fp32", 16, 1.2),
-    "many heads": ("many heads", "fp32", 16, 1.2),  # a step is several calls of the graph
+#: Engine, source, weights, page size, and how many characters of TEXT a token of its tokenizer stands for.
+CASES: dict[str, tuple[str, str, str, int, float]] = {
+    "demo": ("onnx", "demo", "fp32", 32, 2.7),
+    "demo, small pages": ("onnx", "demo", "fp32", 16, 2.7),
+    "demo, int4": ("onnx", "demo", "int4", 32, 2.7),
+    "window": ("onnx", "window", "fp32", 16, 1.2),
+    "qk-norm": ("onnx", "qk-norm", "fp32", 16, 1.2),
+    "many heads": ("onnx", "many heads", "fp32", 16, 1.2),  # a step is several calls of the graph
+    "executorch, demo": ("executorch", "demo", "fp32", 32, 2.7),
+    "executorch, demo, small pages": ("executorch", "demo", "fp32", 16, 2.7),
+    "executorch, demo, int4": ("executorch", "demo", "int4", 32, 2.7),
+    "executorch, one layer": ("executorch", "one layer", "fp32", 16, 1.2),
+    "executorch, window": ("executorch", "window", "fp32", 16, 1.2),
+    "executorch, qk-norm": ("executorch", "qk-norm", "fp32", 16, 1.2),
 }
 Run = Callable[..., dict[str, Any]]
 Bundle = Callable[..., Path]
 
 
-@pytest.fixture(scope="session")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Return a function that runs the program and returns what it says; the workers of a test run compile it once."""
+def cases(*names: str) -> pytest.MarkDecorator:
+    """Parametrise a test with these cases; those of ExecuTorch with several layers take long to export."""
+    slow = [name for name in names if name.startswith("executorch") and name != "executorch, one layer"]
+    return pytest.mark.parametrize(
+        "case", [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
+    )
+
+
+def build_onnx(folder: Path) -> None:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    folder, run = tmp_path_factory.getbasetemp(), os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    folder = folder / "driver" if run is None else folder.parent / f"driver-{run}"
-    folder.mkdir(exist_ok=True)
-    program = folder / "driver"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not program.exists():
-            sources = sorted(map(str, SOURCE.glob("*.cpp")))
-            command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", *sources, "-ldl", "-pthread"]
-            subprocess.run([*command, "-o", str(folder / "unfinished")], check=True)
-            (folder / "unfinished").rename(program)
+    sources = sorted(map(str, SOURCES["onnx"].glob("*.cpp")))
+    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", *sources, "-ldl", "-pthread"]
+    subprocess.run([*command, "-o", str(folder / "driver")], check=True)
+
+
+def build_executorch(folder: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    options = [f"-DEXECUTORCH={package_folder()}", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
+    subprocess.run(["cmake", "-S", str(SOURCES["executorch"]), "-B", str(folder), *options], check=True)
+    subprocess.run(["cmake", "--build", str(folder), "--parallel", "2"], check=True)
+
+
+BUILDERS = {"onnx": build_onnx, "executorch": build_executorch}
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a function that runs the program of a bundle's engine; the workers of a test run compile each once."""
+    base, run = tmp_path_factory.getbasetemp(), os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    base = base / "driver" if run is None else base.parent / f"driver-{run}"
     (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.*")
+    environment = {**os.environ, "ONNXRUNTIME_LIBRARY": str(library)}
+
+    @functools.cache
+    def program(engine: str) -> Path:
+        folder = base / engine
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "built").exists():
+                BUILDERS[engine](folder)
+                (folder / "built").touch()
+        return folder / "driver"
 
     def call(bundle: Path, *arguments: str) -> dict[str, Any]:
-        command = [str(program), str(bundle), "--json", "--threads", "2", "--onnxruntime", str(library), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        engine = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["engine"]
+        # edgekv gets two threads here: bits do not depend on their number.
+        command = [str(program(engine)), str(bundle), "--json", "--threads", "1", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
             raise RuntimeError(done.stderr)
         said: dict[str, Any] = json.loads(done.stdout)
@@ -82,16 +124,22 @@ def model(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     made: dict[str, Path] = {"demo": Path("demo")}
 
     def get(case: str) -> Path:
-        source, weights, page_size, _ = CASES[case]
+        engine, source, weights, page_size, _ = CASES[case]
+        if engine == "executorch":
+            pytest.importorskip("executorch.exir", reason="the extra `executorch` is not installed")
+            pytest.importorskip("torchao", reason="the extra `executorch` is not installed")
         if source not in made:
             folder = made[source] = tmp_path_factory.mktemp(source)
-            if source == "window":
-                make_checkpoint(folder, "mistral", std=0.04, sliding_window=24, max_position_embeddings=4096)
+            if source in ("window", "one layer"):
+                layers, context = (3, 4096) if source == "window" else (1, 512)
+                make_checkpoint(
+                    folder, "mistral", std=0.04, sliding_window=24, num_hidden_layers=layers, max_position_embeddings=context
+                )  # fmt: skip
                 put_tokens_around_prompts(folder / "tokenizer.json")
             else:
                 heads = 48 if source == "many heads" else 4
                 make_checkpoint(folder, "qwen3", std=0.04, num_attention_heads=heads, max_position_embeddings=4096)
-        return bundle(made[source] if source != "demo" else source, "inline", weights, page_size)
+        return bundle(made[source] if source != "demo" else source, "inline", weights, page_size, engine)
 
     return get
 
@@ -109,7 +157,8 @@ def put_tokens_around_prompts(path: Path) -> None:
 def edgekv_run(bundle: Path, session: Path, *arguments: str) -> None:
     """Let `edgekv run` do something with a session."""
     command = ["run", str(bundle), "--session", str(session), "--threads", "2", "-q", *arguments]
-    if json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["weights"] == "int4":
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    if (manifest["engine"], manifest["weights"]) == ("onnx", "int4"):
         # Products with int4 weights are the engine's own only where edgekv has no kernels for them.
         environment = {**os.environ, "EDGEKV_ISA": "scalar"}
         subprocess.run([sys.executable, "-m", "edgekv", *command], check=True, capture_output=True, env=environment)
@@ -139,13 +188,13 @@ def copy(session: Path, name: str) -> Path:
 def compare(case: str, tokens: int, answer: int, folder: Path, driver: Run, tmp_path: Path) -> None:
     """Let both begin a session of ``tokens`` tokens or more, and each continue that of the other."""
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
-    prompt = TEXT[: int((tokens - answer) * CASES[case][3]) + 40]
+    prompt = TEXT[: int((tokens - answer) * CASES[case][-1]) + 40]
     said = driver(folder, "--prompt", prompt, "-n", str(answer), "--session", str(mine))
     edgekv_run(folder, theirs, "-p", prompt, "-n", str(answer))
     session = same(mine, theirs)
     assert session.tokens == said["prompt"] + said["tokens"]
     assert len(session.tokens) >= tokens
-    assert len(session.pages) == session.n_kv // CASES[case][2]
+    assert len(session.pages) == session.n_kv // CASES[case][3]
 
     crossed = copy(mine, "crossed")
     more = " But nobody knew, and"
@@ -160,7 +209,7 @@ def compare(case: str, tokens: int, answer: int, folder: Path, driver: Run, tmp_
     same(theirs, crossed)
 
 
-@pytest.mark.parametrize("case", CASES)
+@cases(*CASES)
 def test_tokens_pages_and_sessions_are_those_of_edgekv_run(
     case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
 ) -> None:
@@ -168,7 +217,7 @@ def test_tokens_pages_and_sessions_are_those_of_edgekv_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@cases(*[name for name in CASES if name != "executorch, one layer"])  # whose context is short
 def test_two_thousand_tokens_are_those_of_edgekv_run(
     case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
 ) -> None:
@@ -195,7 +244,7 @@ def ranges(spans: list[range]) -> str:
     return ",".join(f"{span.start}:{span.stop}" for span in spans)
 
 
-@pytest.mark.parametrize("case", ["window", "qk-norm"])
+@cases("window", "qk-norm", "executorch, window", "executorch, qk-norm")
 @pytest.mark.parametrize(
     "pruned",
     [
@@ -232,11 +281,12 @@ def test_pruned_tokens_are_seen_by_nobody_and_stay_pruned(
     same(mine, crossed)
 
 
+@cases("qk-norm", "executorch, qk-norm")
 @pytest.mark.parametrize("pruned", [[], [range(3, 20), range(250, 290)], [range(290, 300)]], ids=ranges)
 def test_a_session_whose_last_token_is_known_is_computed_again_from_where_a_step_began(
-    pruned: list[range], model: Callable[[str], Path], driver: Run, tmp_path: Path
+    pruned: list[range], case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
 ) -> None:
-    folder, theirs = model("qk-norm"), tmp_path / "theirs"
+    folder, theirs = model(case), tmp_path / "theirs"
     begin(folder, theirs, np.random.default_rng(1).integers(0, 250, 300).tolist(), pruned, 0)
     mine = copy(theirs, "mine")
     edgekv_run(folder, theirs, "--continue", "-n", "20")
@@ -244,11 +294,12 @@ def test_a_session_whose_last_token_is_known_is_computed_again_from_where_a_step
     same(mine, theirs)
 
 
+@cases("qk-norm", "executorch, qk-norm")
 @pytest.mark.parametrize("more", ["", " and then"])
 def test_a_session_without_its_open_page_is_resumed_as_edgekv_does_it(
-    more: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
+    more: str, case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
 ) -> None:
-    folder, prompt = model("qk-norm"), np.random.default_rng(2).integers(0, 250, 300).tolist()
+    folder, prompt = model(case), np.random.default_rng(2).integers(0, 250, 300).tolist()
     options = RunOptions(threads=2, session=SessionOptions(tmp_path / "running"), prefixes=False)
     with Generator.open(folder, options) as generator:
         generator.prefill(prompt, max_tokens=8)
@@ -263,10 +314,11 @@ def test_a_session_without_its_open_page_is_resumed_as_edgekv_does_it(
     same(mine, theirs)
 
 
+@cases("qk-norm", "executorch, qk-norm")
 def test_another_prompt_takes_what_it_shares_with_the_session(
-    model: Callable[[str], Path], driver: Run, tmp_path: Path
+    case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
 ) -> None:
-    folder, first = model("qk-norm"), tmp_path / "first"
+    folder, first = model(case), tmp_path / "first"
     driver(folder, "--prompt", TEXT[:400], "-n", "20", "--session", str(first))
     for number, prompt in enumerate((TEXT[:350] + " no!", TEXT[:400] + " yes!", TEXT[:100], "Not at all like it")):
         mine, theirs = copy(first, f"mine {number}"), copy(first, f"theirs {number}")
@@ -311,23 +363,43 @@ def test_it_says_what_is_damaged_and_what_does_not_fit(
         driver(folder, "--continue", "--session", str(session))
 
 
-def test_a_bundle_for_other_bindings_is_refused(model: Callable[[str], Path], driver: Run, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(model("qk-norm"), tmp_path / "portable"))
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "io": "portable"}), encoding="utf-8")
-    with pytest.raises(RuntimeError, match="--io compact"):
-        driver(folder, "--prompt", "x", "-n", "1")
+def test_a_bundle_for_other_bindings_is_refused(driver: Run, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "checkpoint", "qwen3", num_hidden_layers=1)
+    export_model(source, tmp_path / "portable", form="inline", engine="onnx", io="portable", calibration="none")
+    with pytest.raises(RuntimeError, match=r"^driver: .*this program hands over float16: .*--io compact\n$"):
+        driver(tmp_path / "portable", "--prompt", "x", "-n", "1")
 
 
-def test_it_includes_nothing_of_ours() -> None:
-    files = [*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")]
+def test_a_bundle_of_another_form_is_refused(bundle: Bundle, driver: Run) -> None:
+    with pytest.raises(RuntimeError, match=r"^driver: .*no bundle for this program: .*--form inline --engine onnx\n$"):
+        driver(bundle("demo"), "--prompt", "x", "-n", "1")
+
+
+def test_an_encrypted_session_is_refused(model: Callable[[str], Path], driver: Run, tmp_path: Path) -> None:
+    folder = model("qk-norm")
+    options = RunOptions(threads=2, session=SessionOptions(tmp_path / "secret", secret=b"k" * 16), prefixes=False)
+    with Generator.open(folder, options) as generator:
+        generator.prefill([1, 2, 3], max_tokens=1)
+    for arguments in (["--continue"], ["--prompt", "x"]):
+        with pytest.raises(RuntimeError, match=r"^driver: .*/secret is encrypted, .*edgekv run has the key\n$"):
+            driver(folder, "--session", str(tmp_path / "secret"), "-n", "1", *arguments)
+
+
+def test_a_session_of_format_1_is_refused(model: Callable[[str], Path], driver: Run, tmp_path: Path) -> None:
+    session = shutil.copytree(ROOT / "tests" / "data" / "session-1", tmp_path / "old")
+    with pytest.raises(RuntimeError, match=r"^driver: .*/old has format 1, and this program knows 2: edgekv run .*\n$"):
+        driver(model("qk-norm"), "--session", str(session), "--continue", "-n", "1")
+
+
+@pytest.mark.parametrize("engine", SOURCES)
+def test_it_includes_nothing_of_ours(engine: str) -> None:
+    shared = [*SOURCES["onnx"].glob("*.h"), *SOURCES["onnx"].glob("*.cpp")]
+    files = shared if engine == "onnx" else list(SOURCES[engine].glob("*.cpp"))
     included = {name for file in files for name in re.findall(r'#include "(.*)"', file.read_text(encoding="utf-8"))}
-    assert included <= {file.name for file in files}
+    assert included <= {file.name for file in shared}
     system = {name for file in files for name in re.findall(r"#include <(.*)>", file.read_text(encoding="utf-8"))}
-    assert {name for name in system if "." in name or "/" in name} == {
-        "dlfcn.h",
-        "fcntl.h",
-        "sys/file.h",
-        "sys/stat.h",
-        "unistd.h",
-    }
+    system = {name for name in system if "." in name or "/" in name}
+    if engine == "onnx":
+        assert system == {"dlfcn.h", "fcntl.h", "sys/file.h", "sys/stat.h", "unistd.h"}
+    else:
+        assert {name for name in system if not name.startswith("executorch/")} == {"sys/mman.h"}

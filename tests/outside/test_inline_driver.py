@@ -44,30 +44,28 @@ def test_it_imports_nothing_of_ours() -> None:
     }  # fmt: skip
 
 
+def compare(folder: Path, count: int, answer: int, session: Path) -> None:
+    """Let both answer a prompt of ``count`` tokens; ``session``: where edgekv keeps its own."""
+    prompt = np.random.default_rng(0).integers(0, 250, count).tolist()
+    options = RunOptions(threads=2, session=SessionOptions(session), prefixes=False)
+    with Generator.open(folder, options) as generator:
+        tokens = list(generator.tokens(prompt, max_tokens=answer))
+    driver = Driver(folder, options=session_options())
+    assert driver.generate(driver.read(prompt), answer) == tokens
+    same(driver.save(), read_session(session))
+
+
 @pytest.mark.parametrize("variant", ["qwen3-qk-norm", "mistral-window"])
 @pytest.mark.parametrize("count", [300, 48])
 def test_tokens_pages_and_sessions_have_the_bits_of_edgekv(
     variant: str, count: int, checkpoint: Callable[[str], Path], bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = bundle(checkpoint(variant), "inline")
-    prompt = np.random.default_rng(0).integers(0, 250, count).tolist()
-    options = RunOptions(threads=2, session=SessionOptions(tmp_path / "theirs.kv"), prefixes=False)
-    with Generator.open(folder, options) as generator:
-        answer = list(generator.tokens(prompt, max_tokens=21))
-    driver = Driver(folder, options=session_options())
-    assert driver.generate(driver.read(prompt), 21) == answer
-    same(driver.save(), read_session(tmp_path / "theirs.kv"))
+    compare(bundle(checkpoint(variant), "inline"), count, 21, tmp_path / "theirs.kv")
 
 
 def test_a_step_of_many_tokens_is_several_calls(bundle: Callable[..., Path], tmp_path: Path) -> None:
     folder = bundle(make_checkpoint(tmp_path / "many heads", "qwen3", std=0.04, num_attention_heads=48), "inline")
-    prompt = np.random.default_rng(0).integers(0, 250, 300).tolist()
-    options = RunOptions(threads=2, session=SessionOptions(tmp_path / "theirs.kv"), prefixes=False)
-    with Generator.open(folder, options) as generator:
-        answer = list(generator.tokens(prompt, max_tokens=5))
-    driver = Driver(folder, options=session_options())
-    assert driver.generate(driver.read(prompt), 5) == answer
-    same(driver.save(), read_session(tmp_path / "theirs.kv"))
+    compare(folder, 300, 5, tmp_path / "theirs.kv")
 
 
 @pytest.mark.parametrize("pruned", [range(16, 32), range(20, 50), range(48, 55)])

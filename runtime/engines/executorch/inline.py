@@ -45,8 +45,12 @@ class ExecutorchInline:
         Raises:
             EngineError: an input is not as the contract says, or longer than the model's context.
         """
-        alone = len(feeds["input_ids"]) == len(feeds["logits_rows"]) == 1
-        return self._run("decode" if alone else "prefill", feeds)
+        if len(feeds["input_ids"]) > 1:
+            return self._run("prefill", feeds)
+        # The methods differ in the last bits: one token is always `decode`, which gives logits, wanted or not. So a token that
+        # is computed again has the keys that it had.
+        results = self._run("decode", {**feeds, "logits_rows": np.zeros(1, np.int64)})
+        return {**results, "logits": results["logits"][feeds["logits_rows"]]}
 
     def _run(self, name: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
         method = self._program.method(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,24 +72,6 @@ def test_the_inline_form_gives_the_same_tokens(bundle: Bundle) -> None:
     for count, options in ((700, {}), (1, {}), (700, {"kv": KVMode.INT8}), (4500, {"kv": KVMode.INT8})):
         tokens = prompt(count, 1000)
         assert generate(inline, tokens, 24, **options) == generate(split, tokens, 24, **options)
-
-
-@pytest.mark.slow
-def test_the_example_in_cpp_gives_the_same_tokens(bundle: Bundle, tmp_path: Path) -> None:
-    if shutil.which("cmake") is None:
-        pytest.skip("cmake is not installed")
-    from edgekv.runtime.engines.executorch.build import package_folder
-
-    source = Path(__file__).resolve().parents[3] / "examples" / "inline_executorch"
-    options = [f"-DEXECUTORCH={package_folder()}", "-DCMAKE_BUILD_TYPE=Release"]
-    subprocess.run(["cmake", "-S", str(source), "-B", str(tmp_path), *options], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", str(tmp_path)], check=True, capture_output=True)
-    folder, tokens = bundle("demo", "inline", engine="executorch"), [104, 670, 47, 714]
-    model = read_manifest(folder).model
-    numbers = [model.n_layers, model.n_kv_heads, model.head_dim, 16, 12, *tokens]
-    command = [str(tmp_path / "generate"), str(folder / "model.pte"), *map(str, numbers)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert [int(token) for token in result.stdout.split()] == generate(folder, tokens, 12)
 
 
 def test_the_command_runs_without_torch(bundle: Bundle) -> None:
