@@ -62,6 +62,8 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
         del shapes[HEAD]
     rope = type(model.model.rotary_emb)(config)
     tokens = config.eos_token_id
+    ends = tokens if isinstance(tokens, list) else [tokens]
+    vocabulary = range(config.vocab_size)  # an id outside it can be neither fed nor come up
     return Meaning(
         shapes=shapes,
         windows=_windows(model),
@@ -70,8 +72,8 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
         rope_scaling=float(rope.attention_scaling),
         softmax_scale=attentions[0].scaling,
         rms_eps=model.model.norm.variance_epsilon,
-        bos=config.bos_token_id if config.bos_token_id in range(config.vocab_size) else None,
-        eos=() if tokens is None else tuple(tokens) if isinstance(tokens, list) else (tokens,),
+        bos=config.bos_token_id if config.bos_token_id in vocabulary else None,
+        eos=tuple(token for token in ends if token in vocabulary),
     )
 
 

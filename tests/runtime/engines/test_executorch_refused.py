@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -49,11 +50,15 @@ def one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
 
 
 def changed(folder: Path, into: Path, change: Callable[[bytes], bytes]) -> Path:
-    """Copy a bundle with its program changed and its manifest made to fit."""
+    """Copy a bundle with its program changed and its manifest made to fit: the embedding is a file of its own."""
     shutil.copytree(folder, into)
     path = into / "model.pte"
+    shutil.copy(path, into / "embedding.bin")
     path.write_bytes(change(path.read_bytes()))
-    write_manifest(into, read_manifest(into))
+    manifest = read_manifest(into)
+    assert manifest.embedding is not None
+    embedding = dataclasses.replace(manifest.embedding, file="embedding.bin")
+    write_manifest(into, dataclasses.replace(manifest, embedding=embedding))
     return into
 
 

@@ -226,7 +226,7 @@ def test_when_flash_takes_no_more_today_pages_go_on_to_the_object_store(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"offload": "ftp://there"}, "the kinds of object stores are s3://, gs://"),
+        ({"offload": "ftp://there"}, "the URL of an object store: s3://, gs://"),
         ({"flash_limit": "1MiB"}, "give --offload URL with it"),
         ({"offload": "memory://", "flash_limit": "much"}, "flash_limit must be a size"),
     ],
