@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 import edgekv as edgekv  # first: it keeps the engines that tests load from reporting home
 from tests.checkpoints import make_checkpoint
+
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,11 +28,29 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function that exports a source once per session and gives the bundle's folder."""
-    from edgekv.export import export_model
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Return a function that has a folder of this name made once in a run of the suite: by one process, for all of them."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent / "shared" if "PYTEST_XDIST_WORKER" in os.environ else own / "shared"
+    shared.mkdir(exist_ok=True)
 
-    made: dict[tuple[object, ...], Path] = {}
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not folder.exists():
+                making = shared / f"{name}.making"
+                shutil.rmtree(making, ignore_errors=True)
+                make(making)
+                making.rename(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundle(once: Once) -> Callable[..., Path]:
+    """Return a function that exports a source and gives the bundle's folder, to be read and not to be changed."""
+    from edgekv.export import export_model
 
     def get(
         source: str | Path,
@@ -37,11 +61,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         operators: str | None = None,
     ) -> Path:
         key = (str(source), form, weights, page_size, engine, operators)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("bundle") / "model.edgekv"
+
+        def make(folder: Path) -> None:
             export_model(
                 source,
-                made[key],
+                folder,
                 engine=engine,
                 form=form,
                 weights=weights,
@@ -49,7 +73,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 operators=operators,
                 calibration="none",
             )
-        return made[key]
+
+        return once(f"bundle-{hashlib.blake2b(repr(key).encode(), digest_size=8).hexdigest()}", make)
 
     return get
 
@@ -79,14 +104,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that makes the checkpoint of a variant once per session."""
-    made: dict[str, Path] = {}
+def checkpoint(once: Once) -> Callable[[str], Path]:
+    """Return a function that makes the checkpoint of a variant, to be read and not to be changed."""
 
     def get(variant: str) -> Path:
-        if variant not in made:
-            family, changes = VARIANTS[variant]
-            made[variant] = make_checkpoint(tmp_path_factory.mktemp(variant), family, std=0.04, **changes)
-        return made[variant]
+        family, changes = VARIANTS[variant]
+        return once(variant, lambda folder: make_checkpoint(folder, family, std=0.04, **changes))
 
     return get
