@@ -2,7 +2,8 @@
 
 The meaning is :func:`edgekv.seam.paged_attention`. Two ways lie in one graph, behind an ``If``. A token alone
 (:func:`_decode`) reads pages as codes: scales belong to the query and to the probabilities, so that nothing as large as the
-cache is multiplied by them. Several tokens (:func:`_prefill`) decode the cache once for all of them.
+cache is multiplied by them. Several tokens (:func:`_prefill`) decode the cache once for all of them, and go over their scores,
+the largest tensor by far, as seldom as can be.
 
 What was tried is in docs/architecture.md. Every size may be zero at run time except the number of new tokens.
 """
@@ -31,6 +32,9 @@ _LARGEST = np.float32(((1 << (DIGIT_BITS - 1)) - 1) * PLACES[0])
 #: Scores this far below the largest of their row count as that far: a weight of 1e-35. Smaller ones would be denormal
 #: numbers, with which the product with the values took ten times as long on x86.
 RANGE = np.float32(80)
+#: How far a cached slot that is not seen lies below the largest score among the new tokens: a weight of 4e-31 at the most, and a
+#: denormal number only in a row that sees something exp(17) times as heavy as the heaviest new token.
+UNSEEN = np.float32(70)
 
 
 @dataclass(frozen=True)
@@ -57,18 +61,20 @@ class Geometry:
 
 @dataclass(frozen=True)
 class _Values:
-    """What both ways read. [..., S] lists pages first, then recent tokens."""
+    """What both ways read. S are the cached slots: those of pages first, then recent tokens."""
 
     #: [T, n_kv_heads, group, head_dim] queries, scaled.
     q: str
     #: [N, n_kv_heads, head_dim] and [n_kv_heads, N, page_size] float32, zero where no token lies.
     key_scales: str
     value_scales: str
-    #: [R + T, n_kv_heads, head_dim] float32: recent tokens and new ones.
-    tail_keys: str
-    tail_values: str
-    #: [T or 1, S] float32: 0 where a slot is seen, MASKED elsewhere.
-    bias: str
+    #: [R, n_kv_heads, head_dim] float32, zero where no token lies.
+    recent_keys: str
+    recent_values: str
+    #: [S] bool: which slots hold a token.
+    held: str
+    #: [T, S] bool: which slots the window of a token reaches; empty where no window applies.
+    in_window: str
 
 
 def build_seam(shape: Geometry) -> Piece:
@@ -106,29 +112,24 @@ def _prepare(g: Nodes, shape: Geometry) -> _Values:
     slots_held = g("Unsqueeze", held, g.ints(1))
     value_scales = g("Where", slots_held, g("Cast", "value_scales", to=TensorProto.FLOAT), nothing)
     token_held = g("Unsqueeze", recent_held, g.ints(1, 2))
-    tails = []
-    for recent, new in (("recent_keys", "k"), ("recent_values", "v")):
-        kept = g("Where", token_held, g("Cast", recent, to=TensorProto.FLOAT), nothing)
-        tails.append(g("Concat", kept, new, axis=0))
+    recent = [
+        g("Where", token_held, g("Cast", name, to=TensorProto.FLOAT), nothing)
+        for name in ("recent_keys", "recent_values")
+    ]
     return _Values(
         g("Reshape", q, g.ints(-1, shape.n_kv_heads, shape.group, shape.head_dim)),
         key_scales,
         g("Transpose", value_scales, perm=(1, 0, 2)),
-        tails[0],
-        tails[1],
-        _bias(g, shape, held, recent_held),
+        *recent,
+        g("Concat", g("Reshape", held, g.ints(-1)), recent_held, axis=0),
+        _in_window(g, shape) if shape.window else "",
     )
 
 
-def _bias(g: Nodes, shape: Geometry, held: str, recent_held: str) -> str:
-    """Return [T or 1, S]: one row for all new tokens where no window applies."""
-    seen = g("Concat", g("Reshape", held, g.ints(-1)), recent_held, axis=0)
-    seen = g("Unsqueeze", seen, g.ints(0))
-    if shape.window:
-        positions = g("Concat", g("Reshape", "page_positions", g.ints(-1)), "recent_positions", axis=0)
-        last_unseen = g("Sub", g("Unsqueeze", "position_ids", g.ints(1)), g.constant(np.int64(shape.window)))
-        seen = g("And", seen, g("Greater", g("Unsqueeze", positions, g.ints(0)), last_unseen))
-    return g("Where", seen, g.constant(np.float32(0)), g.constant(MASKED))
+def _in_window(g: Nodes, shape: Geometry) -> str:
+    positions = g("Concat", g("Reshape", "page_positions", g.ints(-1)), "recent_positions", axis=0)
+    last_unseen = g("Sub", g("Unsqueeze", "position_ids", g.ints(1)), g.constant(np.int64(shape.window)))
+    return g("Greater", g("Unsqueeze", positions, g.ints(0)), last_unseen)
 
 
 def _decode(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
@@ -136,16 +137,21 @@ def _decode(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
     kv, group, dim = shape.n_kv_heads, shape.group, shape.head_dim
     q = g("Squeeze", values.q, g.ints(0))
     paged = _page_scores(g, shape, values, q)
-    tail = g("MatMul", q, g("Transpose", values.tail_keys, perm=(1, 2, 0)))
-    bias = g("Concat", values.bias, g.constant(np.zeros((1, 1), np.float32)), axis=1)
+    tail_keys = g("Concat", values.recent_keys, "k", axis=0)
+    tail = g("MatMul", q, g("Transpose", tail_keys, perm=(1, 2, 0)))
+    seen = g("And", values.held, values.in_window) if shape.window else g("Unsqueeze", values.held, g.ints(0))
+    bias = g("Where", seen, g.constant(np.float32(0)), g.constant(MASKED))
+    bias = g("Concat", bias, g.constant(np.zeros((1, 1), np.float32)), axis=1)
     weights = _softmax(g, g("Add", g("Concat", paged, tail, axis=2), bias))
 
     n_slots, end = g("Shape", paged, start=2, end=3), g.ints(np.iinfo(np.int64).max)
     on_pages = g("Slice", weights, g.ints(0), n_slots, g.ints(2))
     rest = g("Slice", weights, n_slots, end, g.ints(2))
-    tail = g("MatMul", rest, g("Transpose", values.tail_values, perm=(1, 0, 2)))
+    tail_values = g("Concat", values.recent_values, "v", axis=0)
+    tail = g("MatMul", rest, g("Transpose", tail_values, perm=(1, 0, 2)))
     attention = g("Add", _page_values(g, shape, values, on_pages), tail)
-    return g("Reshape", attention, g.ints(1, kv * group, dim)), _mass(g, shape, weights, n_slots, 0, 1)
+    mean = g("ReduceMean", on_pages, g.ints(0, 1), keepdims=0)
+    return g("Reshape", attention, g.ints(1, kv * group, dim)), _by_page(g, shape, mean)
 
 
 def _page_scores(g: Nodes, shape: Geometry, values: _Values, q: str) -> str:
@@ -206,25 +212,74 @@ def _middle(g: Nodes) -> str:
 
 
 def _prefill(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
-    """Attend with any number of tokens; returns attention and page_mass."""
-    kv, group, dim = shape.n_kv_heads, shape.group, shape.head_dim
-    one = g.constant(np.float32(1))
-    q = g("Transpose", values.q, perm=(1, 2, 0, 3))
-    codes = g("DequantizeLinear", g("Transpose", "key_pages", perm=(1, 2, 0, 3)), one)
-    scales = g("Unsqueeze", g("Transpose", values.key_scales, perm=(1, 2, 0)), g.ints(3))
-    keys = g("Reshape", g("Mul", codes, scales), g.ints(kv, 1, dim, -1))
-    tail = g("Unsqueeze", g("Transpose", values.tail_keys, perm=(1, 2, 0)), g.ints(1))
-    scores = g("MatMul", q, g("Concat", keys, tail, axis=3))
-    causal = g("Where", "causal", g.constant(np.float32(0)), g.constant(MASKED))
-    bias = g("Expand", values.bias, g("Concat", g("Shape", q, start=2, end=3), g.ints(1), axis=0))
-    weights = _softmax(g, g("Add", scores, g("Concat", bias, causal, axis=1)))
+    """Attend with any number of tokens; returns attention and page_mass.
 
-    codes = g("DequantizeLinear", g("Transpose", "value_pages", perm=(1, 0, 2, 3)), one)
-    paged = g("Reshape", g("Mul", codes, g("Unsqueeze", values.value_scales, g.ints(3))), g.ints(kv, 1, -1, dim))
-    tail = g("Unsqueeze", g("Transpose", values.tail_values, perm=(1, 0, 2)), g.ints(1))
-    attention = g("MatMul", weights, g("Concat", paged, tail, axis=2))
-    attention = g("Reshape", g("Transpose", attention, perm=(2, 0, 1, 3)), g.ints(-1, kv * group, dim))
-    return attention, _mass(g, shape, weights, g("Shape", paged, start=2, end=3), 0, 1, 2)
+    New tokens attend to each other, and to what is cached; the two are put together as if one softmax had seen both. With ``c``
+    a row's largest score among the new tokens, the softmax over the cached slots has one slot more, of score ``c``: its weight
+    tells what the weights of one side are in units of the other. Whatever else a row adds to its scores is part of the product
+    (:func:`_cached_weights`), so that nothing but the softmax goes over them. Rows are heads of the group, then tokens.
+    """
+    kv, group, dim = shape.n_kv_heads, shape.group, shape.head_dim
+    q = g("Transpose", values.q, perm=(1, 2, 0, 3))
+    among = g("MatMul", q, g("Unsqueeze", g("Transpose", "k", perm=(1, 2, 0)), g.ints(1)))
+    among = g("Add", among, g("Where", "causal", g.constant(np.float32(0)), g.constant(MASKED)))
+    among = g("Reshape", among, g("Concat", g.ints(kv, -1), g("Shape", "k", start=0, end=1), axis=0))
+    largest = g("ReduceMax", among, g.ints(2), keepdims=1)
+    among = _softmax(g, among)
+    of_new = g("MatMul", among, g("Transpose", "v", perm=(1, 0, 2)))
+
+    weights = _cached_weights(g, shape, values, g("Reshape", q, g.ints(kv, -1, dim)), largest)
+    codes = g("DequantizeLinear", g("Transpose", "value_pages", perm=(1, 0, 2, 3)), g.constant(np.float32(1)))
+    paged = g("Reshape", g("Mul", codes, g("Unsqueeze", values.value_scales, g.ints(3))), g.ints(kv, -1, dim))
+    recent = g("Transpose", values.recent_values, perm=(1, 0, 2))
+    of_cached = g("MatMul", weights, g("Concat", paged, recent, g("ConstantOfShape", g.ints(kv, 1, dim)), axis=1))
+
+    n_slots, end = g("Shape", values.held, start=0, end=1), g.ints(np.iinfo(np.int64).max)
+    heaviest = g("Slice", weights, n_slots, end, g.ints(2))  # of the new tokens, beside the cached ones
+    share = g("Div", heaviest, g("ReduceMax", among, g.ints(2), keepdims=1))  # of all new tokens
+    whole = g("Add", g("Sub", g.constant(np.float32(1)), heaviest), share)
+    attention = g("Div", g("Add", of_cached, g("Mul", share, of_new)), whole)
+    attention = g("Transpose", g("Reshape", attention, g.ints(kv, group, -1, dim)), perm=(2, 0, 1, 3))
+
+    # The mean over heads and tokens, as a product.
+    count = g("Cast", g("Size", whole), to=TensorProto.FLOAT)
+    rows = g("Reciprocal", g("Mul", g("Reshape", whole, g.ints(1, -1)), count))
+    mean = g("MatMul", rows, g("Reshape", weights, g("Concat", g.ints(-1), g("Add", n_slots, g.ints(1)), axis=0)))
+    on_pages = g(
+        "Slice", g("Reshape", mean, g.ints(-1)), g.ints(0), g("Reshape", g("Size", "page_positions"), g.ints(1))
+    )
+    return g("Reshape", attention, g.ints(-1, kv * group, dim)), _by_page(g, shape, on_pages)
+
+
+def _cached_weights(g: Nodes, shape: Geometry, values: _Values, q: str, largest: str) -> str:
+    """Return [n_kv_heads, group * T, S + 1]: the softmax over the cached slots, and one of score ``largest``.
+
+    Queries have two channels more, 1 and ``largest``. A slot that holds no token is a key of zeros with -UNSEEN and 1 there, the
+    slot behind the cached ones a key of zeros with 0 and 1.
+
+    Args:
+        q: [n_kv_heads, group * T, head_dim].
+        largest: [n_kv_heads, group * T, 1].
+    """
+    kv, dim = shape.n_kv_heads, shape.head_dim
+    codes = g("DequantizeLinear", g("Transpose", "key_pages", perm=(1, 2, 0, 3)), g.constant(np.float32(1)))
+    scales = g("Unsqueeze", g("Transpose", values.key_scales, perm=(1, 2, 0)), g.ints(3))
+    paged = g("Reshape", g("Mul", codes, scales), g.ints(kv, dim, -1))
+    recent = g("Transpose", values.recent_keys, perm=(1, 2, 0))
+    keys = g("Concat", paged, recent, g("ConstantOfShape", g.ints(kv, dim, 1)), axis=2)
+    empty = g("Unsqueeze", g("Cast", g("Not", values.held), to=TensorProto.FLOAT), g.ints(0, 1))
+    empty = g("Mul", empty, g.constant(np.array([[[-UNSEEN], [1]]], np.float32)))
+    more = g("Concat", empty, g.constant(np.array([[[0], [1]]], np.float32)), axis=2)
+    more = g("Expand", more, g.ints(kv, 1, 1))
+    one = g("Expand", g.constant(np.float32(1)), g("Shape", largest))
+    scores = g("MatMul", g("Concat", q, one, largest, axis=2), g("Concat", keys, more, axis=1))
+    if shape.window:
+        last = g("Shape", scores, start=2, end=3)
+        by_head = g("Reshape", scores, g("Concat", g.ints(kv * shape.group, -1), last, axis=0))
+        unseen = g("Sub", g("Reshape", largest, g.ints(kv * shape.group, -1, 1)), g.constant(UNSEEN))
+        kept = g("Pad", values.in_window, g.ints(0, 0, 0, 1), g.constant(np.bool_(True)))
+        scores = g("Reshape", g("Where", kept, by_head, unseen), g("Concat", g.ints(kv, -1), last, axis=0))
+    return g("Softmax", scores, axis=-1)
 
 
 def _softmax(g: Nodes, scores: str) -> str:
@@ -232,7 +287,6 @@ def _softmax(g: Nodes, scores: str) -> str:
     return g("Softmax", g("Max", scores, least), axis=-1)
 
 
-def _mass(g: Nodes, shape: Geometry, weights: str, n_slots: str, *axes: int) -> str:
-    """Return [N]: the mean over ``axes`` of weights [..., S + T], summed over each page."""
-    slots = g("Slice", g("ReduceMean", weights, g.ints(*axes), keepdims=0), g.ints(0), n_slots)
-    return g("ReduceSum", g("Reshape", slots, g.ints(-1, shape.page_size)), g.ints(1), keepdims=0)
+def _by_page(g: Nodes, shape: Geometry, weights: str) -> str:
+    """Return [N]: the weights [N * page_size] of each page, summed."""
+    return g("ReduceSum", g("Reshape", weights, g.ints(-1, shape.page_size)), g.ints(1), keepdims=0)
