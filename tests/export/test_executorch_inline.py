@@ -139,7 +139,7 @@ def make_step(
 LAYER = st.tuples(st.integers(0, 5), st.integers(0, 40), st.sampled_from([0.0, 0.1, 0.7, 1.0]))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     n_new=st.integers(1, 9) | st.just(EXECUTORCH_PREFILL_ROWS),

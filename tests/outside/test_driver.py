@@ -59,8 +59,8 @@ Bundle = Callable[..., Path]
 
 
 def cases(*names: str) -> pytest.MarkDecorator:
-    """Parametrise a test with these cases; those of ExecuTorch with several layers take long to export."""
-    slow = [name for name in names if name.startswith("executorch") and name != "executorch, one layer"]
+    """Parametrise a test with these cases; those of ExecuTorch take long to export."""
+    slow = [name for name in names if name.startswith("executorch")]
     return pytest.mark.parametrize(
         "case", [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
     )
