@@ -35,6 +35,7 @@ def change(bundle: Path, kv: KVMode) -> list[int]:
         return tokens
 
 
+@pytest.mark.slow
 def test_the_inline_form_of_executorch_follows_its_budget_too(bundle: Bundle) -> None:
     pytest.importorskip("executorch")
     pytest.importorskip("torchao")
