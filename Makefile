@@ -22,7 +22,7 @@ test: setup ## the suite, as CI runs it
 	@$(VENV)/bin/pytest -q -n auto
 
 test-slow: setup ## the slow tests
-	@$(VENV)/bin/pytest -q -n auto -m slow
+	@$(VENV)/bin/pytest -q -n auto -m "slow and not exhaustive"
 
 test-exhaustive: setup ## longer forms of tests that CI runs: every value, thousands of faults, 300 interruptions
 	@$(VENV)/bin/pytest -q -n auto -m exhaustive

@@ -37,16 +37,19 @@ def cases() -> Iterator[Any]:
             continue  # refused at export: XNNPACK would compute in float32
         if (engine, form) == ("executorch", "inline") and weights != "fp32" and architecture != ALWAYS:
             continue  # a minute each; the split form takes the same weights through every architecture
-        marks = []
-        if engine == "executorch":
-            missing = [name for name in ("executorch", "torchao") if importlib.util.find_spec(name) is None]
-            marks.append(pytest.mark.skipif(bool(missing), reason="the extra `executorch` is not installed"))
-        quick = engine == "onnx" and (weights == "fp32" or architecture == ALWAYS)
-        slow = [] if quick else [pytest.mark.slow]
-        yield pytest.param(engine, form, weights, None, architecture, marks=[*marks, *slow])
-        if (engine, form, weights) == ("executorch", "split", "int4"):
-            slow = [] if architecture == ALWAYS else [pytest.mark.slow]
-            yield pytest.param(engine, form, weights, "edgekv", architecture, marks=[*marks, *slow])
+        if engine == "onnx":
+            marks = [] if weights == "fp32" or architecture == ALWAYS else [pytest.mark.slow]
+            yield pytest.param(engine, form, weights, None, architecture, marks=marks)
+            continue
+        missing = [name for name in ("executorch", "torchao") if importlib.util.find_spec(name) is None]
+        needs = pytest.mark.skipif(bool(missing), reason="the extra `executorch` is not installed")
+        # A minute or two each: CI takes every architecture and every type of weights through the delegate, but not every pair.
+        often = architecture == ALWAYS or (weights == "fp32" and (form == "split" or architecture == "mistral-window"))
+        seldom = pytest.mark.slow if often else pytest.mark.exhaustive
+        yield pytest.param(engine, form, weights, None, architecture, marks=[needs, seldom])
+        if (form, weights) == ("split", "int4"):
+            marks = [needs] if architecture == ALWAYS else [needs, seldom]
+            yield pytest.param(engine, form, weights, "edgekv", architecture, marks=marks)
 
 
 def prompt(count: int) -> list[int]:

@@ -116,7 +116,13 @@ def pair(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("weights", "operators"), [("int4", "xnnpack"), ("int4", "edgekv"), ("int8", None), ("fp32", None)]
+    ("weights", "operators"),
+    [
+        ("int4", "xnnpack"),
+        ("int4", "edgekv"),
+        pytest.param("int8", None, marks=pytest.mark.exhaustive),
+        pytest.param("fp32", None, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_tied_embedding_is_stored_once_and_an_untied_one_beside_the_head(
     weights: str, operators: str | None, pair: dict[bool, Path], bundle: Callable[..., Path]
