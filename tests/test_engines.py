@@ -30,6 +30,16 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 2e-3, "int8": 0.03, "int4": 0.03}
 #: delegate takes a minute to export.
 ALWAYS = "qwen3-qk-norm"
 
+#: The programs of ExecuTorch's delegate that CI exports, a minute or two each: every kind, but not every pair. Rotation and
+#: windows are outside the programs of the split form.
+OFTEN = {
+    ("split", "fp32", "llama-tied"),
+    ("split", "fp32", "qwen2-bias"),
+    *(("split", weights, ALWAYS) for weights in WEIGHTS),
+    ("inline", "fp32", "mistral-window"),
+    ("inline", "fp32", ALWAYS),
+}
+
 
 def cases() -> Iterator[Any]:
     for architecture, engine, form, weights in itertools.product(VARIANTS, ENGINES, FORMS, WEIGHTS):
@@ -43,9 +53,7 @@ def cases() -> Iterator[Any]:
             continue
         missing = [name for name in ("executorch", "torchao") if importlib.util.find_spec(name) is None]
         needs = pytest.mark.skipif(bool(missing), reason="the extra `executorch` is not installed")
-        # A minute or two each: CI takes every architecture and every type of weights through the delegate, but not every pair.
-        often = architecture == ALWAYS or (weights == "fp32" and (form == "split" or architecture == "mistral-window"))
-        seldom = pytest.mark.slow if often else pytest.mark.exhaustive
+        seldom = pytest.mark.slow if (form, weights, architecture) in OFTEN else pytest.mark.exhaustive
         yield pytest.param(engine, form, weights, None, architecture, marks=[needs, seldom])
         if (form, weights) == ("split", "int4"):
             marks = [needs] if architecture == ALWAYS else [needs, seldom]
