@@ -37,7 +37,6 @@ OFTEN = {
     ("split", "fp32", "qwen2-bias"),
     *(("split", weights, ALWAYS) for weights in WEIGHTS),
     ("inline", "fp32", "mistral-window"),
-    ("inline", "fp32", ALWAYS),
 }
 
 

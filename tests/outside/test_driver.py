@@ -65,7 +65,7 @@ def cases(*names: str) -> pytest.MarkDecorator:
     def marks(name: str) -> list[pytest.MarkDecorator]:
         if not name.startswith("executorch"):
             return []
-        return [pytest.mark.slow if name == "executorch, qk-norm" else pytest.mark.exhaustive]
+        return [pytest.mark.slow if name == "executorch, one layer" else pytest.mark.exhaustive]
 
     return pytest.mark.parametrize("case", [pytest.param(name, marks=marks(name)) for name in names])
 
