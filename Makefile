@@ -24,7 +24,7 @@ test: setup ## the suite, as CI runs it
 test-slow: setup ## the slow tests
 	@$(VENV)/bin/pytest -q -n auto -m "slow and not exhaustive"
 
-test-exhaustive: setup ## longer forms of tests that CI runs: every value, thousands of faults, 300 interruptions
+test-exhaustive: setup ## longer forms of tests that CI runs: every value and pair, thousands of faults, 300 interruptions
 	@$(VENV)/bin/pytest -q -n auto -m exhaustive
 
 soak: setup ## half an hour of random options, kills and pressure; MINUTES=N, or SEED=N ROUND=K for a round that failed

@@ -16,6 +16,10 @@ def json_schema(kind: type) -> dict[str, Any]:
         definition.pop("description", None)  # the docstring, which is for those who read the code
         if "properties" in definition:
             definition["additionalProperties"] = False
+            for name, field in definition["properties"].items():
+                # msgspec tells of this default since 0.23.
+                if field.get("type") == "object" and name not in definition.get("required", []):
+                    field.setdefault("default", {})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": kind.__name__.lower(), **schema}
 
 

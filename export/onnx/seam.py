@@ -112,15 +112,16 @@ def _prepare(g: Nodes, shape: Geometry) -> _Values:
     slots_held = g("Unsqueeze", held, g.ints(1))
     value_scales = g("Where", slots_held, g("Cast", "value_scales", to=TensorProto.FLOAT), nothing)
     token_held = g("Unsqueeze", recent_held, g.ints(1, 2))
-    recent = [
+    recent_keys, recent_values = (
         g("Where", token_held, g("Cast", name, to=TensorProto.FLOAT), nothing)
         for name in ("recent_keys", "recent_values")
-    ]
+    )
     return _Values(
         g("Reshape", q, g.ints(-1, shape.n_kv_heads, shape.group, shape.head_dim)),
         key_scales,
         g("Transpose", value_scales, perm=(1, 0, 2)),
-        *recent,
+        recent_keys,
+        recent_values,
         g("Concat", g("Reshape", held, g.ints(-1)), recent_held, axis=0),
         _in_window(g, shape) if shape.window else "",
     )
@@ -217,7 +218,8 @@ def _prefill(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
     New tokens attend to each other, and to what is cached; the two are put together as if one softmax had seen both. With ``c``
     a row's largest score among the new tokens, the softmax over the cached slots has one slot more, of score ``c``: its weight
     tells what the weights of one side are in units of the other. Whatever else a row adds to its scores is part of the product
-    (:func:`_cached_weights`), so that nothing but the softmax goes over them. Rows are heads of the group, then tokens.
+    (:func:`_cached_weights`), so that nothing but the softmax, and a window where there is one, goes over them. Rows are heads
+    of the group, then tokens.
     """
     kv, group, dim = shape.n_kv_heads, shape.group, shape.head_dim
     q = g("Transpose", values.q, perm=(1, 2, 0, 3))
@@ -244,7 +246,9 @@ def _prefill(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
     # The mean over heads and tokens, as a product.
     count = g("Cast", g("Size", whole), to=TensorProto.FLOAT)
     rows = g("Reciprocal", g("Mul", g("Reshape", whole, g.ints(1, -1)), count))
-    mean = g("MatMul", rows, g("Reshape", weights, g("Concat", g.ints(-1), g("Add", n_slots, g.ints(1)), axis=0)))
+    mean = g(
+        "MatMul", rows, g("Reshape", weights, g("Concat", g.ints(-1), g("Shape", weights, start=2, end=3), axis=0))
+    )
     on_pages = g(
         "Slice", g("Reshape", mean, g.ints(-1)), g.ints(0), g("Reshape", g("Size", "page_positions"), g.ints(1))
     )

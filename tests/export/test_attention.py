@@ -19,6 +19,8 @@ from edgekv.seam import PageView, paged_attention
 from edgekv.spec import ModelSpec, RopeSpec
 from tests.sessions import session_options
 
+from .cached_layer import Shape, make_layer
+
 Q_HEADS, KV_HEADS, DIM, PAGE = 4, 2, 32, 16
 SCALE = DIM**-0.5
 MODEL = ModelSpec("", 1, 1, Q_HEADS, KV_HEADS, DIM, 1, 1, 1, RopeSpec((0.0,)), SCALE, (0,))
@@ -62,48 +64,16 @@ class Case:
 
 
 def make_case(seed: int, n_new: int, n_pages: int, n_recent: int, live: float, window: int) -> Case:
-    """Pages in any order, tokens in them that are gone, and NaN wherever no token is."""
+    """Make a step that follows everything that is cached."""
     rng = np.random.default_rng(seed)
     length = n_pages * PAGE + n_recent
     positions = np.arange(length, length + n_new)
     q = rng.standard_normal((n_new, Q_HEADS, DIM)).astype(np.float32)
     k, v = (rng.standard_normal((n_new, KV_HEADS, DIM)).astype(np.float32) for _ in range(2))
-    key_codes = rng.integers(-127, 128, (n_pages, KV_HEADS, DIM, PAGE)).astype(np.int8)
-    value_codes = rng.integers(-127, 128, (n_pages, KV_HEADS, PAGE, DIM)).astype(np.int8)
-    key_scales = rng.uniform(0, 0.02, (n_pages, KV_HEADS, DIM)).astype(np.float16)
-    value_scales = rng.uniform(0, 0.02, (n_pages, KV_HEADS, PAGE)).astype(np.float16)
-    recent = rng.standard_normal((2, n_recent, KV_HEADS, DIM)).astype(np.float16)
-    held = np.where(rng.random(length) < live, np.arange(length), -1)
-    page_positions = held[: n_pages * PAGE].reshape(-1, PAGE)[rng.permutation(n_pages)]
-    recent_positions = held[n_pages * PAGE :][rng.permutation(n_recent)]
-    decoded = (
-        key_codes.astype(np.float32) * key_scales.astype(np.float32)[..., None],
-        value_codes.astype(np.float32) * value_scales.astype(np.float32)[..., None],
-    )
-    views = [
-        PageView(decoded[0][page].swapaxes(1, 2), decoded[1][page], page_positions[page] >= 0, page_positions[page])
-        for page in range(n_pages)
-    ]
-    if n_recent:
-        keys, values = recent.astype(np.float32).swapaxes(1, 2)
-        views.append(PageView(keys, values, recent_positions >= 0, recent_positions))
-    # Behind the back of the reference, which has its copies.
-    value_scales[np.broadcast_to((page_positions < 0)[:, None], value_scales.shape)] = np.nan
-    key_scales[(page_positions < 0).all(axis=1)] = np.nan
-    recent[:, recent_positions < 0] = np.nan
-    cache = (
-        key_codes,
-        key_scales,
-        value_codes,
-        value_scales,
-        page_positions,
-        *recent[:1],
-        *recent[1:],
-        recent_positions,
-    )
+    cache, views = make_layer(rng, Shape(KV_HEADS, DIM, PAGE), n_pages, n_recent, live, length)
     distance = positions[:, None] - positions[None, :]
     feeds = {
-        "q": q, "k": k, "v": v, **dict(zip(INLINE_CACHE, cache, strict=True)), "position_ids": positions,
+        "q": q, "k": k, "v": v, **cache, "position_ids": positions,
         "causal": (distance >= 0) & (distance < (window or 10**6)), "alone": np.array(n_new == 1),
     }  # fmt: skip
     return Case(feeds, views, n_pages)

@@ -28,7 +28,10 @@ from edgekv.runtime.generate import cache_home
 from edgekv.seam import PageView, paged_attention
 from tests.checkpoints import make_checkpoint
 
+from .cached_layer import Shape, make_layer
+
 PAGE, WINDOW, CONTEXT = 16, 20, 256
+SHAPE = Shape(n_kv_heads=2, head_dim=32, page_size=PAGE)
 Feeds = dict[str, Any]
 
 
@@ -89,34 +92,6 @@ def program(bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     return Program(ExecutorchInline(folder, manifest, 2, cache_home()), Reference(source))
 
 
-def make_layer(
-    rng: np.random.Generator, n_pages: int, n_recent: int, live: float, past: int
-) -> tuple[Feeds, list[PageView]]:
-    """Make the cache of a layer: pages in any order, tokens in them that are gone, and NaN wherever no token is."""
-    kv, dim = 2, 32
-    slots = n_pages * PAGE + n_recent
-    tokens = np.sort(rng.choice(past, slots, replace=False)) if slots else np.empty(0, np.int64)
-    held = np.where(rng.random(slots) < live, tokens, -1)
-    page_positions = held[: n_pages * PAGE].reshape(-1, PAGE)[rng.permutation(n_pages)]
-    recent_positions = held[n_pages * PAGE :][rng.permutation(n_recent)]
-    key_codes = rng.integers(-127, 128, (n_pages, kv, dim, PAGE)).astype(np.int8)
-    value_codes = rng.integers(-127, 128, (n_pages, kv, PAGE, dim)).astype(np.int8)
-    key_scales = rng.uniform(0, 0.02, (n_pages, kv, dim)).astype(np.float16)
-    value_scales = rng.uniform(0, 0.02, (n_pages, kv, PAGE)).astype(np.float16)
-    recent = rng.standard_normal((2, n_recent, kv, dim)).astype(np.float16)
-    keys = (key_codes.astype(np.float32) * key_scales.astype(np.float32)[..., None]).swapaxes(2, 3)
-    values = value_codes.astype(np.float32) * value_scales.astype(np.float32)[..., None]
-    views = [PageView(keys[i], values[i], page_positions[i] >= 0, page_positions[i]) for i in range(n_pages)]
-    last_keys, last_values = recent.astype(np.float32).swapaxes(1, 2)
-    views.append(PageView(last_keys, last_values, recent_positions >= 0, recent_positions))
-    # Behind the back of the reference, which has its copies.
-    value_scales[np.broadcast_to((page_positions < 0)[:, None], value_scales.shape)] = np.nan
-    key_scales[(page_positions < 0).all(axis=1)] = np.nan
-    recent[:, recent_positions < 0] = np.nan
-    cache = (key_codes, key_scales, value_codes, value_scales, page_positions, recent[0], recent[1], recent_positions)
-    return dict(zip(INLINE_CACHE, cache, strict=True)), views
-
-
 def make_step(
     seed: int, n_new: int, rows: list[int], layers: list[tuple[int, int, float]]
 ) -> tuple[Feeds, list[list[PageView]]]:
@@ -130,7 +105,7 @@ def make_step(
     }
     views = []
     for layer, sizes in enumerate(layers):
-        cache, pages = make_layer(rng, *sizes, past)
+        cache, pages = make_layer(rng, SHAPE, *sizes, past)
         feeds |= {f"{name}.{layer}": value for name, value in cache.items()}
         views.append(pages)
     return feeds, views

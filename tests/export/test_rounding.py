@@ -83,7 +83,7 @@ def perplexity(bundle: Path, length: int) -> float:
 
 
 @pytest.mark.slow
-def test_the_bundled_model_loses_a_fifth_less_than_with_plain_rounding(tmp_path: Path) -> None:
+def test_the_bundled_model_loses_a_third_less_than_with_plain_rounding(tmp_path: Path) -> None:
     found = {}
     for name, calibration, weights_kind in (
         ("fp32", None, "fp32"),
@@ -91,9 +91,9 @@ def test_the_bundled_model_loses_a_fifth_less_than_with_plain_rounding(tmp_path:
         ("compensated", None, "int4"),
     ):
         export_model("demo", tmp_path / name, engine="onnx", weights=weights_kind, calibration=calibration)
-        found[name] = perplexity(tmp_path / name, 2048)
-    # 0.6 and 0.71 of it were left on two machines.
-    assert found["compensated"] - found["fp32"] < 0.8 * (found["nearest"] - found["fp32"]), found
+        found[name] = perplexity(tmp_path / name, 8000)
+    # The first 2,048 tokens alone are too few to tell: 0.71 of it is left there, 0.63 of 4,096, 0.56 of 8,000.
+    assert found["compensated"] - found["fp32"] < 0.7 * (found["nearest"] - found["fp32"]), found
 
 
 def test_an_export_says_what_a_calibration_text_must_be(tmp_path: Path) -> None:

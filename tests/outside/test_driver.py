@@ -6,8 +6,6 @@ slots of the open page that no token has reached.
 
 from __future__ import annotations
 
-import fcntl
-import functools
 import json
 import os
 import re
@@ -32,6 +30,7 @@ from edgekv.runtime.engines.executorch.build import package_folder
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
 from tests.checkpoints import make_checkpoint
+from tests.conftest import Once
 
 ROOT = Path(__file__).parents[2]
 #: Where the program of an engine lies: what they share lies with the one for ONNX Runtime.
@@ -56,7 +55,6 @@ CASES: dict[str, tuple[str, str, str, int, float]] = {
 }
 Run = Callable[..., dict[str, Any]]
 Bundle = Callable[..., Path]
-Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 def cases(*names: str) -> pytest.MarkDecorator:
@@ -74,6 +72,7 @@ def build_onnx(folder: Path) -> None:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
+    folder.mkdir()
     sources = sorted(map(str, SOURCES["onnx"].glob("*.cpp")))
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", *sources, "-ldl", "-pthread"]
     subprocess.run([*command, "-o", str(folder / "driver")], check=True)
@@ -91,28 +90,22 @@ BUILDERS = {"onnx": build_onnx, "executorch": build_executorch}
 
 
 @pytest.fixture(scope="session")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Return a function that runs the program of a bundle's engine; the workers of a test run compile each once."""
-    base, run = tmp_path_factory.getbasetemp(), os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    base = base / "driver" if run is None else base.parent / f"driver-{run}"
+def driver(once: Once) -> Run:
+    """Return a function that runs the program of a bundle's engine."""
     (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.*")
     environment = {**os.environ, "ONNXRUNTIME_LIBRARY": str(library)}
-
-    @functools.cache
-    def program(engine: str) -> Path:
-        folder = base / engine
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "built").exists():
-                BUILDERS[engine](folder)
-                (folder / "built").touch()
-        return folder / "driver"
 
     def call(bundle: Path, *arguments: str) -> dict[str, Any]:
         engine = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["engine"]
         # edgekv gets two threads here: bits do not depend on their number.
-        command = [str(program(engine)), str(bundle), "--json", "--threads", "1", *arguments]
+        command = [
+            str(once(f"driver-{engine}", BUILDERS[engine]) / "driver"),
+            str(bundle),
+            "--json",
+            "--threads",
+            "1",
+            *arguments,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
             raise RuntimeError(done.stderr)
@@ -142,7 +135,7 @@ def model(bundle: Bundle, once: Once) -> Callable[[str], Path]:
         if engine == "executorch":
             pytest.importorskip("executorch.exir", reason="the extra `executorch` is not installed")
             pytest.importorskip("torchao", reason="the extra `executorch` is not installed")
-        folder = source if source == "demo" else once(f"driven {source}", lambda folder: make(folder, source))
+        folder = source if source == "demo" else once(f"driven-{source}", lambda folder: make(folder, source))
         return bundle(folder, "inline", weights, page_size, engine)
 
     return get
