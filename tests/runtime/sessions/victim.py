@@ -42,6 +42,8 @@ def run(bundle: Path, path: Path, prompt: list[int], options: RunOptions, shared
         assert generator.session is not None
         so_far = generator.session.tokens
         start = so_far if len(so_far) >= len(prompt) else prompt
+        if len(start) == TOTAL_TOKENS:
+            return  # the last run was killed on its way out
         for _ in generator.tokens(start, max_tokens=TOTAL_TOKENS - len(start)):
             # What a checkpoint has promised, as the process knew it at the moment of the kill.
             shared[:8] = struct.pack("<Q", len(generator.session.tokens))
