@@ -2,6 +2,9 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.edgekv-ready
+# Tests hold a gigabyte of torch's objects in each process: in huge pages they take two thirds of the time where memory is slow.
+# What tests start has neither setting (tests/conftest.py).
+PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONMALLOC=malloc $(VENV)/bin/pytest -q -n auto
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-exhaustive soak arm64 sanitize check duplicates map bench bench-flash bench-inline format clean
@@ -19,13 +22,13 @@ demo: setup ## the main job: export the bundled model, run it under a phone's me
 	@$(PY) examples/demo.py
 
 test: setup ## the suite, as CI runs it
-	@$(VENV)/bin/pytest -q -n auto
+	@$(PYTEST)
 
 test-slow: setup ## the slow tests
-	@$(VENV)/bin/pytest -q -n auto -m "slow and not exhaustive"
+	@$(PYTEST) -m "slow and not exhaustive"
 
 test-exhaustive: setup ## longer forms of tests that CI runs: every value and pair, thousands of faults, 300 interruptions
-	@$(VENV)/bin/pytest -q -n auto -m exhaustive
+	@$(PYTEST) -m exhaustive
 
 soak: setup ## half an hour of random options, kills and pressure; MINUTES=N, or SEED=N ROUND=K for a round that failed
 	@$(PY) -m tests.soak --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED)) $(if $(ROUND),--round $(ROUND))
@@ -37,7 +40,7 @@ sanitize: setup ## the native kernels and their tests under AddressSanitizer, UB
 	@tools/sanitize.sh
 
 check: setup duplicates ## lint, types, repeated code and quick tests
-	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(VENV)/bin/pytest -q -x -n auto
+	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(PYTEST) -x
 
 duplicates: setup ## places outside tests that share eight lines or more of code
 	@$(VENV)/bin/pylint --disable=all --enable=duplicate-code --min-similarity-lines=8 --ignore-imports=y --ignore-signatures=y \

@@ -20,11 +20,13 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Send cache and configuration to a temporary folder."""
+    """Send cache and configuration to a temporary folder; what tests start has the memory that users have."""
     home = tmp_path_factory.mktemp("home")
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     patch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+    for name in ("GLIBC_TUNABLES", "PYTHONMALLOC"):
+        patch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@
 namespace {
 
 constexpr int64_t kPromptStep = 256;  // a prompt is cut at the multiples of so many tokens of the sequence
-constexpr int64_t kMostScores = 1 << 21, kLeastPart = 64;
 
 std::string of_layer(const char* name, size_t l) { return std::string(name) + "." + std::to_string(l); }
 
@@ -46,11 +45,7 @@ const float* Sequence::prefill(const std::vector<int64_t>& wanted) {
 }
 
 const float* Sequence::step(const std::vector<int64_t>& new_tokens) {
-  // A step of many tokens behind many is several calls, so that the scores of attention take little memory.
-  const int64_t count = static_cast<int64_t>(new_tokens.size()), end = cache.size() + count;
-  int64_t part = kPromptStep;
-  while (part > kLeastPart && model_.query_heads * part * end > kMostScores) part /= 2;
-  part = std::min(part, engine_.most_tokens());
+  const int64_t count = static_cast<int64_t>(new_tokens.size()), part = std::min(count, engine_.most_tokens());
   const float* logits = nullptr;
   for (int64_t start = 0; start < count; start += part)
     logits = call({new_tokens.begin() + start, new_tokens.begin() + std::min(count, start + part)});

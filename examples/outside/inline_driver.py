@@ -15,7 +15,6 @@ import onnxruntime as ort
 from session_files import Array, SealedPage, Session, compatibility_key, shape_of
 
 PREFILL_STEP = 256
-LEAST_PART, MOST_SCORES = 64, 1 << 21
 
 
 class Driver:
@@ -29,7 +28,6 @@ class Driver:
         manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         assert (manifest["engine"], manifest["form"], manifest["contract_version"]) == ("onnx", "inline", 2)
         self.shape, self.windows = shape_of(manifest), manifest["model"]["windows"]
-        self._n_q_heads = manifest["model"]["n_q_heads"]
         self._graph = ort.InferenceSession(bundle / manifest["graphs"][0], options, providers=["CPUExecutionProvider"])
         self._outputs = [output.name for output in self._graph.get_outputs()]
         key = compatibility_key(manifest)
@@ -63,17 +61,11 @@ class Driver:
         while session.n_kv < len(session.tokens):
             again = next((end for end in self._ends if end > session.n_kv), None)
             stop = min(again or (session.n_kv // PREFILL_STEP + 1) * PREFILL_STEP, len(session.tokens))
-            start, part = session.n_kv, self._part(stop)
-            while session.n_kv < stop:
-                logits = self._compute(min(session.n_kv + part, stop))
+            start = session.n_kv
+            logits = self._compute(stop)
             if stop not in self._ends:
                 self._ends = [end for end in self._ends if end <= start] + [stop]
         return logits
-
-    def _part(self, stop: int) -> int:
-        """Return how many tokens of a step that ends at position ``stop`` are computed at once."""
-        most = max(LEAST_PART, MOST_SCORES // (self._n_q_heads * stop))
-        return int(1 << (most.bit_length() - 1))
 
     def generate(self, logits: Array, count: int) -> list[int]:
         """Choose ``count`` tokens greedily; the last one gets no keys and values yet."""

@@ -242,7 +242,7 @@ def _rename(node: onnx.NodeProto, path: str, names: dict[str, str], kept: Contai
             for inner in attribute.g.node:
                 inner.name = f"{path}/{inner.name}"
                 _rename(inner, path, names)
-            for value in attribute.g.output:
+            for value in (*attribute.g.input, *attribute.g.output):
                 value.name = names[value.name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,11 @@ class Nodes:
         return self.constant(np.array(values, np.int64))
 
     def branch(self, name: str) -> Nodes:
-        """Return the nodes of a branch of an ``If`` in this graph; they see all that this graph computed so far."""
+        """Return the nodes of a graph inside this one, a branch or a body; they see all that this graph computed so far."""
         return Nodes(f"{self.scope}{name}/", self.constants)
 
-    def as_graph(self, *outputs: tuple[str, int]) -> onnx.GraphProto:
-        """Return a branch as a graph with these float outputs, each with its number of dimensions."""
+    def as_graph(self, *outputs: tuple[str, int], inputs: Sequence[tuple[str, int]] = ()) -> onnx.GraphProto:
+        """Return them as a graph with these float outputs, each with its number of dimensions, and inputs of these types."""
         values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank) for name, rank in outputs]
-        return helper.make_graph(self.nodes, self.scope.rstrip("/"), [], values)
+        given = [helper.make_tensor_value_info(name, kind, None) for name, kind in inputs]
+        return helper.make_graph(self.nodes, self.scope.rstrip("/"), given, values)

@@ -14,6 +14,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper
 
 from edgekv.contract import INLINE_CACHE
@@ -32,9 +33,14 @@ _LARGEST = np.float32(((1 << (DIGIT_BITS - 1)) - 1) * PLACES[0])
 #: Scores this far below the largest of their row count as that far: a weight of 1e-35. Smaller ones would be denormal
 #: numbers, with which the product with the values took ten times as long on x86.
 RANGE = np.float32(80)
-#: How far a cached slot that is not seen lies below the largest score among the new tokens: a weight of 4e-31 at the most, and a
-#: denormal number only in a row that sees something exp(17) times as heavy as the heaviest new token.
-UNSEEN = np.float32(70)
+#: The same where several tokens attend, counted from a row's largest score among the new tokens: a weight of 4e-18, less than
+#: float32 keeps of a sum of so many slots as there can be, and far from a denormal number even in a row that sees something
+#: exp(47) times as heavy as the heaviest new token.
+NEAR = np.float32(40)
+#: Rows of scores that are computed at a time: over 3,000 slots they are 1.5 MB, which a core has near it. Half and twice as many
+#: were slower.
+FEW_ROWS = 128
+_END = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,11 @@ class Geometry:
     def of(cls, model: ModelSpec, page_size: int, window: int) -> Geometry:
         """Return the seam of the layers of a model that have this window."""
         return cls(model.n_q_heads, model.n_kv_heads, model.head_dim, page_size, model.softmax_scale, window)
+
+    @property
+    def few_tokens(self) -> int:
+        """Tokens that attend to the cache at a time when there are many."""
+        return max(1, FEW_ROWS // self.n_q_heads)
 
     @property
     def group(self) -> int:
@@ -145,7 +156,7 @@ def _decode(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
     bias = g("Concat", bias, g.constant(np.zeros((1, 1), np.float32)), axis=1)
     weights = _softmax(g, g("Add", g("Concat", paged, tail, axis=2), bias))
 
-    n_slots, end = g("Shape", paged, start=2, end=3), g.ints(np.iinfo(np.int64).max)
+    n_slots, end = g("Shape", paged, start=2, end=3), g.ints(_END)
     on_pages = g("Slice", weights, g.ints(0), n_slots, g.ints(2))
     rest = g("Slice", weights, n_slots, end, g.ints(2))
     tail_values = g("Concat", values.recent_values, "v", axis=0)
@@ -218,72 +229,125 @@ def _prefill(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
     New tokens attend to each other, and to what is cached; the two are put together as if one softmax had seen both. With ``c``
     a row's largest score among the new tokens, the softmax over the cached slots has one slot more, of score ``c``: its weight
     tells what the weights of one side are in units of the other. Whatever else a row adds to its scores is part of the product
-    (:func:`_cached_weights`), so that nothing but the softmax, and a window where there is one, goes over them. Rows are heads
-    of the group, then tokens.
+    (:func:`_attend_to_cached`), so that nothing but the softmax, and a window where there is one, goes over them. Rows are
+    tokens, then heads of the group.
     """
     kv, group, dim = shape.n_kv_heads, shape.group, shape.head_dim
-    q = g("Transpose", values.q, perm=(1, 2, 0, 3))
-    among = g("MatMul", q, g("Unsqueeze", g("Transpose", "k", perm=(1, 2, 0)), g.ints(1)))
-    among = g("Add", among, g("Where", "causal", g.constant(np.float32(0)), g.constant(MASKED)))
-    among = g("Reshape", among, g("Concat", g.ints(kv, -1), g("Shape", "k", start=0, end=1), axis=0))
+    n_new = g("Shape", "k", start=0, end=1)
+    q = g("Reshape", g("Transpose", values.q, perm=(1, 0, 2, 3)), g.ints(kv, -1, dim))
+    among = g("MatMul", q, g("Transpose", "k", perm=(1, 2, 0)))
+    among = g("Reshape", among, g("Concat", g.ints(kv, -1, group), n_new, axis=0))
+    unseen = g("Where", "causal", g.constant(np.float32(0)), g.constant(MASKED))
+    among = g("Add", among, g("Unsqueeze", unseen, g.ints(1)))
+    among = g("Reshape", among, g("Concat", g.ints(kv, -1), n_new, axis=0))
     largest = g("ReduceMax", among, g.ints(2), keepdims=1)
     among = _softmax(g, among)
+    peak = g("ReduceMax", among, g.ints(2), keepdims=1)
     of_new = g("MatMul", among, g("Transpose", "v", perm=(1, 0, 2)))
 
-    weights = _cached_weights(g, shape, values, g("Reshape", q, g.ints(kv, -1, dim)), largest)
-    codes = g("DequantizeLinear", g("Transpose", "value_pages", perm=(1, 0, 2, 3)), g.constant(np.float32(1)))
-    paged = g("Reshape", g("Mul", codes, g("Unsqueeze", values.value_scales, g.ints(3))), g.ints(kv, -1, dim))
-    recent = g("Transpose", values.recent_values, perm=(1, 0, 2))
-    of_cached = g("MatMul", weights, g("Concat", paged, recent, g("ConstantOfShape", g.ints(kv, 1, dim)), axis=1))
-
-    n_slots, end = g("Shape", values.held, start=0, end=1), g.ints(np.iinfo(np.int64).max)
-    heaviest = g("Slice", weights, n_slots, end, g.ints(2))  # of the new tokens, beside the cached ones
-    share = g("Div", heaviest, g("ReduceMax", among, g.ints(2), keepdims=1))  # of all new tokens
-    whole = g("Add", g("Sub", g.constant(np.float32(1)), heaviest), share)
-    attention = g("Div", g("Add", of_cached, g("Mul", share, of_new)), whole)
-    attention = g("Transpose", g("Reshape", attention, g.ints(kv, group, -1, dim)), perm=(2, 0, 1, 3))
-
-    # The mean over heads and tokens, as a product.
-    count = g("Cast", g("Size", whole), to=TensorProto.FLOAT)
-    rows = g("Reciprocal", g("Mul", g("Reshape", whole, g.ints(1, -1)), count))
-    mean = g(
-        "MatMul", rows, g("Reshape", weights, g("Concat", g.ints(-1), g("Shape", weights, start=2, end=3), axis=0))
-    )
-    on_pages = g(
-        "Slice", g("Reshape", mean, g.ints(-1)), g.ints(0), g("Reshape", g("Size", "page_positions"), g.ints(1))
-    )
+    sums, of_cached, share = _attend_to_cached(g, shape, values, (q, largest, peak))
+    attention = g("Add", of_cached, g("Mul", share, of_new))
+    attention = g("Transpose", g("Reshape", attention, g.ints(kv, -1, group, dim)), perm=(1, 0, 2, 3))
+    mean = g("Div", sums, g("Cast", g("Size", share), to=TensorProto.FLOAT))
+    on_pages = g("Slice", mean, g.ints(0), g("Reshape", g("Size", "page_positions"), g.ints(1)))
     return g("Reshape", attention, g.ints(-1, kv * group, dim)), _by_page(g, shape, on_pages)
 
 
-def _cached_weights(g: Nodes, shape: Geometry, values: _Values, q: str, largest: str) -> str:
-    """Return [n_kv_heads, group * T, S + 1]: the softmax over the cached slots, and one of score ``largest``.
+def _attend_to_cached(g: Nodes, shape: Geometry, values: _Values, new: tuple[str, str, str]) -> tuple[str, str, str]:
+    """Attend to the cached slots with a few tokens at a time, so that their scores stay in the processor's cache.
 
-    Queries have two channels more, 1 and ``largest``. A slot that holds no token is a key of zeros with -UNSEEN and 1 there, the
-    slot behind the cached ones a key of zeros with 0 and 1.
+    Scores are counted from the least that matters, ``least``: NEAR below a row's largest among the new tokens. So what is below
+    it is what a Relu takes away. Queries have two channels more, 1 and -``least``; keys have 0 and 1 there, the key of a slot
+    that holds no token MASKED and 1, that of the slot behind the cached ones NEAR and 0.
 
     Args:
-        q: [n_kv_heads, group * T, head_dim].
-        largest: [n_kv_heads, group * T, 1].
+        new: [n_kv_heads, rows, ...] of the new tokens: q [head_dim], the largest score of a row [1], the largest weight [1].
+
+    Returns:
+        The weights of all rows summed, [S + 1]; what they read [n_kv_heads, rows, head_dim]; what is left for the new tokens of
+        each [n_kv_heads, rows, 1].
     """
+    kv, few, dim = shape.n_kv_heads, shape.few_tokens, shape.head_dim
+    q, largest, peak = new
+    keys, cached_values = _decoded_keys(g, shape, values), _decoded_values(g, shape, values)
+    n_slots = g("Shape", cached_values, start=1, end=2)
+    missing = g("Mod", g("Neg", g("Shape", "k", start=0, end=1)), g.ints(few))
+    missing_rows = g("Concat", g.ints(0), g("Mul", missing, g.ints(shape.group)), axis=0)
+
+    def parts(rows: str, channels: int) -> str:
+        """[n_kv_heads, rows, channels], filled up with zeros, as [parts, n_kv_heads, few rows, channels]."""
+        padded = g("Pad", rows, missing_rows, "", g.ints(1))
+        return g("Transpose", g("Reshape", padded, g.ints(kv, -1, few * shape.group, channels)), perm=(1, 0, 2, 3))
+
+    def whole(parts: str, channels: int) -> str:
+        rows = g("Reshape", g("Transpose", parts, perm=(1, 0, 2, 3)), g.ints(kv, -1, channels))
+        return g("Slice", rows, g.ints(0), g("Shape", q, start=1, end=2), g.ints(1))
+
+    one = g("Expand", g.constant(np.float32(1)), g("Shape", largest))
+    above_least = g("Sub", g.constant(NEAR), largest)
+    scanned = [parts(g("Concat", q, one, above_least, axis=2), dim + 2), parts(peak, 1)]
+    if shape.window:
+        pads = g("Concat", g.ints(0, 0), missing, g.ints(1), axis=0)
+        kept = g("Pad", values.in_window, pads, g.constant(np.bool_(True)))
+        scanned.append(g("Reshape", kept, g("Concat", g.ints(-1, few), n_slots, axis=0)))
+    sums, read, left = (f"{g.scope}{name}" for name in ("sums", "read", "left"))
+    body = _with_few(g.branch("few"), shape, keys, cached_values)
+    start = g("ConstantOfShape", n_slots)
+    scan = helper.make_node(
+        "Scan", [start, *scanned], [sums, read, left], name=f"{g.scope}scan", body=body, num_scan_inputs=len(scanned)
+    )
+    g.nodes.append(scan)
+    return sums, whole(read, dim), whole(left, 1)
+
+
+def _with_few(g: Nodes, shape: Geometry, keys: str, cached_values: str) -> onnx.GraphProto:
+    """Return what is done with each part of the rows."""
+    kv, group = shape.n_kv_heads, shape.group
+    sums, queries, peak, kept = (f"{g.scope}{name}" for name in ("sums_before", "queries", "peak", "kept"))
+    scores = g("MatMul", queries, keys)
+    last = g("Shape", scores, start=2, end=3)
+    if shape.window:
+        by_head = g("Reshape", scores, g("Concat", g.ints(kv, -1, group), last, axis=0))
+        seen = g("Where", g("Unsqueeze", kept, g.ints(1)), by_head, g.constant(MASKED))
+        scores = g("Reshape", seen, g("Concat", g.ints(kv, -1), last, axis=0))
+    weights = g("Softmax", g("Relu", scores), axis=-1)
+    # Of one softmax over all that a row sees. Rows that only fill up have a peak of 0, and count for nothing.
+    heaviest = g("Slice", weights, g.ints(-1), g.ints(_END), g.ints(2))
+    of_cached = g("Mul", peak, g("Sub", g.constant(np.float32(1)), heaviest))
+    total = g("Add", of_cached, heaviest)
+    factor = g("Div", peak, total)
+    read = g("Mul", g("MatMul", weights, cached_values), factor)
+    left = g("Div", heaviest, total)
+    # The sum over rows, as a product.
+    by_row = g("Reshape", weights, g("Concat", g.ints(-1), last, axis=0))
+    added = g("Reshape", g("MatMul", g("Reshape", factor, g.ints(1, -1)), by_row), g.ints(-1))
+    inputs = [(sums, TensorProto.FLOAT), (queries, TensorProto.FLOAT), (peak, TensorProto.FLOAT)]
+    inputs += [(kept, TensorProto.BOOL)] * bool(shape.window)
+    return g.as_graph((g("Add", sums, added), 1), (read, 3), (left, 3), inputs=inputs)
+
+
+def _decoded_keys(g: Nodes, shape: Geometry, values: _Values) -> str:
+    """Return the keys of all cached slots and one more, with two channels more, [n_kv_heads, head_dim + 2, S + 1]."""
     kv, dim = shape.n_kv_heads, shape.head_dim
     codes = g("DequantizeLinear", g("Transpose", "key_pages", perm=(1, 2, 0, 3)), g.constant(np.float32(1)))
     scales = g("Unsqueeze", g("Transpose", values.key_scales, perm=(1, 2, 0)), g.ints(3))
     paged = g("Reshape", g("Mul", codes, scales), g.ints(kv, dim, -1))
     recent = g("Transpose", values.recent_keys, perm=(1, 2, 0))
     keys = g("Concat", paged, recent, g("ConstantOfShape", g.ints(kv, dim, 1)), axis=2)
-    empty = g("Unsqueeze", g("Cast", g("Not", values.held), to=TensorProto.FLOAT), g.ints(0, 1))
-    empty = g("Mul", empty, g.constant(np.array([[[-UNSEEN], [1]]], np.float32)))
-    more = g("Concat", empty, g.constant(np.array([[[0], [1]]], np.float32)), axis=2)
-    more = g("Expand", more, g.ints(kv, 1, 1))
-    one = g("Expand", g.constant(np.float32(1)), g("Shape", largest))
-    scores = g("MatMul", g("Concat", q, one, largest, axis=2), g("Concat", keys, more, axis=1))
-    if shape.window:
-        last = g("Shape", scores, start=2, end=3)
-        by_head = g("Reshape", scores, g("Concat", g.ints(kv * shape.group, -1), last, axis=0))
-        unseen = g("Sub", g("Reshape", largest, g.ints(kv * shape.group, -1, 1)), g.constant(UNSEEN))
-        kept = g("Pad", values.in_window, g.ints(0, 0, 0, 1), g.constant(np.bool_(True)))
-        scores = g("Reshape", g("Where", kept, by_head, unseen), g("Concat", g.ints(kv, -1), last, axis=0))
-    return g("Softmax", scores, axis=-1)
+    masked = g("Where", values.held, g.constant(np.float32(0)), g.constant(MASKED))
+    counted = g("Expand", g.constant(np.float32(1)), g("Shape", masked))
+    held = g("Concat", *(g("Unsqueeze", channel, g.ints(0, 1)) for channel in (masked, counted)), axis=1)
+    more = g("Concat", held, g.constant(np.array([[[NEAR], [0]]], np.float32)), axis=2)
+    return g("Concat", keys, g("Expand", more, g.ints(kv, 1, 1)), axis=1)
+
+
+def _decoded_values(g: Nodes, shape: Geometry, values: _Values) -> str:
+    """Return the values of all cached slots, and zeros behind them, [n_kv_heads, S + 1, head_dim]."""
+    kv, dim = shape.n_kv_heads, shape.head_dim
+    codes = g("DequantizeLinear", g("Transpose", "value_pages", perm=(1, 0, 2, 3)), g.constant(np.float32(1)))
+    paged = g("Reshape", g("Mul", codes, g("Unsqueeze", values.value_scales, g.ints(3))), g.ints(kv, -1, dim))
+    recent = g("Transpose", values.recent_values, perm=(1, 0, 2))
+    return g("Concat", paged, recent, g("ConstantOfShape", g.ints(kv, 1, dim)), axis=1)
 
 
 def _softmax(g: Nodes, scores: str) -> str:

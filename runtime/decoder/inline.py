@@ -20,13 +20,6 @@ from ..pages.cache import KVCache
 from .base import Rows
 from .page_inputs import LayerInputs
 
-#: Scores of one layer and one call: float32, for every query head, new token, and token seen. They are written and read five
-#: times, so they should not be much larger than a cache either. Measured on the demo model at 6,000 tokens: 256 tokens a call
-#: took 2.1 s for all of them and 90 MiB, calls of this size 1.6 s and 33 MiB.
-SCORES_BYTES = 8 * 1024 * 1024
-#: Below so many tokens a call is mostly the decoding of the cache.
-LEAST_TOKENS = 64
-
 _ROWS = {"none": slice(0, 0), "last": slice(-1, None), "all": slice(None)}
 
 
@@ -44,18 +37,13 @@ class InlineForward:
     def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
         """Run T tokens; see :class:`~edgekv.runtime.decoder.base.Forward`."""
         logits = []
-        while len(tokens) > (limit := self._limit(int(positions[-1]) + 1)):
+        limit = self.engine.max_tokens or len(tokens)
+        while len(tokens) > limit:
             part = self._step(tokens[:limit], positions[:limit], "all" if rows == "all" else "none")
             logits.append(part.copy())  # the next part takes its place
             tokens, positions = tokens[limit:], positions[limit:]
         last = self._step(tokens, positions, rows)
         return np.concatenate([*logits, last]) if rows == "all" and logits else last
-
-    def _limit(self, n_seen: int) -> int:
-        """Return the most tokens of one call, so that what it computes with stays small."""
-        fitting = max(LEAST_TOKENS, SCORES_BYTES // (4 * self._model.n_q_heads * n_seen))
-        limit: int = 1 << (fitting.bit_length() - 1)
-        return min(limit, self.engine.max_tokens or limit)
 
     def _step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
         self._cache.begin_step()

@@ -83,7 +83,7 @@ def make_case(seed: int, n_new: int, n_pages: int, n_recent: int, live: float, w
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
-    n_new=st.integers(1, 6),
+    n_new=st.integers(1, 6) | st.sampled_from([31, 32, 33, 70]),
     n_pages=st.integers(0, 5),
     n_recent=st.integers(0, 20),
     live=st.sampled_from([0.0, 0.1, 0.7, 1.0]),

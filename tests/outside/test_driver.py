@@ -45,7 +45,7 @@ CASES: dict[str, tuple[str, str, str, int, float]] = {
     "demo, int4": ("onnx", "demo", "int4", 32, 2.7),
     "window": ("onnx", "window", "fp32", 16, 1.2),
     "qk-norm": ("onnx", "qk-norm", "fp32", 16, 1.2),
-    "many heads": ("onnx", "many heads", "fp32", 16, 1.2),  # a step is several calls of the graph
+    "many heads": ("onnx", "many heads", "fp32", 16, 1.2),
     "executorch, demo": ("executorch", "demo", "fp32", 32, 2.7),
     "executorch, demo, small pages": ("executorch", "demo", "fp32", 16, 2.7),
     "executorch, demo, int4": ("executorch", "demo", "int4", 32, 2.7),

@@ -63,7 +63,7 @@ def test_tokens_pages_and_sessions_have_the_bits_of_edgekv(
     compare(bundle(checkpoint(variant), "inline"), count, 21, tmp_path / "theirs.kv")
 
 
-def test_a_step_of_many_tokens_is_several_calls(bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_step_of_many_tokens_and_heads_is_one_call(bundle: Callable[..., Path], tmp_path: Path) -> None:
     folder = bundle(make_checkpoint(tmp_path / "many heads", "qwen3", std=0.04, num_attention_heads=48), "inline")
     compare(folder, 300, 5, tmp_path / "theirs.kv")
 
