@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import signal
@@ -209,15 +210,17 @@ def read_state(path: Path, secret: bytes | None) -> State:
 
 
 def replace_index(path: Path, state: State, secret: bytes | None) -> SessionIndex:
-    """Put a new index in the place of a damaged one, which is kept as ``index.damaged``.
+    """Put a new index in the place of a damaged one, which is kept as ``index.damaged``, or under the next free number.
 
     Raises:
         SessionError: it cannot be written.
     """
+    names = (f"{DAMAGED}.{number}" if number else DAMAGED for number in itertools.count())
+    kept = next(name for name in names if not (path / name).exists() and not (path / f"{name}-wal").exists())
     try:
         for suffix in ("-wal", ""):
             if (path / f"{INDEX}{suffix}").exists():
-                os.replace(path / f"{INDEX}{suffix}", path / f"{DAMAGED}{suffix}")
+                os.replace(path / f"{INDEX}{suffix}", path / f"{kept}{suffix}")
     except OSError as error:
         raise SessionError(f"cannot write the session {path}: {error.strerror}") from error
     assert state.meta is not None
@@ -279,6 +282,8 @@ def open_index(path: Path, manifest: Manifest | None, secret: bytes | None) -> t
             index = SessionIndex(path / INDEX)
             state = load_index(index, path, secret)
         except UnreadableIndex:
+            if index is not None:
+                index.close()
             raise
         except SessionError as error:
             state = State(problems=[str(error)])

@@ -50,6 +50,9 @@ FORMAT = 2
 INDEX = "index.sqlite"
 BACKUP = "index.backup"
 DAMAGED = "index.damaged"
+#: What SQLite answers where the file is wrong and not the reading of it: ERROR, CORRUPT, SCHEMA, TOOBIG, MISMATCH, FORMAT, NOTADB
+#: (https://sqlite.org/rescode.html), and that it is too short.
+_WRONG_FILE, _SHORT_READ = (1, 11, 17, 18, 20, 24, 26), 522
 #: Nothing is there, or what is no file (without a number: what :func:`edgekv.files.open_file` refuses).
 _NOT_AN_INDEX = (None, errno.ENOENT, errno.EISDIR, errno.ENXIO, errno.ELOOP)
 
@@ -225,7 +228,8 @@ class SessionIndex:
                 )
         except sqlite3.Error as error:
             self.close()
-            raise SessionError(f"cannot open the index {path}: {error}") from error
+            kind = SessionError if _wrong_file(error) else UnreadableIndex
+            raise kind(f"cannot open the index {path}: {error}") from error
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -313,6 +317,7 @@ class SessionIndex:
                 "SELECT value, xxh3 FROM item WHERE name = ?", (name,)
             ).fetchone()
         except (sqlite3.Error, UnicodeDecodeError) as error:
+            self._check_wrong(error)
             state.problems.append(f"{name} cannot be read: {error}")
             return None
         if found is not None and not isinstance(found[0], bytes):
@@ -321,11 +326,20 @@ class SessionIndex:
         return found
 
     def structure(self) -> list[str]:
-        """Return what SQLite finds wrong with the file."""
+        """Return what SQLite finds wrong with the file.
+
+        Raises:
+            UnreadableIndex: the system does not give all of it.
+        """
         try:
             return [str(row[0]) for row in self._db.execute("PRAGMA integrity_check(8)") if row[0] != "ok"]
         except (sqlite3.Error, UnicodeDecodeError) as error:
+            self._check_wrong(error)
             return [str(error)]
+
+    def _check_wrong(self, error: Exception) -> None:
+        if isinstance(error, sqlite3.Error) and not _wrong_file(error):
+            raise UnreadableIndex(f"cannot read the index {self.path}: {error}") from error
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -385,6 +399,14 @@ def cannot_open(path: Path, error: OSError) -> SessionError:
     """Return the error of an index that cannot be opened: it is none, or the system refuses to open it."""
     kind = SessionError if error.errno in _NOT_AN_INDEX else UnreadableIndex
     return kind(f"cannot open the index {path}: {reason(error)}")
+
+
+def _wrong_file(error: sqlite3.Error) -> bool:
+    """Say whether an error of reading tells that the file is damaged, and not that it cannot be read now."""
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    if code is None:  # Python 3.10
+        return not str(error).startswith(("disk I/O error", "database or disk is full", "out of memory"))
+    return code & 0xFF in _WRONG_FILE or code == _SHORT_READ
 
 
 def _check_own(path: Path, *, create: bool) -> None:

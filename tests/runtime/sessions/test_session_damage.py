@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from edgekv.runtime.sessions.index import BACKUP, DAMAGED, INDEX
 from edgekv.runtime.sessions.tools import describe, verify
 from edgekv.runtime.storage.segments import segment_paths
 from tests.runtime.sessions.toy import PAGE_SIZE, SPEC, Chat, open_session, some_tokens
+from tests.runtime.storage.dying import dying_medium
 
+ROOT = Path(__file__).resolve().parents[3]
 TOKENS = some_tokens(43)
 PAGES = "pages-*.bin"
 WHOLE_PAGES = 5
@@ -206,6 +210,39 @@ def test_an_index_cut_anywhere_is_replaced_by_its_backup(saved: Path, tmp_path: 
         path = damaged(saved, tmp_path, cutting(INDEX, left))
         assert resume(path) == len(TOKENS), left
         assert (path / DAMAGED).exists(), "what was damaged is kept"
+
+
+def test_no_damaged_index_takes_the_place_of_another(saved: Path, tmp_path: Path) -> None:
+    path = damaged(saved, tmp_path, cutting(INDEX, 100))
+    resume(path)
+    cutting(INDEX, 99)(path)
+    resume(path)
+    assert [(path / name).stat().st_size for name in (DAMAGED, f"{DAMAGED}.1")] == [100, 99]
+
+
+OPENING = """
+import sys
+from pathlib import Path
+from edgekv.errors import SessionError
+from tests.runtime.sessions.toy import open_session
+try:
+    open_session(Path(sys.argv[1]))
+except SessionError as error:
+    print(error)
+"""
+
+
+def test_an_index_that_answers_eio_is_not_replaced(saved: Path, tmp_path: Path) -> None:
+    path = damaged(saved, tmp_path, lambda _: None)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    environment = {**dying_medium(tmp_path, path / INDEX, f"/chat.kv/{INDEX}"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", OPENING, str(path)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert INDEX in done.stdout
+    assert "I/O error" in done.stdout
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert resume(path) == len(TOKENS)
 
 
 def test_without_a_backup_a_damaged_index_gives_what_is_whole_or_a_clear_error(saved: Path, tmp_path: Path) -> None:

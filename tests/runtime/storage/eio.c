@@ -1,4 +1,5 @@
-/* Preloaded into a process: once the file EDGEKV_EIO exists, every read of a page file fails with EIO, as a dying medium does. */
+/* Preloaded into a process: once the file EDGEKV_EIO exists, every read of the files whose path holds EDGEKV_EIO_FILES fails with
+   EIO, as a dying medium does. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -30,21 +31,21 @@ READ(preadv64, off64_t at, NONE, (fd, parts, count, at))
 READ(preadv2, off_t at, FLAGS, (fd, parts, count, at, flags))
 READ(preadv64v2, off64_t at, FLAGS, (fd, parts, count, at, flags))
 
-/* A plain read is also how weights are loaded: only page files die. */
-static int is_page_file(int fd) {
+/* A plain read is also how weights are loaded: only these files die. */
+static int is_dying_file(int fd) {
   char link[64], path[4096];
   snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
   const ssize_t n = readlink(link, path, sizeof path - 1);
   if (n < 0) return 0;
   path[n] = 0;
-  return strstr(path, "/pages-") != NULL;
+  return strstr(path, getenv("EDGEKV_EIO_FILES")) != NULL;
 }
 
 #define READ_ONE(name, offset)                                       \
   ssize_t name(int fd, void *into, size_t count, offset at) {        \
     static __typeof__(name) *next;                                   \
     if (!next) next = dlsym(RTLD_NEXT, #name);                       \
-    if (dying() && is_page_file(fd)) return errno = EIO, -1;         \
+    if (dying() && is_dying_file(fd)) return errno = EIO, -1;         \
     return next(fd, into, count, at);                                \
   }
 READ_ONE(pread, off_t)

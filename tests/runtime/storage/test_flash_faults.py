@@ -19,6 +19,8 @@ from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.storage.flash import FlashStore
 from edgekv.tiers import KVMode, Tier
 
+from .dying import dying_medium
+
 Bundle = Callable[..., Path]
 TOKENS: list[int] = np.random.default_rng(3).integers(2, 1000, 700).tolist()
 COUNT = 60
@@ -130,17 +132,10 @@ def expected_tokens(folder: Path, attend: str) -> list[int]:
 
 @pytest.mark.parametrize("attend", ["exact", "selective:30%"])
 def test_a_medium_that_answers_eio_ends_the_run_with_one_error(attend: str, bundle: Bundle, tmp_path: Path) -> None:
-    """The error comes from the system call itself: a library that is loaded before the C library stands in for the medium."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("needs a C compiler and LD_PRELOAD")
-    library = tmp_path / "eio.so"
-    source = Path(__file__).with_name("eio.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
     sign = tmp_path / "dying"
     done = subprocess.run(
         [sys.executable, "-c", DYING, str(bundle("demo")), str(tmp_path / "flash"), str(sign), attend, json.dumps(TOKENS)],
-        env={**os.environ, "LD_PRELOAD": str(library), "EDGEKV_EIO": str(sign)},
+        env=dying_medium(tmp_path, sign),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
