@@ -1,6 +1,6 @@
 """Open a bundle and generate: the loop that everything else serves.
 
-with Generator.open("llama.edgekv", kv_budget="64MiB") as generator:
+with Generator.open("llama.edgekv", RunOptions(kv_budget="64MiB")) as generator:
     for piece in generator.stream("Once upon a time", max_tokens=100):
         print(piece, end="")
 """

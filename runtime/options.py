@@ -11,6 +11,7 @@ from edgekv.errors import PromptTooLong, UsageError
 from edgekv.schema import shown
 from edgekv.tiers import KVMode, PressureMode
 
+from .storage.cipher import check_secret
 from .storage.objects import PATIENCE_S
 from .storage.open import OffloadOptions
 from .system.process import cache_home, default_threads
@@ -21,7 +22,7 @@ class SessionOptions:
     """Where a session is and how often it is saved.
 
     ``checkpoint_tokens``, ``checkpoint_seconds``: save after so many new tokens or seconds, 0 is never; it is saved at the
-    end of each answer and when it is closed in any case. ``secret``: encrypt with this; see :mod:`edgekv.runtime.storage.cipher`.
+    end of each answer and when it is closed in any case. ``secret``: encrypt with these bytes, 16 at the least.
     ``max_bytes_per_day``: of pages written; beyond it the session is not saved, and says so.
 
     Raises:
@@ -36,6 +37,8 @@ class SessionOptions:
 
     def __post_init__(self) -> None:
         settings.check_all(self, _SESSION, optional=("max_bytes_per_day",))
+        if self.secret is not None:
+            check_secret(self.secret, "secret")
 
 
 _SESSION: dict[str, settings.Setting[Any]] = {

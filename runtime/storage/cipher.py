@@ -20,24 +20,41 @@ TAG_BYTES = 16
 #: Where a secret is looked for when no key file is named.
 KEY_VARIABLE = "EDGEKV_SESSION_KEY"
 _LEAST_SECRET_BYTES = 16
+#: No key is as large; a device or a wrong file may be.
+_MOST_SECRET_BYTES = 64 * 1024
 
 
 def find_secret(key_file: Path | None = None) -> bytes:
     """Return the secret: of a key file, else of ``EDGEKV_SESSION_KEY``, else of the keyring of the system.
 
     Raises:
-        UsageError: none is there, or it is shorter than 16 bytes.
+        UsageError: none is there, or it is shorter than 16 bytes, or a key file larger than 64 KiB.
     """
     if key_file is not None:
         try:
-            secret = key_file.read_bytes().strip()
+            with key_file.open("rb") as stream:
+                secret = stream.read(_MOST_SECRET_BYTES + 1)
         except OSError as error:
             raise UsageError(f"cannot read the key file {key_file}: {error.strerror}") from error
         origin = f"the key file {key_file}"
+        if len(secret) > _MOST_SECRET_BYTES:
+            raise UsageError(f"{origin} is larger than {_MOST_SECRET_BYTES // 1024} KiB, and no key")
+        secret = secret.strip()
     elif KEY_VARIABLE in os.environ:
         secret, origin = os.fsencode(os.environ[KEY_VARIABLE]), KEY_VARIABLE
     else:
         secret, origin = _from_keyring(), "the keyring entry edgekv/session"
+    return check_secret(secret, origin)
+
+
+def check_secret(secret: object, origin: str) -> bytes:
+    """Return what may be a secret.
+
+    Raises:
+        UsageError: it is not bytes, or shorter than 16.
+    """
+    if not isinstance(secret, bytes):
+        raise UsageError(f"{origin} must be bytes, not {type(secret).__name__}")
     if len(secret) < _LEAST_SECRET_BYTES:
         raise UsageError(f"{origin} is shorter than {_LEAST_SECRET_BYTES} bytes; make one with: openssl rand -hex 32")
     return secret

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgekv.cli.main import run_command_line
-from edgekv.errors import SessionError, StoreError
+from edgekv.errors import SessionError, StoreError, UsageError
 from edgekv.runtime.options import SessionOptions
 from edgekv.runtime.sessions.index import BACKUP, INDEX
 from edgekv.runtime.sessions.session import Session
 from edgekv.runtime.sessions.tools import contents as tokens_of
 from edgekv.runtime.sessions.tools import describe
+from edgekv.runtime.storage.cipher import find_secret
 from edgekv.runtime.storage.segments import segment_paths
 from tests.runtime.sessions.toy import MANIFEST, Chat, open_session, some_tokens
 from tests.strangers import without_rights
@@ -129,3 +131,15 @@ def test_a_session_beyond_the_writes_of_a_day_is_not_told_to_drop_pages(tmp_path
     with pytest.raises(StoreError, match="raise that limit, or run without --session"):
         chat.save()
     session.close()
+
+
+@pytest.mark.parametrize("secret", [b"", b"short", "a secret of more than sixteen bytes"])
+def test_a_secret_that_is_none_is_refused_before_anything_is_written(secret: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="secret"):
+        SessionOptions(tmp_path / "chat.kv", secret=secret)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_key_file_without_an_end_is_refused() -> None:
+    with pytest.raises(UsageError, match="larger than 64 KiB"):
+        find_secret(Path("/dev/zero"))
