@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch.setenv("XDG_CONFIG_HOME", str(home / "config"))
     for name in ("GLIBC_TUNABLES", "PYTHONMALLOC"):
         patch.delenv(name, raising=False)
+    # Shells start what they run in the background deaf to Ctrl-C, and what is started from there is deaf, too.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
