@@ -97,12 +97,13 @@ class WearLedger:
         """Count a batch that is about to be written.
 
         Raises:
-            WriteLimit: it would pass the limit of the day; nothing was counted. OSError: the ledger cannot be written.
+            WriteLimit: it would pass the limit of the day, or lines are damaged that may be of the day; nothing was counted.
+            OSError: the ledger cannot be written.
         """
         day = today().isoformat()
         with self._locked():
             if self._limit is not None:
-                used = sum(entry.bytes_written for entry in self._read() if entry.day == day)
+                used = self._written_on(day)
                 if used + size_bytes > self._limit:
                     raise WriteLimit(
                         f"{self.path.parent} has taken {format_bytes(used)} today, and the next {format_bytes(size_bytes)} would"
@@ -125,8 +126,21 @@ class WearLedger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self) -> list[Entry]:
-        return _parse(os.pread(self._file, os.fstat(self._file).st_size, 0))[0]
+    def _written_on(self, day: str) -> int:
+        status = os.fstat(self._file)
+        data = os.pread(self._file, status.st_size, 0)
+        # Lines are in the order of their days, so a damaged one with a line of an earlier day behind it is none of this day's.
+        behind = max((at for at, entry in _lines(data) if entry is not None and entry.day < day), default=-1)
+        lost = sum(entry is None for at, entry in _lines(data) if at > behind)
+        changed = datetime.fromtimestamp(status.st_mtime, timezone.utc).date().isoformat()
+        if lost and changed >= day:
+            raise WriteLimit(
+                f"{lost} damaged lines of the wear ledger {self.path} may be of today, and --max-write-per-day not be kept:"
+                " run without that limit, or delete the ledger to count from nothing"
+            )
+        if lost:  # a line of that day behind them says it to runs to come
+            os.pwrite(self._file, _line(Entry(changed, self._run, 0, 0)), round_up(status.st_size, LINE_BYTES))
+        return sum(entry.bytes_written for entry in _parse(data)[0] if entry.day == day)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -183,14 +197,18 @@ def _line(entry: Entry) -> bytes:
     return json.dumps(fields).encode().ljust(LINE_BYTES - 1) + b"\n"
 
 
-def _parse(data: bytes) -> tuple[list[Entry], int]:
-    entries: list[Entry] = []
-    damaged = 0
+def _lines(data: bytes) -> Iterator[tuple[int, Entry | None]]:
+    """Return the place of each line and what it says; None: it is damaged."""
     for start in range(0, len(data), LINE_BYTES):
         try:
             line = from_json(data[start : start + LINE_BYTES], Line)
         except FormatError:
-            damaged += 1
+            yield start, None
             continue
-        entries.append(Entry(line.day, line.run, line.bytes, line.batches))
-    return entries, damaged
+        yield start, Entry(line.day, line.run, line.bytes, line.batches)
+
+
+def _parse(data: bytes) -> tuple[list[Entry], int]:
+    found = [entry for _, entry in _lines(data)]
+    entries = [entry for entry in found if entry is not None]
+    return entries, len(found) - len(entries)

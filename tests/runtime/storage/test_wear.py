@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -206,11 +207,38 @@ def test_the_limit_counts_all_runs_of_today_and_none_of_yesterday(tmp_path: Path
 
 def test_a_damaged_line_is_counted_as_such_and_the_next_run_does_not_share_it(tmp_path: Path) -> None:
     (tmp_path / LEDGER).write_bytes(b"\0" * 100)
-    with WearLedger(tmp_path, 5000) as ledger:
+    with WearLedger(tmp_path) as ledger:
         ledger.reserve(5)
     entries, damaged = read_ledger(tmp_path)
     assert [entry.bytes_written for entry in entries] == [5]
     assert damaged == 1
+
+
+def test_a_damaged_line_that_may_be_of_today_stops_writes_that_are_limited(tmp_path: Path) -> None:
+    ledger_file = tmp_path / LEDGER
+    with WearLedger(tmp_path, 5000) as ledger:
+        ledger.reserve(4000)
+    damaged = b"\xffjunk" + ledger_file.read_bytes()[5:]
+    ledger_file.write_bytes(damaged)
+    with WearLedger(tmp_path, 5000) as ledger, pytest.raises(WriteLimit, match=r"1 damaged lines .* may be of today"):
+        ledger.reserve(1)
+    assert ledger_file.read_bytes() == damaged
+    yesterday = time.time() - 24 * 3600
+    os.utime(ledger_file, (yesterday, yesterday))  # nothing was written today
+    for _ in range(2):
+        with WearLedger(tmp_path, 5000) as ledger:
+            ledger.reserve(1)
+            ledger.reserve(1)
+    assert [day.bytes_written for day in by_day(read_ledger(tmp_path)[0])] == [0, 4]
+
+
+def test_a_damaged_line_before_one_of_yesterday_is_none_of_today(tmp_path: Path) -> None:
+    line = {"day": (today() - timedelta(days=1)).isoformat(), "run": "0" * 12, "bytes": 7, "batches": 1}
+    text = json.dumps(line).encode().ljust(LINE_BYTES - 1) + b"\n"
+    (tmp_path / LEDGER).write_bytes(b"\0" * LINE_BYTES + text)
+    with WearLedger(tmp_path, 10) as ledger:
+        ledger.reserve(9)
+    assert read_ledger(tmp_path)[1] == 1
 
 
 # -- edgekv stats -------------------------------------------------------------------------------------------------
