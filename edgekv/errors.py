@@ -106,5 +106,9 @@ class EngineError(EdgeKVError):
     """The inference engine refused a graph or a run."""
 
 
+class NotFinite(EngineError):
+    """A run gave logits from which no token can be chosen: NaN or infinity."""
+
+
 class EngineMissing(UsageError):
     """A package that this bundle or command needs is not installed."""

@@ -19,7 +19,7 @@ from types import TracebackType
 import numpy as np
 
 from edgekv.bundle import Manifest, check_files, read_manifest
-from edgekv.errors import EngineError, UsageError
+from edgekv.errors import NotFinite, UsageError
 from edgekv.schema import shown
 from edgekv.settings import KV_BUDGET, MAX_TOKENS, PINNED, PROMPT, TO_FOLLOW, TOKENS_SO_FAR, whole_numbers
 from edgekv.tiers import KVMode
@@ -300,7 +300,7 @@ class Generator:
         """Add tokens to a sequence that :meth:`prefill` began and return the logits after the last one [vocab_size] float32.
 
         Raises:
-            UsageError: a token is not of the vocabulary, there is none, or more than ``prefill_chunk`` of them. EngineError: the
+            UsageError: a token is not of the vocabulary, there is none, or more than ``prefill_chunk`` of them. NotFinite: the
                 logits are not finite. Nothing was added.
         """
         with self._turns:
@@ -367,9 +367,11 @@ class Generator:
             logits = prepared.forward.step(np.asarray(tokens, np.int64), positions, rows)
             _check_finite(logits, start + len(tokens) - len(logits))
             self._tokens += map(int, tokens)
-        except BaseException:
+        except BaseException as error:
             # A step that failed half way leaves some layers longer than others: back to what all of them hold.
             self._shorten(start)
+            if isinstance(error, NotFinite):  # of weights that the medium spoiled since they were hashed?
+                check_files(self.folder, self.manifest)
             raise
         if self._sequence[start : len(self._tokens)] != self._tokens[start:]:
             self._sequence[start:] = self._tokens[start:]
@@ -564,7 +566,7 @@ def _check_finite(logits: Float, first: int) -> None:
     """Refuse logits [R, vocab_size] of positions ``first`` and on from which no token can be chosen.
 
     Raises:
-        EngineError: one is NaN or infinite; the error names the position.
+        NotFinite: one is NaN or infinite; the error names the position.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(
@@ -573,7 +575,7 @@ def _check_finite(logits: Float, first: int) -> None:
             return
     wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if wrong.size:
-        raise EngineError(
+        raise NotFinite(
             f"the logits at token {first + int(wrong[0])} are not finite (NaN or infinite): weights or activations overflow;"
             " export the model again with --weights fp32 or int8"
         )
