@@ -7,6 +7,7 @@ small ones are packed to 64.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,20 +24,35 @@ MAPPED_ALIGN_BYTES = 4096
 SMALL_ALIGN_BYTES = 64
 SMALL_BYTES = 1 << 16
 MAX_HALF = float(np.finfo(np.float16).max)
+#: Of the root of the sum of squares of a tensor. Rounding to the 11 bits of fp16 loses 0.0003 at the most, where numbers are not
+#: below 6e-5.
+MOST_LOST = 0.01
+#: Numbers that are compared at a time.
+_PART = 1 << 22
 
 
 def to_half(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
     """Return the values of a tensor in fp16.
 
     Raises:
-        CheckpointError: one of them is too large.
+        CheckpointError: one of them is too large, or so many are so small that fp16 changes the tensor by more than MOST_LOST.
     """
     peak = float(np.abs(values).max(initial=0))
     if peak > MAX_HALF:
         raise CheckpointError(
             f"tensor {name} holds {peak:.6g}, and fp16 ends at {MAX_HALF:.0f}; export with --weights fp32, int8 or int4"
         )
-    return values.astype(np.float16)
+    half = values.astype(np.float16)
+    lost = total = 0.0
+    for exact, rounded in zip(*(np.array_split(each, 1 + each.size // _PART) for each in (values, half)), strict=True):
+        lost += float(np.square(rounded - exact, dtype=np.float64).sum())
+        total += float(np.square(exact, dtype=np.float64).sum())
+    if lost > MOST_LOST**2 * total:
+        raise CheckpointError(
+            f"tensor {name} holds numbers too small for fp16, which ends at 6e-8: it would differ by"
+            f" {math.sqrt(lost / total):.0%}; export with --weights fp32, int8 or int4"
+        )
+    return half
 
 
 @dataclass(frozen=True)

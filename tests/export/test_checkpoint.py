@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from edgekv.errors import CheckpointError
 from edgekv.export import export_model
 from edgekv.export.checkpoint import expected_shapes, open_checkpoint
 from edgekv.export.executorch.split import write_embedding
+from edgekv.export.weights import to_half
 from tests.checkpoints import load_reference, make_checkpoint
 from tests.export.driver import SplitDriver
 
@@ -319,6 +321,20 @@ def test_a_weight_beyond_fp16_is_refused_by_name_where_it_becomes_fp16(
     with pytest.raises(CheckpointError, match=f"tensor {name} holds 70000, and fp16 ends at 65504"):
         export_model(folder, tmp_path / "out.edgekv", engine="onnx", form=form, weights=weights)
     assert not (tmp_path / "out.edgekv").exists()
+
+
+@pytest.mark.parametrize(("factor", "lost"), [(1e-5, ""), (1e-7, "17%"), (1e-9, "100%"), (1e-30, "100%")])
+def test_a_weight_that_fp16_cannot_tell_from_others_is_refused_by_name(factor: float, lost: str) -> None:
+    exact = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32) * np.float32(factor)
+    if not lost:
+        np.testing.assert_allclose(to_half(exact, "w"), exact, atol=3e-8)
+        return
+    with pytest.raises(CheckpointError, match=f"tensor w holds numbers too small for fp16.* {lost}; export"):
+        to_half(exact, "w")
+
+
+def test_zeros_are_zeros_in_fp16() -> None:
+    assert not to_half(np.zeros((3, 4), np.float32), "w").any()
 
 
 def test_the_embedding_of_executorch_beyond_fp16_is_refused_by_name(tmp_path: Path) -> None:
