@@ -287,7 +287,7 @@ def check_files(folder: Path, manifest: Manifest, *, stamp: Path | None = None) 
     """Check that every file of the bundle is the one that was exported.
 
     Args:
-        stamp: remembers size and times of files that passed, so that gigabytes are hashed once and not at
+        stamp: remembers size and mtime of files that passed, so that gigabytes are hashed once and not at
             each start. None hashes all.
 
     Raises:
@@ -307,7 +307,7 @@ def check_files(folder: Path, manifest: Manifest, *, stamp: Path | None = None) 
                 f"{folder}: {name} has {status.st_size} bytes, the manifest says {expected['bytes']};"
                 " copy the bundle again, or export it again"
             )
-        seen[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, expected["sha256"]]
+        seen[name] = [status.st_size, status.st_mtime_ns, expected["sha256"]]
     if stamp is not None and _read_stamp(stamp) == seen:
         return
     for name, expected in manifest.files.items():
