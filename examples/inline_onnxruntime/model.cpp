@@ -31,7 +31,6 @@ Model::Model(const std::string& bundle) : manifest(Json::read(bundle + "/manifes
   auto size = [](const Json& table, const char* name) { return static_cast<size_t>(table.at(name).integer()); };
   shape = {size(model, "n_layers"), size(model, "n_kv_heads"), size(model, "head_dim"), size(manifest, "page_size")};
   windows = model.at("windows").integers();
-  query_heads = model.at("n_q_heads").integer();
   vocab_size = model.at("vocab_size").integer();
   max_context = model.at("max_context").integer();
   eos = model.get("eos_token_ids").integers();

@@ -18,6 +18,6 @@ struct Model {
   Json tokenizer;
   Shape shape;
   std::vector<int64_t> windows;  // of each layer; 0: it sees all tokens
-  int64_t query_heads, vocab_size, max_context;
+  int64_t vocab_size, max_context;
   std::vector<int64_t> eos, prompt_begin, prompt_end;
 };

@@ -229,8 +229,8 @@ def _prefill(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
     New tokens attend to each other, and to what is cached; the two are put together as if one softmax had seen both. With ``c``
     a row's largest score among the new tokens, the softmax over the cached slots has one slot more, of score ``c``: its weight
     tells what the weights of one side are in units of the other. Whatever else a row adds to its scores is part of the product
-    (:func:`_attend_to_cached`), so that nothing but the softmax, and a window where there is one, goes over them. Rows are
-    tokens, then heads of the group.
+    (:func:`_attend_to_cached`), so that nothing but a Relu and the softmax, and a window where there is one, goes over
+    them. Rows are tokens, then heads of the group.
     """
     kv, group, dim = shape.n_kv_heads, shape.group, shape.head_dim
     n_new = g("Shape", "k", start=0, end=1)

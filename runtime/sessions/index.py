@@ -195,14 +195,14 @@ def row_check(name: str, value: bytes, version: int = FORMAT) -> bytes:
 
 
 class UnreadableIndex(SessionError):
-    """The system refuses to open an index: nothing is known of what it holds, so nothing may take its place."""
+    """The system refuses to open an index, or to read it: nothing is known of what it holds, so nothing may take its place."""
 
 
 class SessionIndex:
     """The open index of one session.
 
     Raises (from the constructor):
-        UnreadableIndex: the system refuses to open it. SessionError: it is no file of ours, or SQLite cannot open it.
+        UnreadableIndex: the system refuses to open or to read it. SessionError: it is no file of ours, or SQLite cannot open it.
     """
 
     def __init__(self, path: Path, *, create: bool = False) -> None:

@@ -130,8 +130,9 @@ class WearLedger:
         status = os.fstat(self._file)
         data = os.pread(self._file, status.st_size, 0)
         # Lines are in the order of their days, so a damaged one with a line of an earlier day behind it is none of this day's.
-        behind = max((at for at, entry in _lines(data) if entry is not None and entry.day < day), default=-1)
-        lost = sum(entry is None for at, entry in _lines(data) if at > behind)
+        lines = _lines(data)
+        behind = max((at for at, entry in enumerate(lines, 1) if entry is not None and entry.day < day), default=0)
+        lost = lines[behind:].count(None)
         changed = datetime.fromtimestamp(status.st_mtime, timezone.utc).date().isoformat()
         if lost and changed >= day:
             raise WriteLimit(
@@ -140,7 +141,7 @@ class WearLedger:
             )
         if lost:  # a line of that day behind them says it to runs to come
             os.pwrite(self._file, _line(Entry(changed, self._run, 0, 0)), round_up(status.st_size, LINE_BYTES))
-        return sum(entry.bytes_written for entry in _parse(data)[0] if entry.day == day)
+        return sum(entry.bytes_written for entry in lines if entry is not None and entry.day == day)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -167,11 +168,12 @@ def read_ledger(path: Path) -> tuple[list[Entry], int]:
     """
     file = path / LEDGER if path.is_dir() else path
     try:
-        return _parse(file.read_bytes())
+        lines = _lines(file.read_bytes())
     except OSError as error:
         raise UsageError(
             f"no wear ledger {file} ({error.strerror}); runs with --offload {path} make one when they write pages"
         ) from error
+    return [entry for entry in lines if entry is not None], lines.count(None)
 
 
 def by_day(entries: list[Entry]) -> list[DayOfWear]:
@@ -197,18 +199,14 @@ def _line(entry: Entry) -> bytes:
     return json.dumps(fields).encode().ljust(LINE_BYTES - 1) + b"\n"
 
 
-def _lines(data: bytes) -> Iterator[tuple[int, Entry | None]]:
-    """Return the place of each line and what it says; None: it is damaged."""
-    for start in range(0, len(data), LINE_BYTES):
-        try:
-            line = from_json(data[start : start + LINE_BYTES], Line)
-        except FormatError:
-            yield start, None
-            continue
-        yield start, Entry(line.day, line.run, line.bytes, line.batches)
+def _lines(data: bytes) -> list[Entry | None]:
+    """Return what each line says; None: it is damaged."""
+    return [_entry(data[start : start + LINE_BYTES]) for start in range(0, len(data), LINE_BYTES)]
 
 
-def _parse(data: bytes) -> tuple[list[Entry], int]:
-    found = [entry for _, entry in _lines(data)]
-    entries = [entry for entry in found if entry is not None]
-    return entries, len(found) - len(entries)
+def _entry(text: bytes) -> Entry | None:
+    try:
+        line = from_json(text, Line)
+    except FormatError:
+        return None
+    return Entry(line.day, line.run, line.bytes, line.batches)

@@ -97,15 +97,9 @@ def driver(once: Once) -> Run:
 
     def call(bundle: Path, *arguments: str) -> dict[str, Any]:
         engine = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["engine"]
+        program = once(f"driver-{engine}", BUILDERS[engine]) / "driver"
         # edgekv gets two threads here: bits do not depend on their number.
-        command = [
-            str(once(f"driver-{engine}", BUILDERS[engine]) / "driver"),
-            str(bundle),
-            "--json",
-            "--threads",
-            "1",
-            *arguments,
-        ]
+        command = [str(program), str(bundle), "--json", "--threads", "1", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
             raise RuntimeError(done.stderr)
