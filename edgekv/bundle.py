@@ -300,8 +300,7 @@ def check_files(folder: Path, manifest: Manifest, *, stamp: Path | None = None) 
         except FormatError as error:
             raise BundleError(f"{folder}: {error}") from error
         except OSError as error:
-            problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            raise BundleError(f"{folder}: {name} {problem}; copy the whole bundle again, or export it again") from error
+            raise _unreadable(folder, name, error) from error
         if status.st_size != expected["bytes"]:
             raise BundleError(
                 f"{folder}: {name} has {status.st_size} bytes, the manifest says {expected['bytes']};"
@@ -311,7 +310,11 @@ def check_files(folder: Path, manifest: Manifest, *, stamp: Path | None = None) 
     if stamp is not None and _read_stamp(stamp) == seen:
         return
     for name, expected in manifest.files.items():
-        if file_sha256(folder / name) != expected["sha256"]:
+        try:
+            found = file_sha256(folder / name)
+        except OSError as error:
+            raise _unreadable(folder, name, error) from error
+        if found != expected["sha256"]:
             raise BundleError(f"{folder}: {name} differs from its sha256; copy the bundle again, or export it again")
     if stamp is not None:
         try:
@@ -319,6 +322,11 @@ def check_files(folder: Path, manifest: Manifest, *, stamp: Path | None = None) 
             replace_own(stamp, json.dumps(seen).encode())
         except OSError:
             pass  # a read-only home only costs the hashing next time
+
+
+def _unreadable(folder: Path, name: str, error: OSError) -> BundleError:
+    problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    return BundleError(f"{folder}: {name} {problem}; copy the whole bundle again, or export it again")
 
 
 def _read_stamp(stamp: Path) -> Any:

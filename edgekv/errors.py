@@ -106,6 +106,10 @@ class EngineError(EdgeKVError):
     """The inference engine refused a graph or a run."""
 
 
+class KeysOverflow(EngineError):
+    """A token has keys or values beyond fp16's range, so that no page can hold them. The token was not added."""
+
+
 class NotFinite(EngineError):
     """A run gave logits from which no token can be chosen: NaN or infinity."""
 

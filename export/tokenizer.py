@@ -19,13 +19,16 @@ from edgekv.errors import CheckpointError
 from edgekv.model_config import read_json_object
 from edgekv.schema import shown
 
-from .tokenizer_class import as_class
+from .tokenizer_class import as_class, class_of
 
 #: The names under which a tokenizer's configuration holds special tokens. Source: transformers, SPECIAL_TOKENS_ATTRIBUTES.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 #: What a tokenizer class calls its tokens when its configuration leaves them out. Source: transformers, these classes.
 _DEFAULTS = {
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "LlamaTokenizer": _SENTENCEPIECE,
+    "CodeLlamaTokenizer": _SENTENCEPIECE,
+    "GPT2Tokenizer": {f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "unk")},
     "Qwen2Tokenizer": {f"{name}_token": "<|endoftext|>" for name in ("eos", "unk", "pad")},
 }
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -108,7 +111,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:
         # A token that is special once stays so; what else is said of it, the configuration says last.
         added[entry["content"]] = {**entry, "special": known["special"] or entry["special"]}
     _refuse_no_tokens(settings_path, settings)
-    named, further = _special(settings, tokenizer)
+    cls = class_of(data, settings, str(_optional(folder / "config.json").get("model_type")))
+    named, further = _special(settings, tokenizer, cls)
     free = max((tokenizer.get_vocab_size(), *(entry["id"] + 1 for entry in added.values())))
     for token in (*named.values(), *further):
         if token["content"] in added:
@@ -120,7 +124,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:
         if number is not None:
             added[token["content"]] = {**token, "id": number}
     tokens = sorted(added.values(), key=_number)
-    made = as_class(data, settings, str(_optional(folder / "config.json").get("model_type")))
+    made = as_class(data, settings, cls)
     if made is not data or tokens != before or data.get("truncation") or data.get("padding"):
         text = json.dumps({**made, "added_tokens": tokens, "truncation": None, "padding": None}, ensure_ascii=False)
         tokenizer = _load(path, text)
@@ -153,9 +157,8 @@ def _load(path: Path, text: str) -> Any:
         raise CheckpointError(f"{path} is not a tokenizer ({error}); download the checkpoint again") from error
 
 
-def _special(settings: Mapping[str, Any], tokenizer: Any) -> tuple[dict[str, Added], list[Added]]:
+def _special(settings: Mapping[str, Any], tokenizer: Any, cls: str) -> tuple[dict[str, Added], list[Added]]:
     """Return the special tokens that have names, in transformers' order, and further ones; none has an ``id`` yet."""
-    cls = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
     defaults = {n: t for n, t in _DEFAULTS.get(cls, {}).items() if tokenizer.token_to_id(t) is not None}
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     own = {name: value for name, value in settings.items() if name.endswith("_token") and name not in NAMED}

@@ -17,20 +17,35 @@ Json = dict[str, Any]
 _OF_MODEL: Mapping[str, str | None] = {"mistral": None, "qwen2": "Qwen2Tokenizer"}
 
 
-def as_class(data: Json, settings: Mapping[str, Any], model_type: str) -> Json:
-    """Return the content of a tokenizer.json as its class reads it; the same object where that changes nothing.
+#: Those of models whose configuration names none. Source: as above.
+_UNNAMED = {"qwen3": "Qwen2Tokenizer"}
+
+
+def class_of(data: Json, settings: Mapping[str, Any], model_type: str) -> str:
+    """Return the class with which transformers reads a tokenizer.json; "" is from the file as it is.
 
     Args:
         data: the content. settings: of tokenizer_config.json. model_type: of config.json.
     """
-    model = data.get("model")
-    named = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+    named = str(settings.get("tokenizer_class") or _UNNAMED.get(model_type, "")).removesuffix("Fast")
     cls = _OF_MODEL.get(model_type, named)
+    return "" if cls is None or (cls == "LlamaTokenizer" and not _is_sentencepiece(data)) else cls
+
+
+def as_class(data: Json, settings: Mapping[str, Any], cls: str) -> Json:
+    """Return the content of a tokenizer.json as a class reads it; the same object where that changes nothing.
+
+    Args:
+        data: the content. settings: of tokenizer_config.json. cls: of :func:`class_of`.
+    """
+    model = data.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         return data
     space = settings.get("add_prefix_space")
-    if cls == "LlamaTokenizer" and _is_sentencepiece(data):
+    if cls == "LlamaTokenizer":
         made = _llama(data, space=space is None or bool(space), legacy=bool(settings.get("legacy")))
+    elif cls == "CodeLlamaTokenizer" and _is_sentencepiece(data):
+        made = _code_llama(data, space=space is None or bool(space), unknown=settings.get("unk_token", "<unk>"))
     elif cls in ("GPT2Tokenizer", "Qwen2Tokenizer") and space is not None:
         made = {**data, "pre_tokenizer": _with_space(data.get("pre_tokenizer"), space=bool(space))}
     else:
@@ -40,19 +55,28 @@ def as_class(data: Json, settings: Mapping[str, Any], model_type: str) -> Json:
 
 def _llama(data: Json, *, space: bool, legacy: bool) -> Json:
     scheme = ("always" if legacy else "first") if space else "never"
+    return _sentencepiece(data, scheme, strip=space, unknown=None)
+
+
+def _code_llama(data: Json, *, space: bool, unknown: Any) -> Json:
+    token = unknown["content"] if isinstance(unknown, dict) else unknown
+    return _sentencepiece(data, "first" if space else "never", strip=True, unknown=token)
+
+
+def _sentencepiece(data: Json, scheme: str, *, strip: bool, unknown: str | None) -> Json:
     decoders: list[Json] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if space:
+    if strip:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         **data,
         "normalizer": None,
         "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {**data["model"], "unk_token": None, "fuse_unk": True, "byte_fallback": True},
+        "model": {**data["model"], "unk_token": unknown, "fuse_unk": True, "byte_fallback": True},
     }
 
 

@@ -19,9 +19,9 @@ from types import TracebackType
 import numpy as np
 
 from edgekv.bundle import Manifest, check_files, read_manifest
-from edgekv.errors import NotFinite, UsageError
+from edgekv.errors import KeysOverflow, NotFinite, UsageError
 from edgekv.schema import shown
-from edgekv.settings import KV_BUDGET, MAX_TOKENS, PINNED, PROMPT, TO_FOLLOW, TOKENS_SO_FAR, whole_numbers
+from edgekv.settings import BUNDLE, KV_BUDGET, MAX_TOKENS, PINNED, TO_FOLLOW, TOKENS_SO_FAR, whole_numbers
 from edgekv.tiers import KVMode
 
 from .decoder.base import Rows
@@ -32,7 +32,7 @@ from .kernels.choose import load_kernels
 from .kernels.interface import Kernels
 from .machine import HOST, Machine
 from .options import RunOptions as RunOptions
-from .options import answer_room, check_length, planned_context, verified_stamp
+from .options import answer_room, check_length, check_run, planned_context, verified_stamp
 from .pages.budget import BudgetPlan
 from .pages.cache import KVCache
 from .prepare import Prepared, Segments, check_options, load_dense, plan_cache, prepare_cache
@@ -89,9 +89,9 @@ class Generator:
             machine: what it runs on; the emulator gives a device of its own.
 
         Raises:
-            BundleError: it cannot be used. EngineError: the engine refused a graph.
+            UsageError: an argument has another type. BundleError: it cannot be used. EngineError: the engine refused a graph.
         """
-        return cls(Path(folder), options or RunOptions(), machine)
+        return cls(BUNDLE.check(folder), RunOptions() if options is None else check_run(options), machine)
 
     def fork(self, options: RunOptions) -> Generator:
         """Return a generator on the same engine and weights with a cache of its own; steps of the two may alternate.
@@ -99,7 +99,7 @@ class Generator:
         The logits of one are valid until the next step of either. ``threads`` of the engine stay as they are.
         """
         other = copy.copy(self)
-        other.options = options
+        other.options = check_run(options)
         other.stats = RunStats()
         check_options(options, self.manifest.form)
         other._tokens, other._sequence = [], []
@@ -175,10 +175,10 @@ class Generator:
             PromptTooLong: the prompt leaves no room in the context. BudgetError: the budget is too small.
             OutOfPages, StoreError: no room, or flash failed; the text so far is right.
         """
-        tokens = self._begun(self.text.encode(PROMPT.check(prompt)) if isinstance(prompt, str) else self._ids(prompt))
+        tokens = self._begun(self.text.encode(prompt) if isinstance(prompt, str) else self._ids(prompt))
         stream = TextStream(self.text, stop, self._ids(before))
         if isinstance(pin, str):
-            pin = common_prefix(self.text.encode(PROMPT.check(pin)), tokens)
+            pin = common_prefix(self.text.encode(pin), tokens)
         given: list[int] = []
         with contextlib.closing(
             self.tokens(tokens, max_tokens=max_tokens, sampling=sampling, pin=pin, progress=progress)
@@ -370,7 +370,9 @@ class Generator:
         except BaseException as error:
             # A step that failed half way leaves some layers longer than others: back to what all of them hold.
             self._shorten(start)
-            if isinstance(error, NotFinite):  # of weights that the medium spoiled since they were hashed?
+            if isinstance(
+                error, NotFinite | KeysOverflow
+            ):  # of weights that the medium spoiled since they were hashed?
                 check_files(self.folder, self.manifest)
             raise
         if self._sequence[start : len(self._tokens)] != self._tokens[start:]:

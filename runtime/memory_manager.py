@@ -120,7 +120,7 @@ class MemoryManager:
 
     @_one_thread
     def initialize_kv_cache(self, model_config: Mapping[str, Any] | object) -> None:
-        """Allocate the cache for a model.
+        """Allocate the cache for a model; what the manager held before is gone.
 
         Args:
             model_config: a Hugging Face configuration, as an object or as what its config.json holds, also of a model that
@@ -170,7 +170,8 @@ class MemoryManager:
             token_indices: which tokens these are: any numbers >= 0 that the layer does not hold yet.
 
         Raises:
-            UsageError: a wrong layer, shape or token. OutOfPages, StoreError: no room. In each case nothing was added.
+            UsageError: a wrong layer, shape or token. KeysOverflow: a value is beyond fp16. OutOfPages, StoreError: no room. In
+                each case nothing was added.
         """
         cache = self.cache
         tokens = self._tokens(token_indices)
@@ -284,9 +285,12 @@ def _as_float32(array: Any, name: str, shape: tuple[int, int, int]) -> Float:
     if hasattr(array, "detach"):  # a torch tensor; bfloat16 has no NumPy twin, so it becomes float first
         array = array.detach().cpu().float().numpy()
     try:
-        result = np.ascontiguousarray(array, dtype=np.float32)
+        given = np.asarray(array)
+        if given.dtype.kind in "bcmMOSU":  # NumPy would drop an imaginary part, and read a text as a number
+            raise TypeError(given.dtype)
+        result = np.ascontiguousarray(given, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{name} must be an array of numbers, not {shown(array)}") from error
+        raise UsageError(f"{name} must be an array of real numbers, not {shown(array)}") from error
     if result.shape != shape:
         raise UsageError(f"{name} has shape {result.shape}; expected {shape}: tokens, KV heads, head size")
     if not np.isfinite(result).all():

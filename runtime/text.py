@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekv.bundle import Manifest
 from edgekv.errors import BundleError, UsageError
-from edgekv.settings import STOP, texts
+from edgekv.settings import PROMPT, STOP, texts, whole_numbers
 
 if TYPE_CHECKING:
     from .chat_template import ChatTemplate
@@ -30,13 +30,18 @@ class Text:
 
     Args:
         special_tokens: what the chat template calls ``bos_token`` and the like.
+        n_tokens: of the model, where it has more than the tokenizer; their text is empty.
 
     Raises:
         BundleError: the tokenizer or the template cannot be read.
     """
 
     def __init__(
-        self, tokenizer: Path, chat_template: Path | None = None, special_tokens: Mapping[str, str] | None = None
+        self,
+        tokenizer: Path,
+        chat_template: Path | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        n_tokens: int = 0,
     ) -> None:
         from tokenizers import Tokenizer  # who brings tokens does without it in memory
 
@@ -52,6 +57,7 @@ class Text:
         resize = getattr(self._tokenizer.model, "_resize_cache", None)
         if resize is not None:
             resize(0)
+        self._n_tokens = max(n_tokens, self._tokenizer.get_vocab_size())
         self._template_source = template
         self._special_tokens = dict(special_tokens or {})
         added = self._tokenizer.get_added_tokens_decoder()
@@ -66,7 +72,7 @@ class Text:
             BundleError: one of them cannot be read.
         """
         template = folder / manifest.chat_template if manifest.chat_template else None
-        text = cls(folder / manifest.tokenizer, template, manifest.special_tokens)
+        text = cls(folder / manifest.tokenizer, template, manifest.special_tokens, manifest.model.vocab_size)
         if manifest.special_tokens is None:  # a bundle of before: the config's ids say which tokens they are
             model = manifest.model
             ids = {"bos_token": model.bos_token_id, "eos_token": next(iter(model.eos_token_ids), None)}
@@ -80,24 +86,38 @@ class Text:
         return self._template_source is not None and "Question: " not in self._template_source
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of a prompt, with the special tokens that the tokenizer adds."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+        """Return the tokens of a prompt, with the special tokens that the tokenizer adds.
+
+        Raises:
+            UsageError: it is no text, or not one that UTF-8 can spell.
+        """
+        ids: list[int] = self._tokenizer.encode(PROMPT.check(text)).ids
         return ids
 
     def encode_behind(self, tokens: Sequence[int], text: str) -> list[int]:
-        """Return the tokens of a text that goes on where ``tokens`` end: no special tokens are added, and no space."""
+        """Return the tokens of a text that goes on where ``tokens`` end: no special tokens are added, and no space.
+
+        Raises:
+            UsageError: as for :meth:`encode` and :meth:`decode`.
+        """
+        tokens = self._check(tokens)
         plain = self._encode_part(text)
         ways = [plain]
         for anchor in _ANCHORS:
             known, both = self._encode_part(anchor), self._encode_part(anchor + text)
             if both[: len(known)] == known:
                 ways.append(both[len(known) :])
-        before = list(tokens[-16:])
+        before = tokens[-16:]
         spelled = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
         return next((way for way in ways if spelled(before + way) == spelled(before) + text), plain)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, without special ones. Bytes that are no character become replacement characters."""
+        """Return the text of tokens, without special ones. Bytes that are no character become replacement characters.
+
+        Raises:
+            UsageError: one is no token of the model.
+        """
+        tokens = self._check(tokens)
         text = self.decode_plain(tokens)
         if REPLACEMENT not in text:
             return text
@@ -145,8 +165,12 @@ class Text:
         return content is not None and _BYTE.fullmatch(content) is not None
 
     def _encode_part(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(PROMPT.check(text), add_special_tokens=False).ids
         return ids
+
+    def _check(self, tokens: Sequence[int]) -> list[int]:
+        checked: list[int] = whole_numbers(tokens, "a token", most=self._n_tokens - 1).tolist()
+        return checked
 
 
 class _Decoding:

@@ -56,7 +56,7 @@ def profile(generator: Generator, token: int, rounds: int = 16) -> dict[str, flo
     assert generator.prepared is not None
     forward: Any = generator.prepared.forward
     dense, attention = Stopwatch(), Stopwatch()
-    forward._engine = Timed(forward._engine, dense, ("run", "head"))
+    forward._engine = forward._token_step._engine = Timed(forward._engine, dense, ("run", "head"))
     attender = forward._attender
     attender._attention = Timed(attender._attention, attention, ("run",))
     rows = []
@@ -76,11 +76,12 @@ def profile(generator: Generator, token: int, rounds: int = 16) -> dict[str, flo
 def memory_limit(generator: Generator, context: int, threads: int) -> float:
     """Return the tokens/s at which decoding would do nothing but read each weight and each page once."""
     manifest = generator.manifest
+    # A row of the embedding is all that a token reads of it; where the head is the same tensor, it is in the program.
     embedding = manifest.embedding.file if manifest.embedding and manifest.engine == "executorch" else ""
     weights = sum(
         entry["bytes"]
         for name, entry in manifest.files.items()
-        if name.endswith((".pte", ".onnx", ".bin")) and name != embedding
+        if name.endswith((".pte", ".onnx", ".bin")) and (name != embedding or name.endswith(".pte"))
     )
     spec = manifest.model.pages(manifest.page_size)
     pages = context // manifest.page_size * spec.n_layers * spec.warm_bytes

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..attention.attend import Attender
 from ..engines.base import SegmentEngine, StepBuffers
-from ..pages.cache import KVCache
+from ..pages.cache import KVCache, overflow
 
 Int = NDArray[np.int64]
 
@@ -40,7 +40,8 @@ class TokenStep:
             for layer, address in enumerate(place.addresses):
                 engine.run(layer, buffers)
                 attender.attend_all(layer, buffers, positions, self._rows[layer], self._mass_rows[layer])
-                write_hot(address, place.inside, buffers.k, buffers.v, page_size)
+                if not write_hot(address, place.inside, buffers.k, buffers.v, page_size):
+                    raise overflow(layer, int(positions[0]))
         except BaseException:
             cache.cancel_token(place)
             raise

@@ -237,8 +237,12 @@ class Kernels(Protocol):
     ) -> None:
         """:meth:`pack_warm` for many pages, by address."""
 
-    def write_hot(self, page: Bytes | int, slot: int, k: Float, v: Float, page_size: int) -> None:
-        """Write tokens, k and v [n, n_kv_heads, head_dim], into a HOT page from ``slot`` on, saturating."""
+    def write_hot(self, page: Bytes | int, slot: int, k: Float, v: Float, page_size: int) -> bool:
+        """Write tokens, k and v [n, n_kv_heads, head_dim], into a HOT page from ``slot`` on.
+
+        Returns:
+            Whether all of them are in fp16's range. What lies beyond it saturates.
+        """
 
     def page_bounds(self, refs: Refs, low: Half, high: Half, page_size: int) -> None:
         """Smallest and largest decoded key per page, head and channel over the live slots, rounded outwards.

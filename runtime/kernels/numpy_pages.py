@@ -20,6 +20,8 @@ from edgekv.spec import RECORD_CHECKED_FROM, RECORD_HEAD_BYTES, RECORD_HEADER_BY
 from .interface import KIND_HOT, KIND_WARM, PAGE_REF, Addresses, Bytes, Float, Half, Int64, Refs
 
 HALF_LIMIT = np.float32(65504)
+#: From here on a number is rounded to infinity, not to the limit.
+HALF_END = np.float32(65520)
 
 Bools = NDArray[np.bool_]
 
@@ -55,8 +57,8 @@ def pack_warm_many(
         pack_warm(source, target, n_kv_heads, head_dim, page_size, slots)
 
 
-def write_hot(page: Bytes | int, slot: int, k: Float, v: Float, page_size: int) -> None:
-    """Write tokens into a HOT page from ``slot`` on, saturating at the largest fp16."""
+def write_hot(page: Bytes | int, slot: int, k: Float, v: Float, page_size: int) -> bool:
+    """Write tokens into a HOT page from ``slot`` on, saturating at the largest fp16; say whether none was beyond it."""
     n, n_kv_heads, head_dim = _tokens(k, v)
     spec = PageSpec(1, n_kv_heads, head_dim, page_size)
     if slot < 0 or n > page_size - slot:
@@ -66,6 +68,7 @@ def write_hot(page: Bytes | int, slot: int, k: Float, v: Float, page_size: int) 
     values = to[spec.elements :].reshape(n_kv_heads, page_size, head_dim)
     keys[:, :, slot : slot + n] = np.clip(k, -HALF_LIMIT, HALF_LIMIT).transpose(1, 2, 0)
     values[:, slot : slot + n] = np.clip(v, -HALF_LIMIT, HALF_LIMIT).transpose(1, 0, 2)
+    return not any((np.abs(x) >= HALF_END).any() for x in (k, v))
 
 
 def page_bounds(refs: Refs, low: Half, high: Half, page_size: int) -> None:

@@ -127,8 +127,8 @@ struct Kernels {
 
     // Quantises a HOT page to a WARM one; slots outside `live` count as zero.
     void (*pack_warm)(const Geometry&, const uint8_t* hot, uint8_t* warm, Mask128 live);
-    // float to fp16, saturating at +-65504.
-    void (*to_half)(const float* x, uint16_t* out, size_t n);
+    // float to fp16, saturating at +-65504; returns the largest magnitude of x.
+    float (*to_half)(const float* x, uint16_t* out, size_t n);
     // Sums the bytes, to measure what a mere read costs.
     uint64_t (*read)(const uint8_t* data, size_t n);
     // XXH3-64 of n > 240 bytes.

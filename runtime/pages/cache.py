@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.codec import unpack_hot, unpack_warm
-from edgekv.errors import TokenDropped, TokenNotFound
+from edgekv.errors import KeysOverflow, TokenDropped, TokenNotFound
 from edgekv.spec import PageSpec
 from edgekv.tiers import Tier
 
@@ -36,6 +36,15 @@ class TokenPlace:
     page: int
     inside: int
     addresses: list[int]
+
+
+def overflow(layer: int, token: int, count: int = 1) -> KeysOverflow:
+    """Return the error of tokens [token, token + count) with a key or value that fp16 cannot hold."""
+    where = f"token {token}" if count == 1 else f"one of the tokens {token} to {token + count - 1}"
+    return KeysOverflow(
+        f"layer {layer} has a key or value beyond 65504 at {where}, and pages hold float16; is a projection of the model damaged,"
+        " or scaled wrongly?"
+    )
 
 
 class KVCache:
@@ -85,7 +94,8 @@ class KVCache:
             tokens: [T] int64, none of them in this layer yet.
 
         Raises:
-            OutOfPages, StoreError: no room could be made. The tokens were not added, all others keep their values.
+            OutOfPages, StoreError: no room could be made. KeysOverflow: fp16 cannot hold one. The tokens were not added, all
+                others keep their values.
         """
         table, page_size = self.table, self.spec.page_size
         start = int(table.n_slots[layer])
@@ -101,12 +111,14 @@ class KVCache:
                     self.manager.open_page(layer, page)
                 done = slice(slot - start, slot - start + count)
                 view = self.manager.arena.page(int(table.offset[layer, page]), self.spec.hot_bytes)
-                self.manager.kernels.write_hot(view, inside, keys[done], values[done], page_size)
+                in_range = self.manager.kernels.write_hot(view, inside, keys[done], values[done], page_size)
                 table.tokens[layer, slot : slot + count] = tokens[done]
                 table.set_live(layer, page, inside, inside + count, live=True)
                 table.refs["n_slots"][layer, page] = inside + count
                 slot += count
                 table.n_slots[layer] = slot
+                if not in_range:
+                    raise overflow(layer, int(tokens[done][0]), count)
                 if inside + count == page_size:
                     self._fill(layer, page)
         except BaseException:

@@ -63,7 +63,8 @@ class PageManager:
         if options.budget_bytes < needed:
             raise BudgetError(
                 f"a KV budget of {format_bytes(options.budget_bytes)} is too small: {spec.n_layers} layers need one open page"
-                f" each and one to work with, {format_bytes(needed)} in all; raise --kv-budget, or lower --page-size at export"
+                f" each and one to work with, {format_bytes(needed)} in all; raise it (--kv-budget,"
+                " max_memory_mb), or make smaller pages (--page-size at export, page_size)"
             )
         self.arena = arena(spec, options.budget_bytes)
         self.counters = CacheStats()

@@ -92,7 +92,7 @@ def take_lock(path: Path) -> int | None:
     except OSError as error:
         if error.errno in _READ_ONLY:
             return None
-        raise SessionError(f"cannot open the session {path}: {reason(error)}") from error
+        raise SessionError(f"cannot open the session {path}: {LOCK}: {reason(error)}") from error
     if sys.platform != "win32":
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

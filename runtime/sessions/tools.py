@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgekv.errors import SessionError, SessionMismatch, UsageError
+from edgekv.errors import SessionError, SessionMismatch, StoreFull, UsageError
 from edgekv.files import make_folder, reason
 from edgekv.scratch import HIDDEN, ScratchFolder
 
@@ -174,6 +174,10 @@ def copy(path: Path, target: Path, secret: bytes | None = None) -> None:
             compact(made, secret)
             os.rename(made, target)
         sync_folder(target.parent)
+    except StoreFull as error:
+        raise StoreFull(
+            f"{target.parent} is full, nothing was copied; free some space, or choose another place"
+        ) from error
     except OSError as error:
         raise SessionError(f"cannot make the session {target}: {error.strerror}") from error
 

@@ -177,9 +177,12 @@ def lock_folder(folder: Path) -> int:
     """
     try:
         make_folder(folder)
-        lock = open_file(folder / "lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise unusable(folder, error) from error
+    try:
+        lock = open_file(folder / "lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise unusable(folder / "lock", error) from error
     if sys.platform != "win32":
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,6 +194,6 @@ def lock_folder(folder: Path) -> int:
     return lock
 
 
-def unusable(folder: Path, error: OSError) -> StoreError:
-    """Return what a folder that cannot be written means to a user."""
-    return StoreError(f"cannot write the offload folder {folder}: {reason(error)}; choose another with --offload DIR")
+def unusable(path: Path, error: OSError) -> StoreError:
+    """Return what an offload folder, or a file in it, that cannot be written means to a user."""
+    return StoreError(f"cannot write the offload folder {path}: {reason(error)}; choose another with --offload DIR")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -141,11 +141,22 @@ def test_a_pad_token_beyond_the_embedding_has_a_name_and_no_number(folder: Path)
     assert text.encode("[PAD]") == [size]
 
 
-def test_the_default_names_of_a_class_are_used_where_the_tokenizer_has_them(folder: Path) -> None:
-    change(folder, "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
-    assert opened(folder)[0].special_tokens == {}
-    make_tokenizer("byte_level").save(str(folder / "tokenizer.json"))
-    assert opened(folder)[0].special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["byte_level", "llama_2"])
+@pytest.mark.parametrize("cls", ["LlamaTokenizerFast", "GPT2Tokenizer", "PreTrainedTokenizerFast", None])
+def test_the_default_names_of_a_class_are_used_where_the_tokenizer_has_them(
+    cls: str | None, kind: str, model_type: str, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(kind)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": cls} if cls else {})
+    write(tmp_path, "config.json", {"model_type": model_type})
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    names = {name: getattr(reference, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    assert opened(tmp_path)[0].special_tokens == {
+        name: token for name, token in names.items() if token is not None and tokenizer.token_to_id(token) is not None
+    }
 
 
 def test_truncation_and_padding_are_turned_off(folder: Path) -> None:
@@ -247,7 +258,7 @@ CLASSES: dict[str, tuple[str, Settings]] = {
     f"{cls} of {kind} with {more}": (kind, {"tokenizer_class": cls, **more})
     for kind, classes in {
         "byte_level": ("GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"),
-        "llama_2": ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"),
+        "llama_2": ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "PreTrainedTokenizerFast"),
     }.items()
     for cls in classes
     for more in ({}, {"add_prefix_space": True}, {"add_prefix_space": False}, {"legacy": True}, {"legacy": False})
@@ -273,6 +284,9 @@ def test_a_tokenizer_class_and_its_prefix_space_give_the_tokens_of_transformers(
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
         tokenizer.normalizer = normalizers.NFC()
+    if settings["tokenizer_class"] == "CodeLlamaTokenizer":  # its files always have one
+        begin = ("<s>", tokenizer.token_to_id("<s>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     write(tmp_path, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", **settings})
     write(tmp_path, "config.json", {"model_type": model_type})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from edgekv.errors import BudgetError, CorruptPage, PromptTooLong, StoreFull, UsageError
+from edgekv.errors import BudgetError, CorruptPage, KeysOverflow, PromptTooLong, StoreFull, UsageError
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
 from edgekv.runtime.sampling import SamplingOptions
@@ -273,3 +275,22 @@ def test_score_goes_on_from_what_the_cache_holds_however_long_that_was_made_for(
         generator.prefill(prompt, max_tokens=1)
         assert np.array_equal(generator.score(more), expected)
         assert generator.sequence == prompt + more
+
+
+@pytest.mark.parametrize("form", ["split", "inline"])
+def test_keys_and_values_beyond_fp16_end_the_run_and_are_never_cut_in_silence(
+    form: str, checkpoint: Callable[[str], Path], bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "scaled"))
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():  # the same function of the tokens, in exact arithmetic
+        tensor *= 1e7 if "layers.1.self_attn.v_proj" in name else 1e-7 if "layers.1.self_attn.o_proj" in name else 1
+    save_file(weights, folder / "model.safetensors")
+    with Generator.open(bundle(folder, form), RunOptions(threads=2)) as generator:
+        for tokens in (prompt(40), prompt(1)):
+            with pytest.raises(KeysOverflow, match=r"layer 1 has a key or value beyond 65504 at .*token"):
+                next(iter(generator.tokens(tokens, max_tokens=4)))
+        with pytest.raises(KeysOverflow, match="at token 0,"):
+            generator.step([5])
+        assert generator.prepared is not None
+        assert generator.prepared.cache.use().tokens == 0

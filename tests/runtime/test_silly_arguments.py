@@ -32,6 +32,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "prepare": {"prompt_tokens": 5, "max_tokens": 2},
     "set_budget": {"kv_budget": "100%"},
     "on_pressure": {"level": "none"},
+    "fork": {"options": RunOptions()},
     "add_to_kv_cache": {
         "layer_idx": 0,
         "key": np.zeros((1, 2, 32)),
@@ -43,6 +44,12 @@ GOOD: dict[str, dict[str, Any]] = {
     "compress_pages": {"n_pages": 1},
     "offload_pages": {"n_pages": 1},
     "locate": {"layer_idx": 0, "token_index": 1},
+}
+GOOD_TEXT: dict[str, dict[str, Any]] = {
+    "encode": {"text": "It"},
+    "encode_behind": {"tokens": [5], "text": " is"},
+    "encode_chat": {"messages": [{"role": "user", "content": "Hi"}], "tools": None},
+    "decode": {"tokens": [5]},
 }
 
 
@@ -93,6 +100,19 @@ def test_a_generator_refuses_and_goes_on(name: str, bundle: Bundle) -> None:
         expected = list(generator.tokens([5, 6], max_tokens=3))
         assert faults(getattr(generator, name), GOOD[name]) == []
         assert list(generator.tokens([5, 6], max_tokens=3)) == expected
+
+
+def test_a_bundle_is_opened_or_refused(bundle: Bundle) -> None:
+    def open_and_close(folder: Any, options: Any) -> None:
+        Generator.open(folder, options).close()
+
+    assert faults(open_and_close, {"folder": bundle("demo"), "options": RunOptions()}) == []
+
+
+@pytest.mark.parametrize("name", GOOD_TEXT)
+def test_a_tokenizer_takes_or_refuses(name: str, bundle: Bundle) -> None:
+    with Generator.open(bundle("demo")) as generator:
+        assert faults(getattr(generator.text, name), GOOD_TEXT[name]) == []
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if hasattr(MemoryManager, name)])

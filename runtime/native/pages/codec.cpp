@@ -27,21 +27,24 @@ const uint8_t* bytes_of(const PageRef& ref) {
 
 }  // namespace
 
-void write_hot(const Kernels& kernels, const Geometry& g, uint8_t* page, int slot, const float* k, const float* v,
+bool write_hot(const Kernels& kernels, const Geometry& g, uint8_t* page, int slot, const float* k, const float* v,
                int n) {
     uint16_t* keys = reinterpret_cast<uint16_t*>(page);
     uint16_t* values = keys + g.elements();
     uint16_t half[kMaxDim];
+    float largest = 0;
     for (int h = 0; h < g.n_kv_heads; ++h) {
         const size_t head = static_cast<size_t>(h) * g.dim * g.page;
         for (int i = 0; i < n; ++i) {
             const size_t from = (static_cast<size_t>(i) * g.n_kv_heads + h) * g.dim;
-            kernels.to_half(k + from, half, g.dim);
+            largest = std::max(largest, kernels.to_half(k + from, half, g.dim));
             uint16_t* to = keys + head + slot + i;
             for (int c = 0; c < g.dim; ++c) to[static_cast<size_t>(c) * g.page] = half[c];
-            kernels.to_half(v + from, values + head + static_cast<size_t>(slot + i) * g.dim, g.dim);
+            uint16_t* row = values + head + static_cast<size_t>(slot + i) * g.dim;
+            largest = std::max(largest, kernels.to_half(v + from, row, g.dim));
         }
     }
+    return largest < 65520.f;  // from where on a number is rounded to infinity
 }
 
 void page_bounds(const Geometry& g, const PageRef& ref, uint16_t* low, uint16_t* high) {

@@ -103,14 +103,14 @@ void pack_warm_many(ThreadPool& pool, nb::handle sources, nb::handle targets, nb
     });
 }
 
-void write_hot_page(nb::handle page, int slot, nb::handle k, nb::handle v, int page_size) {
+bool write_hot_page(nb::handle page, int slot, nb::handle k, nb::handle v, int page_size) {
     View<float> keys(k, "k", {-1, -1, -1});
     View<float> values(v, "v", {keys.shape(0), keys.shape(1), keys.shape(2)});
     const Geometry g = make_geometry(static_cast<int>(keys.shape(1)), 1, static_cast<int>(keys.shape(2)), page_size, 0);
     const int n = static_cast<int>(keys.shape(0));
     if (slot < 0 || n < 0 || n > page_size - slot) throw nb::value_error("the tokens do not fit into the page");
     PageBytes to(page, "page", g.hot_bytes(), true);
-    write_hot(kernels(), g, to.data(), slot, keys.data(), values.data(), n);
+    return write_hot(kernels(), g, to.data(), slot, keys.data(), values.data(), n);
 }
 
 void bounds(nb::handle refs, nb::handle low, nb::handle high, int page_size) {

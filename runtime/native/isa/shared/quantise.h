@@ -52,13 +52,23 @@ void pack_warm(const Geometry& g, const uint8_t* hot, uint8_t* warm, Mask128 liv
     }
 }
 
-void to_half(const float* x, uint16_t* out, size_t n) {
+float to_half(const float* x, uint16_t* out, size_t n) {
     size_t i = 0;
-    for (; i + W <= n; i += W) vstore_half(out + i, vmax(vmin(vload(x + i), vset(65504.f)), vset(-65504.f)));
+    VF high = vset(0.f);
+    for (; i + W <= n; i += W) {
+        const VF v = vload(x + i);
+        high = vmax(high, vabs(v));
+        vstore_half(out + i, vmax(vmin(v, vset(65504.f)), vset(-65504.f)));
+    }
+    float largest = vpeak(high);
     for (; i < n; ++i) {
         float v = x[i] < 65504.f ? x[i] : 65504.f;
-        out[i] = float_to_half(v > -65504.f ? v : -65504.f);
+        v = v > -65504.f ? v : -65504.f;
+        const float size = x[i] < 0.f ? -x[i] : x[i];
+        if (size > largest) largest = size;
+        out[i] = float_to_half(v);
     }
+    return largest;
 }
 
 }  // namespace
