@@ -36,7 +36,7 @@ _COMMANDS = {
     "/exit": "end; so does Ctrl-D",
 }
 #: A word that is no command is a slip, not a message; a path such as /etc/hosts is a message.
-_COMMAND = re.compile(r"/[A-Za-z?]+")
+_COMMAND = re.compile(r"/[A-Za-z?]+(?!\S)")
 
 
 def converse(
@@ -66,11 +66,13 @@ def converse(
             console.print("[bold]>[/bold] ", end="")
         try:
             line = read_line()
-            if line is None or line.strip() == "/exit":
+            if line is None:
                 return
             if not line.strip():
                 continue
-            if _COMMAND.fullmatch(line.split(maxsplit=1)[0]) and not line.startswith(" "):
+            if _COMMAND.match(line):  # a space before it makes a message of it
+                if line.strip() == "/exit":
+                    return
                 _obey(line.strip(), messages, console)
                 continue
             messages.append({"role": "user", "content": line.strip()})

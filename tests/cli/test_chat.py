@@ -68,7 +68,7 @@ def test_a_terminal_goes_on_after_every_kind_of_line(bundle: Bundle) -> None:
 
 
 def test_words_that_are_no_command_are_not_sent_to_the_model_through_a_pipe_either(bundle: Bundle) -> None:
-    result = chat(bundle("demo"), "/halp\n/help\nWho am I?\n /halp\n", "--json")
+    result = chat(bundle("demo"), "/halp\n/help\nWho am I?\n /exit\n/exit\nWho?", "--json")
     assert result.returncode == 0
     assert len(result.stdout.splitlines()) == 2, "one answer to the question, one to the line that begins with a space"
     assert b"/halp is no command" in result.stderr
