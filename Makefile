@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.edgekv-ready
 # Tests hold a gigabyte of torch's objects in each process: in huge pages they take two thirds of the time where memory is slow.
 # What tests start has neither setting (tests/conftest.py).
-PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONMALLOC=malloc $(VENV)/bin/pytest -q -n auto
+PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONMALLOC=malloc $(VENV)/bin/pytest -q -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-exhaustive soak arm64 sanitize check duplicates map bench bench-flash bench-inline format clean

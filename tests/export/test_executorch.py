@@ -46,7 +46,7 @@ def eager(checkpoint: Checkpoint, index: int, weights: str, operators: str) -> t
 @pytest.mark.parametrize(
     ("weights", "operators", "variant", "rows"),
     [
-        ("int4", "xnnpack", "qwen3-qk-norm", 1),
+        pytest.param("int4", "xnnpack", "qwen3-qk-norm", 1, marks=pytest.mark.slow),
         pytest.param("int8", "xnnpack", "qwen3-qk-norm", 1, marks=pytest.mark.slow),
         pytest.param("fp32", "xnnpack", "qwen3-qk-norm", 1, marks=pytest.mark.slow),
         ("int4", "edgekv", "qwen3-qk-norm", 1),

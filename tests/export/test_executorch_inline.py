@@ -30,6 +30,8 @@ from tests.checkpoints import make_checkpoint
 
 from .cached_layer import Shape, make_layer
 
+pytestmark = pytest.mark.slow  # the program takes a minute or two to export
+
 PAGE, WINDOW, CONTEXT = 16, 20, 256
 SHAPE = Shape(n_kv_heads=2, head_dim=32, page_size=PAGE)
 Feeds = dict[str, Any]

@@ -27,8 +27,15 @@ STANDARD = load_gate("standard")
 TINY = Settings(tokens=320, decode=96, greedy=8, suite=Suite.none(), baselines=False)
 
 
-@pytest.mark.parametrize("form", ["split", "inline"])
-@pytest.mark.parametrize("engine", ["onnx", "executorch"])
+@pytest.mark.parametrize(
+    ("engine", "form"),
+    [
+        ("onnx", "split"),
+        ("onnx", "inline"),
+        ("executorch", "split"),
+        pytest.param("executorch", "inline", marks=pytest.mark.slow),
+    ],
+)
 def test_the_bundled_model_passes_the_quick_gate(engine: str, form: str, bundle: Bundle) -> None:
     if engine == "executorch":
         pytest.importorskip("executorch")
