@@ -20,7 +20,7 @@ from edgekv.errors import UsageError
 from .files import check_writable, write_text
 from .options import option
 from .output import print_json, stderr
-from .profiles import show
+from .profile_table import print_profile
 
 EPILOG = """
 Examples:
@@ -74,7 +74,7 @@ def calibrate_command(
     if as_json:
         print_json(load(path).to_json())
     elif not quiet:
-        show(str(path))
+        print_profile(load(str(path)))
     console.print(f"wrote {path}; use it with --profile {path if out else name}", highlight=False, soft_wrap=True)
 
 

@@ -3,48 +3,72 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 import edgekv
 from edgekv import settings
 from edgekv.errors import EdgeKVError
 from edgekv.logs import show_logs
 
-from . import calibrate, emulate, plan, run, stats, sweep, verify
-from .export import export_command
-from .inspect import inspect_command
 from .interrupt import Signals
-from .offload import app as offload_app
-from .prefix import app as prefix_app
 from .process import exit_code, open_streams
-from .profiles import app as profiles_app
-from .sessions import app as sessions_app
+
+#: In the order of --help; each is a module here, with a group called ``app`` or a function ``NAME_command``.
+COMMANDS = (
+    "export", "run", "inspect", "plan", "emulate", "sweep", "verify", "stats", "profiles", "sessions", "prefix", "offload",
+)  # fmt: skip
+
+
+class _Commands(Mapping[str, Any]):
+    """The commands by name, each imported when it is asked for: those that are not run would take a third of every start."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in COMMANDS:
+            raise KeyError(name)
+        return _load(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _Root(TyperGroup):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = cast(Any, _Commands())
+
+
+@functools.cache
+def _load(name: str) -> Any:
+    module = importlib.import_module(f".{name}", __package__)
+    part = getattr(module, "app", None)
+    if part is None:
+        part = typer.Typer()
+        part.command(name, epilog=getattr(module, "EPILOG", None))(getattr(module, f"{name}_command"))
+    part.rich_markup_mode = app.rich_markup_mode
+    group = typer.main.get_group(part)
+    command = group if hasattr(module, "app") else group.commands[name]
+    command.name = name
+    return command
+
 
 app = typer.Typer(
+    cls=_Root,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Virtual memory for attention: run decoder LLMs with a paged KV cache inside a memory budget.",
     epilog="Start with: `edgekv export demo --out demo.edgekv && edgekv run demo.edgekv --prompt 'It was'`",
     pretty_exceptions_enable=False,
 )
-app.command("export")(export_command)
-app.command("run", epilog=run.EPILOG)(run.run_command)
-app.command("inspect")(inspect_command)
-app.command("plan", epilog=plan.EPILOG)(plan.plan_command)
-app.command("emulate", epilog=emulate.EPILOG)(emulate.emulate_command)
-app.command("sweep", epilog=sweep.EPILOG)(sweep.sweep_command)
-app.command("verify", epilog=verify.EPILOG)(verify.verify_command)
-app.command("stats", epilog=stats.EPILOG)(stats.stats_command)
-profiles_app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate_command)
-app.add_typer(profiles_app, name="profiles")
-app.add_typer(sessions_app, name="sessions")
-app.add_typer(prefix_app, name="prefix")
-app.add_typer(offload_app, name="offload")
 
 
 def _print_version(value: bool) -> None:

@@ -10,11 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekv import device_profiles
-from edgekv.device_profiles import Quantity
 from edgekv.errors import ProfileError
 
+from . import calibrate
 from .options import beginning_with, profile_names
 from .output import print_json, stdout
+from .profile_table import print_profile
 
 app = typer.Typer(
     help="List, show, compare and check device profiles. Without a command: list.",
@@ -67,22 +68,7 @@ def show(name: Name, as_json: Json = False) -> None:
     if as_json:
         print_json(profile.to_json())
         return
-    table = Table("field", "value", "confidence", "source", box=box.SIMPLE_HEAD)
-    for column in table.columns[:3]:
-        column.no_wrap = True
-    section = ""
-    for key, entry in profile.entries().items():
-        if key.rpartition(".")[0] != section:
-            section = key.rpartition(".")[0]
-            table.add_section()
-            table.add_row(escape(f"[{section}]"))
-        if isinstance(entry, Quantity):
-            table.add_row(key.rpartition(".")[2], str(entry), entry.confidence, escape(entry.source))
-        elif section:
-            table.add_row(key.rpartition(".")[2], entry)
-    console = stdout()
-    console.print(escape(f"{profile.name}: {profile.title} ({profile.kind})"))
-    console.print(table)
+    print_profile(profile)
 
 
 @app.command(epilog="Examples:  edgekv profiles diff galaxy-s23-8gb galaxy-s24-8gb")
@@ -142,3 +128,6 @@ def validate(
 def _raise(problems: list[ProfileError]) -> None:
     if problems:
         raise ProfileError("; ".join(map(str, problems)))
+
+
+app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate_command)

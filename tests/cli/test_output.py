@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,15 @@ def test_every_command_has_json() -> None:
         if not hasattr(command, "commands") and not any("--json" in parameter.opts for parameter in command.params)
     ]
     assert without == []
+
+
+def test_a_command_is_imported_when_it_is_asked_for_and_no_other_one() -> None:
+    code = (
+        "import sys; from edgekv.cli.main import run_command_line; run_command_line(['profiles', 'list', '--json'])\n"
+        "print([name for name in sys.modules if name.startswith(('edgekv.plan', 'edgekv.cli.run', 'edgekv.runtime.gen'))])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_what_is_piped_is_not_wrapped_at_the_width_of_a_terminal(
