@@ -15,7 +15,11 @@ __version__ = "0.1.0"
 
 #: What keeps engines from reporting home (a device id and a database in the cache folder, a name to look up, an upload).
 #: ONNX Runtime and its GenAI read it once, when they load, so it is said here, before anything of edgekv can load one.
-NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "ORT_GENAI_TELEMETRY_DISABLED": "1"}
+NO_TELEMETRY = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "ORT_GENAI_TELEMETRY_DISABLED": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 os.environ.update(NO_TELEMETRY)
 
 _PUBLIC = {

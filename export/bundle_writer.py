@@ -16,6 +16,7 @@ from edgekv.errors import EdgeKVError, EngineMissing, UsageError
 from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
 
 from .choose_engine import default_engine
+from .hub import fetch_source
 
 if TYPE_CHECKING:
     from .rounding import Calibration
@@ -41,7 +42,8 @@ def export_model(
     """Export a checkpoint to a bundle.
 
     Args:
-        source: a Hugging Face checkpoint folder, a GGUF file, or ``demo`` for the bundled model.
+        source: a Hugging Face checkpoint folder, a GGUF file, the name of one on the hub (see :mod:`edgekv.export.hub`), or
+            ``demo`` for the bundled model.
         out: the bundle's folder; it appears whole or not at all.
         engine: one of :data:`edgekv.contract.ENGINES`; None: see :func:`edgekv.export.choose_engine.default_engine`.
         weights: one of :data:`edgekv.contract.WEIGHTS`; None chooses by size, see :func:`edgekv.contract.default_weights`.
@@ -80,8 +82,9 @@ def export_model(
         raise UsageError(f"{out} exists and is not a bundle; --force replaces bundles only, choose another --out")
 
     with contextlib.ExitStack() as stack:
-        folder = Path(source)
-        if str(source) == "demo":
+        if str(source) != "demo":
+            folder = fetch_source(source)
+        else:
             folder = stack.enter_context(resources.as_file(resources.files("edgekv.export") / "demo_model"))
         try:
             choice = Choice(engine, form, weights, page_size, operators, calibration, io or IO[0])

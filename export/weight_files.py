@@ -65,7 +65,7 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} holds an adapter ({adapter}), whose weights are not part of the model; merge it"
             " (merge_and_unload() in peft) and export what comes out, or remove it to export the model without it"
         )
-    named = _index(folder)
+    named = read_index(folder)
     whole, shards = folder / WHOLE, sorted({folder / file for file in named.values()})
     if whole.is_file():
         files = [whole]
@@ -104,7 +104,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path) -> dict[str, str]:
     """Return the file of each tensor as the index states it; nothing without an index."""
     path = folder / INDEX
     if not path.is_file():

@@ -24,7 +24,8 @@ def export_command(
         argument(
             settings.WORD,
             "SOURCE",
-            help="A Hugging Face checkpoint folder, a GGUF file, or `demo` for the bundled model.",
+            help="A Hugging Face checkpoint folder, a GGUF file, the name of one on the Hugging Face hub, or `demo` for the"
+            " bundled model.",
         ),
     ],
     out: Annotated[
@@ -95,6 +96,8 @@ def export_command(
 
     `edgekv export ./Llama-3.2-1B --out llama.edgekv`
 
+    `edgekv export Qwen/Qwen3-0.6B --out qwen.edgekv`   downloads it; also OWNER/NAME@REVISION and OWNER/NAME/FILE.gguf
+
     `edgekv export ./Qwen3-0.6B --out qwen.edgekv --weights int8 --form inline`
 
     `edgekv export ./SmolLM2-135M-Instruct.Q8_0.gguf --out smollm.edgekv --weights int8`
@@ -106,14 +109,16 @@ def export_command(
     gc.set_threshold(200_000, 20, 1000)
     from edgekv.export import export_model
     from edgekv.export.choose_engine import default_engine, slow_on
+    from edgekv.export.hub import fetch_source
 
     console = stderr()
     start = time.perf_counter()
+    checkpoint = fetch_source(source) if source != "demo" else source  # the hub's library draws a bar of its own
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading the checkpoint", total=None)
         manifest = export_model(
-            source,
+            checkpoint,
             out,
             engine=engine,
             form=form,
