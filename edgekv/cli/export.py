@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from pathlib import Path
 from typing import Annotated
@@ -104,9 +103,6 @@ def export_command(
 
     `edgekv export ./Qwen3-0.6B --out qwen.edgekv --engine onnx`   for a device where only ONNX Runtime is installed
     """
-    # Importing torch and tracing a model make millions of objects that live to the end, and this process ends with the export:
-    # going through all of them time and again for garbage took nine tenths of its time on a machine whose memory is slow.
-    gc.set_threshold(200_000, 20, 1000)
     from edgekv.export import export_model
     from edgekv.export.choose_engine import default_engine, slow_on
     from edgekv.export.hub import fetch_source
