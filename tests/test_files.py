@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgekv.bundle import check_files, read_manifest
-from edgekv.errors import EdgeKVError, StoreError
+from edgekv.errors import BundleError, EdgeKVError, StoreError
 from edgekv.files import create_file, make_folder, make_own_folder, open_file, read_own, replace_own
 from edgekv.runtime.add_prefix import add_prefix
 from edgekv.runtime.generate import Generator
@@ -232,6 +232,16 @@ def test_a_stamp_that_others_could_have_made_does_not_save_the_hashing(
         os.chown(stamp, NOBODY, NOBODY)
     with pytest.raises(EdgeKVError, match=r"weights.bin differs from its sha256"):
         check_files(bundle, manifest, stamp=stamp)
+
+
+def test_a_file_of_a_bundle_that_may_not_be_read_is_named() -> None:
+    with without_rights() as folder:
+        bundle = folder / "model.edgekv"
+        shutil.copytree(BUNDLE, bundle)
+        manifest = read_manifest(bundle)
+        (bundle / "weights.bin").chmod(0)
+        with pytest.raises(BundleError, match=r"weights.bin cannot be read \(Permission denied\)"):
+            check_files(bundle, manifest)
 
 
 def test_prefixes_in_a_folder_that_others_may_write_are_not_used() -> None:

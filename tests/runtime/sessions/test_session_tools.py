@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgekv.errors import CorruptPage, SessionMismatch, StoreLocked, UsageError
+from edgekv.errors import CorruptPage, SessionError, SessionMismatch, StoreError, StoreLocked, UsageError
 from edgekv.runtime.options import RunOptions
 from edgekv.runtime.sessions import tools as tools
 from edgekv.runtime.storage.cipher import KEY_VARIABLE, Cipher, find_secret
@@ -119,6 +121,37 @@ def test_an_export_is_independent_and_compact(tmp_path: Path) -> None:
     tools.remove(first)
     assert resumed(second, some_tokens(20)) == 20
     assert tools.contents(second)["tokens"] == some_tokens(20)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_FSIZE as a full disk")
+def test_a_copy_that_does_not_fit_names_its_destination_and_leaves_nothing(tmp_path: Path) -> None:
+    make(tmp_path / "a.kv", some_tokens(60))
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from edgekv.errors import StoreFull; from edgekv.runtime.sessions import tools\n"
+        "first, second = map(Path, sys.argv[1:])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "largest = max(file.stat().st_size for file in first.glob('pages-*'))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, resource.RLIM_INFINITY))\n"
+        "try: tools.copy(first, second)\n"
+        "except StoreFull as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.kv"), str(tmp_path / "copies" / "b.kv")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith(f"{tmp_path / 'copies'} is full, nothing was copied"), result.stdout
+    assert list((tmp_path / "copies").iterdir()) == []
+    assert tools.verify(tmp_path / "a.kv") == ([], 60)
+
+
+def test_a_lock_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    make(tmp_path / "a.kv", some_tokens(20))
+    (tmp_path / "a.kv" / "lock").unlink()
+    (tmp_path / "a.kv" / "lock").mkdir()
+    with pytest.raises(SessionError, match=r"cannot open the session .*a.kv: lock: "):
+        open_session(tmp_path / "a.kv")
+    (tmp_path / "flash" / "lock").mkdir(parents=True)
+    with pytest.raises(StoreError, match=r"cannot write the offload folder .*flash/lock: "):
+        FlashStore(tmp_path / "flash", SPEC)
 
 
 def test_tools_leave_what_is_no_session_and_what_is_open_alone(tmp_path: Path) -> None:
