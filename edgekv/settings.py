@@ -532,6 +532,17 @@ def check_all(values: object, settings: Mapping[str, Setting[Any]], optional: Se
             object.__setattr__(values, name, setting.check(value, name))
 
 
+def instance(value: object, kind: type[T], said: str) -> T:
+    """Return a value that is of a class.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not isinstance(value, kind):
+        raise UsageError(f"{said} must be {kind.__name__}, not {shown(value)}")
+    return value
+
+
 def texts(values: object, setting: Words) -> list[str]:
     """Check a text or a sequence of texts, and return a list.
 

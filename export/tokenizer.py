@@ -111,7 +111,9 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:
         # A token that is special once stays so; what else is said of it, the configuration says last.
         added[entry["content"]] = {**entry, "special": known["special"] or entry["special"]}
     _refuse_no_tokens(settings_path, settings)
-    cls = class_of(data, settings, str(_optional(folder / "config.json").get("model_type")))
+    model = _optional(folder / "config.json")
+    named_class = settings.get("tokenizer_class") or model.get("tokenizer_class")
+    cls = class_of(data, str(named_class or ""), str(model.get("model_type")))
     named, further = _special(settings, tokenizer, cls)
     free = max((tokenizer.get_vocab_size(), *(entry["id"] + 1 for entry in added.values())))
     for token in (*named.values(), *further):

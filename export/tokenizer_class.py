@@ -21,13 +21,14 @@ _OF_MODEL: Mapping[str, str | None] = {"mistral": None, "qwen2": "Qwen2Tokenizer
 _UNNAMED = {"qwen3": "Qwen2Tokenizer"}
 
 
-def class_of(data: Json, settings: Mapping[str, Any], model_type: str) -> str:
+def class_of(data: Json, named: str, model_type: str) -> str:
     """Return the class with which transformers reads a tokenizer.json; "" is from the file as it is.
 
     Args:
-        data: the content. settings: of tokenizer_config.json. model_type: of config.json.
+        data: the content. named: the class that tokenizer_config.json names, or else config.json; "" is none.
+        model_type: of config.json.
     """
-    named = str(settings.get("tokenizer_class") or _UNNAMED.get(model_type, "")).removesuffix("Fast")
+    named = (named or _UNNAMED.get(model_type, "")).removesuffix("Fast")
     cls = _OF_MODEL.get(model_type, named)
     return "" if cls is None or (cls == "LlamaTokenizer" and not _is_sentencepiece(data)) else cls
 
@@ -45,7 +46,7 @@ def as_class(data: Json, settings: Mapping[str, Any], cls: str) -> Json:
     if cls == "LlamaTokenizer":
         made = _llama(data, space=space is None or bool(space), legacy=bool(settings.get("legacy")))
     elif cls == "CodeLlamaTokenizer" and _is_sentencepiece(data):
-        made = _code_llama(data, space=space is None or bool(space), unknown=settings.get("unk_token", "<unk>"))
+        made = _code_llama(data, settings, space=space is None or bool(space))
     elif cls in ("GPT2Tokenizer", "Qwen2Tokenizer") and space is not None:
         made = {**data, "pre_tokenizer": _with_space(data.get("pre_tokenizer"), space=bool(space))}
     else:
@@ -58,9 +59,27 @@ def _llama(data: Json, *, space: bool, legacy: bool) -> Json:
     return _sentencepiece(data, scheme, strip=space, unknown=None)
 
 
-def _code_llama(data: Json, *, space: bool, unknown: Any) -> Json:
-    token = unknown["content"] if isinstance(unknown, dict) else unknown
-    return _sentencepiece(data, "first" if space else "never", strip=True, unknown=token)
+def _code_llama(data: Json, settings: Mapping[str, Any], *, space: bool) -> Json:
+    def content(name: str, default: str) -> str:
+        token = settings.get(name, default)
+        return str(token["content"] if isinstance(token, dict) else token)
+
+    made = _sentencepiece(data, "first" if space else "never", strip=True, unknown=content("unk_token", "<unk>"))
+    bos = content("bos_token", "<s>")
+    added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+    number = added.get(bos, data["model"]["vocab"].get(bos))
+    if number is None:
+        return made
+    parts = [
+        ({"SpecialToken": {"id": bos, "type_id": at}}, {"Sequence": {"id": "AB"[at], "type_id": at}}) for at in (0, 1)
+    ]
+    begin = {
+        "type": "TemplateProcessing",
+        "single": list(parts[0]),
+        "pair": [*parts[0], *parts[1]],
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
+    }
+    return {**made, "post_processor": begin}
 
 
 def _sentencepiece(data: Json, scheme: str, *, strip: bool, unknown: str | None) -> Json:

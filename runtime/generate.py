@@ -21,7 +21,7 @@ import numpy as np
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.errors import KeysOverflow, NotFinite, UsageError
 from edgekv.schema import shown
-from edgekv.settings import BUNDLE, KV_BUDGET, MAX_TOKENS, PINNED, TO_FOLLOW, TOKENS_SO_FAR, whole_numbers
+from edgekv.settings import BUNDLE, KV_BUDGET, MAX_TOKENS, PINNED, TO_FOLLOW, TOKENS_SO_FAR, instance, whole_numbers
 from edgekv.tiers import KVMode
 
 from .decoder.base import Rows
@@ -32,7 +32,7 @@ from .kernels.choose import load_kernels
 from .kernels.interface import Kernels
 from .machine import HOST, Machine
 from .options import RunOptions as RunOptions
-from .options import answer_room, check_length, check_run, planned_context, verified_stamp
+from .options import answer_room, check_length, planned_context, verified_stamp
 from .pages.budget import BudgetPlan
 from .pages.cache import KVCache
 from .prepare import Prepared, Segments, check_options, load_dense, plan_cache, prepare_cache
@@ -91,7 +91,9 @@ class Generator:
         Raises:
             UsageError: an argument has another type. BundleError: it cannot be used. EngineError: the engine refused a graph.
         """
-        return cls(BUNDLE.check(folder), RunOptions() if options is None else check_run(options), machine)
+        return cls(
+            BUNDLE.check(folder), RunOptions() if options is None else instance(options, RunOptions, "options"), machine
+        )
 
     def fork(self, options: RunOptions) -> Generator:
         """Return a generator on the same engine and weights with a cache of its own; steps of the two may alternate.
@@ -99,7 +101,7 @@ class Generator:
         The logits of one are valid until the next step of either. ``threads`` of the engine stay as they are.
         """
         other = copy.copy(self)
-        other.options = check_run(options)
+        other.options = instance(options, RunOptions, "options")
         other.stats = RunStats()
         check_options(options, self.manifest.form)
         other._tokens, other._sequence = [], []
@@ -214,7 +216,7 @@ class Generator:
 
         ``stats.finish_reason`` then says which. See :meth:`stream`.
         """
-        sampling = sampling or SamplingOptions()
+        sampling = SamplingOptions() if sampling is None else instance(sampling, SamplingOptions, "sampling")
         sampler = Sampler(sampling)
         self.stats.seed = sampler.seed if sampling.temperature else None
         stop_tokens = self.manifest.model.eos_token_ids

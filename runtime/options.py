@@ -114,17 +114,6 @@ _RUN: dict[str, settings.Setting[Any]] = {
 }  # fmt: skip
 
 
-def check_run(options: object) -> RunOptions:
-    """Return the options.
-
-    Raises:
-        UsageError: they are something else.
-    """
-    if not isinstance(options, RunOptions):
-        raise UsageError(f"options must be RunOptions, not {shown(options)}")
-    return options
-
-
 def verified_stamp(bundle: Path) -> Path:
     """Return the file that says that the files of a bundle were found whole."""
     return cache_home() / "verified" / f"{bundle.resolve().as_posix().strip('/').replace('/', '-')}.json"

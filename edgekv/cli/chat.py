@@ -74,6 +74,8 @@ def converse(
                 if line.strip() == "/exit":
                     return
                 _obey(line.strip(), messages, console)
+                if generator.session is not None:  # a conversation that is forgotten must not come back
+                    generator.session.save_notes()
                 continue
             messages.append({"role": "user", "content": line.strip()})
             _take_turn(generator, messages, answer, console, context, max_tokens)
@@ -149,4 +151,4 @@ def _obey(command: str, messages: list[Message], console: Console) -> None:
             console.print(f"{word:6} {meaning}", style="dim")
     else:
         console.print(escape(f"edgekv: {command} is no command, and was not sent; /help lists them"), style="red")
-        console.print("A line that begins with a space goes to the model as it is.", style="dim")
+        console.print("A line that begins with a space goes to the model.", style="dim")

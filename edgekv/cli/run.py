@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from edgekv import settings
 from edgekv.bundle import read_manifest
-from edgekv.errors import UsageError
+from edgekv.errors import EdgeKVError, UsageError
 from edgekv.sizes import format_bytes
 from edgekv.tiers import KVMode, PressureMode
 
@@ -246,8 +246,9 @@ def _print_stream(stream: Callable[[Progressed], Iterator[str]], console: Consol
             for piece in stream(advance):
                 said.append(piece)
                 print(piece, end="", flush=True)
-    except Interrupted:
-        print(flush=True)
+    except (Interrupted, EdgeKVError) as error:
+        if said or isinstance(error, Interrupted):
+            print(flush=True)  # what is said of it is a line of its own
         raise
     print(flush=True)
 

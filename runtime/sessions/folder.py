@@ -70,13 +70,12 @@ def make_session(path: Path) -> bool:
 
 
 def unmake_session(path: Path) -> None:
-    """Remove the folder that :func:`make_session` made, while it holds no pages: nothing was saved."""
+    """Remove the folder that :func:`make_session` made, where nothing was saved: no checkpoint names a page that is in it."""
     with contextlib.suppress(OSError):
-        if not segment_paths(path):
-            for file in path.iterdir():
-                if file.name.startswith((LOCK, "index.", LEDGER)):
-                    file.unlink()
-            path.rmdir()
+        for file in path.iterdir():
+            if file.name.startswith((LOCK, "index.", "pages-", LEDGER)):
+                file.unlink()
+        path.rmdir()
 
 
 def take_lock(path: Path) -> int | None:

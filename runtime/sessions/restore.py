@@ -53,8 +53,7 @@ def restore_pages(cache: KVCache, rows: list[Row], store: Restorable) -> int:
     """
     manager, spec = cache.manager, cache.spec
     cache.table.grow(len(rows) + 1)
-    behind = np.where(cache.table.windows > 0, len(rows) * spec.page_size - cache.table.windows + 1, 0)
-    unseen = (np.maximum(behind, 0) // spec.page_size).tolist()  # per layer, pages that are not read
+    unseen = _unseen(cache, len(rows))
     batch = max(1, _BATCH_BYTES // (spec.record_bytes * spec.n_layers))
     buffers = [aligned_rows(batch * spec.n_layers, spec.record_bytes) for _ in range(2)]
 
@@ -93,6 +92,33 @@ def restore_pages(cache: KVCache, rows: list[Row], store: Restorable) -> int:
             if bad < len(rows):
                 return bad
     return len(rows)
+
+
+def check_unseen(cache: KVCache, rows: list[Row], n_pages: int, store: Restorable) -> int:
+    """Check pages that :func:`restore_pages` did not read: a token that goes on earlier than behind ``n_pages`` may see them.
+
+    Returns:
+        how many of ``rows`` are whole, from the first on.
+
+    Raises:
+        StoreError: the medium refused.
+    """
+    unseen, spec = _unseen(cache, n_pages), cache.spec
+    out = aligned_rows(spec.n_layers, spec.record_bytes)
+    for page, row in enumerate(rows):
+        places = sorted((record, layer) for layer, record in enumerate(row.records) if page < unseen[layer])
+        tags = [tag(layer, page) for _, layer in places]
+        if places and not all(store.try_read([record for record, _ in places], tags, out[: len(places)])):
+            return page
+    return len(rows)
+
+
+def _unseen(cache: KVCache, n_pages: int) -> list[int]:
+    """Return how many pages of each layer no token behind the first ``n_pages`` sees."""
+    windows, size = cache.table.windows, cache.spec.page_size
+    behind = np.where(windows > 0, n_pages * size - windows + 1, 0)
+    unseen: list[int] = (np.maximum(behind, 0) // size).tolist()
+    return unseen
 
 
 def records_of(cache: KVCache, page: int) -> tuple[int, ...]:

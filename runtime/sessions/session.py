@@ -47,7 +47,7 @@ from .folder import (
     write_backup,
 )
 from .index import FORMAT, INDEX, Meta, Row, SessionIndex, State, Tail, chain, from_ranges, to_ranges
-from .restore import common_prefix, open_tags, records_of, restore_open, restore_pages, store_open
+from .restore import check_unseen, common_prefix, open_tags, records_of, restore_open, restore_pages, store_open
 from .steps import Steps
 
 Part = TypeVar("Part", Row, Tail)
@@ -226,14 +226,16 @@ class Session:
         count = steps.keep(min(wanted, n_kv), n_kv) if stored else steps.keep(min(wanted, sealed), -1)
         whole = min(count // size, len(state.rows))
         restored = restore_pages(cache, state.rows[:whole], self.store)
+        damaged = ""
         if restored < whole:
-            self.problems.append(
-                f"page {restored} is damaged or missing; the tokens from {restored * size} on are computed again"
-            )
-            count = steps.keep(restored * size, -1)
+            damaged, count = f"page {restored}", steps.keep(restored * size, -1)
         elif count > sealed and not restore_open(cache, count, state.tail.records, self.store, self._version):
-            self.problems.append("the open page is damaged or missing; its tokens are computed again")
-            count = steps.keep(sealed, -1)
+            damaged, count = "the open page", steps.keep(sealed, -1)
+        if damaged:
+            behind = check_unseen(cache, state.rows[: count // size], whole, self.store)
+            if behind < count // size:
+                damaged, count = f"page {behind}", steps.keep(behind * size, -1)
+            self.problems.append(f"{damaged} is damaged or missing; the tokens from {count} on are computed again")
         cache.truncate(count)
         cache.prune(pruned[pruned < count])
         for record in (record for row in state.rows[restored:] for record in row.records):
@@ -310,6 +312,21 @@ class Session:
             self.store.committed([r for row in rows for r in row.records] + opened)
             self.checkpoints += 1
         return True
+
+    def save_notes(self) -> None:
+        """Write the notes into the last checkpoint, if there is one; its tokens and pages stay.
+
+        Raises:
+            SessionError: not saved; the last checkpoint stands.
+        """
+        state = self._state
+        if self.read_only or not (state.rows or state.tail.tokens):
+            return
+        assert self._held.index is not None
+        with signals_held():
+            state = replace(state, meta=self._meta, notes=self.notes)
+            self._held.index.commit(state, len(state.rows), len(state.rows))
+            self._state = state
 
     def fork(self, path: Path) -> None:
         """Make another session that begins as the last checkpoint of this one; the pages are shared, not copied.

@@ -170,7 +170,10 @@ def copy(path: Path, target: Path, secret: bytes | None = None) -> None:
         make_folder(target.parent)
         with ScratchFolder(target.parent, HIDDEN) as scratch:
             made = scratch.path / target.name
-            fork(path, made, secret)
+            try:
+                fork(path, made, secret)
+            except SessionError as error:  # of the folder beside the target, which nobody has heard of
+                raise error.__cause__ if isinstance(error.__cause__, OSError) else error from None
             compact(made, secret)
             os.rename(made, target)
         sync_folder(target.parent)
@@ -179,7 +182,7 @@ def copy(path: Path, target: Path, secret: bytes | None = None) -> None:
             f"{target.parent} is full, nothing was copied; free some space, or choose another place"
         ) from error
     except OSError as error:
-        raise SessionError(f"cannot make the session {target}: {error.strerror}") from error
+        raise SessionError(f"cannot make the session {target}: {error.strerror}; choose another place") from error
 
 
 def fork(path: Path, target: Path, secret: bytes | None = None) -> None:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from edgekv.runtime.sessions.tools import contents
+
 Bundle = Callable[..., Path]
 LONG = "very " * 400 + "long\n"
 
@@ -100,6 +102,13 @@ def test_a_conversation_through_a_pipe_that_begins_anew_has_no_end(bundle: Bundl
     result = chat(bundle("demo"), "Hello\n/new\n" * 6, "--context", "40", "--json")
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 6
+
+
+def test_a_conversation_that_was_forgotten_does_not_come_back_with_its_session(bundle: Bundle, tmp_path: Path) -> None:
+    session = tmp_path / "chat.kv"
+    for lines in ("my secret is 42\n", "/new\n/exit\n", "hello\n"):
+        assert chat(bundle("demo"), lines, "--session", session, "-n", "3").returncode == 0
+    assert contents(session)["messages"][0]["content"] == "hello"
 
 
 def test_an_old_message_that_cannot_be_answered_is_forgotten(bundle: Bundle, tmp_path: Path) -> None:

@@ -143,15 +143,17 @@ def test_a_pad_token_beyond_the_embedding_has_a_name_and_no_number(folder: Path)
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("kind", ["byte_level", "llama_2"])
+@pytest.mark.parametrize("by_model", [False, True])
 @pytest.mark.parametrize("cls", ["LlamaTokenizerFast", "GPT2Tokenizer", "PreTrainedTokenizerFast", None])
 def test_the_default_names_of_a_class_are_used_where_the_tokenizer_has_them(
-    cls: str | None, kind: str, model_type: str, tmp_path: Path
+    cls: str | None, by_model: bool, kind: str, model_type: str, tmp_path: Path
 ) -> None:
     tokenizer = make_tokenizer(kind)
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": cls} if cls else {})
-    write(tmp_path, "config.json", {"model_type": model_type})
+    named = {"tokenizer_class": cls} if cls else {}
+    write(tmp_path, "tokenizer_config.json", {} if by_model else named)
+    write(tmp_path, "config.json", {"model_type": model_type, **(named if by_model else {})})
     reference = AutoTokenizer.from_pretrained(tmp_path)
     names = {name: getattr(reference, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     assert opened(tmp_path)[0].special_tokens == {
@@ -284,9 +286,9 @@ def test_a_tokenizer_class_and_its_prefix_space_give_the_tokens_of_transformers(
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
         tokenizer.normalizer = normalizers.NFC()
-    if settings["tokenizer_class"] == "CodeLlamaTokenizer":  # its files always have one
-        begin = ("<s>", tokenizer.token_to_id("<s>"))
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    if settings["tokenizer_class"] == "CodeLlamaTokenizer":  # which begins every text, and ends none
+        end = ("</s>", tokenizer.token_to_id("</s>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     write(tmp_path, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", **settings})
     write(tmp_path, "config.json", {"model_type": model_type})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 
 from edgekv.errors import EdgeKVError, SessionError
+from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.runtime.options import SessionOptions
 from edgekv.runtime.sessions.index import BACKUP, DAMAGED, INDEX
 from edgekv.runtime.sessions.tools import describe, verify
 from edgekv.runtime.storage.segments import segment_paths
+from edgekv.tiers import KVMode
 from tests.runtime.sessions.toy import PAGE_SIZE, SPEC, Chat, open_session, some_tokens
 from tests.runtime.storage.dying import dying_medium
 
@@ -315,3 +319,30 @@ def test_a_write_ahead_log_damaged_anywhere_gives_an_earlier_commit(tmp_path: Pa
             path = damaged(running, tmp_path, spoil)
             with contextlib.suppress(EdgeKVError):
                 resume(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+def test_pages_that_come_into_a_window_again_behind_a_damaged_one_are_checked_too(
+    share: float, checkpoint: Callable[[str], Path], bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, prompt = bundle(checkpoint("mistral-window")), [7 * number % 250 for number in range(400)]
+
+    def answer(tokens: list[int], session: SessionOptions | None) -> tuple[list[int], list[str]]:
+        options = RunOptions(threads=2, kv=KVMode.INT8, context=700, prefixes=False, session=session)
+        with Generator.open(folder, options) as generator:
+            said = list(generator.tokens(tokens, max_tokens=30))
+            return said, list(generator.session.problems) if generator.session else []
+
+    said, _ = answer(prompt, SessionOptions(tmp_path / "chat.kv"))
+    more = [*prompt, *said, 5]
+    expected, _ = answer(more, None)
+    file = next((tmp_path / "chat.kv").glob(PAGES))
+    content = file.read_bytes()
+    kept = int(len(content) * share)
+    file.write_bytes(content[:kept] + bytes(len(content) - kept))
+    again, problems = answer(more, SessionOptions(tmp_path / "chat.kv"))
+    assert again == expected
+    assert len(problems) == 1
+    assert re.fullmatch(
+        r"(page \d+|the open page) is damaged or missing; the tokens from \d+ on are computed again", problems[0]
+    )

@@ -272,3 +272,12 @@ def test_stats_of_a_folder_without_a_ledger_say_how_to_get_one(tmp_path: Path) -
     assert "no wear ledger" in done.stderr
     with pytest.raises(UsageError):
         read_ledger(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_ledger_that_is_a_pipe_or_a_link_is_refused_and_not_waited_for(
+    make: Callable[[Path], object], tmp_path: Path
+) -> None:
+    make(tmp_path / LEDGER)
+    with pytest.raises(UsageError, match=r"no wear ledger .*wear.jsonl \(it is (not a file|a link)"):
+        read_ledger(tmp_path)
