@@ -17,11 +17,12 @@ import torch
 from edgekv.errors import CheckpointError
 
 from .config import DecoderConfig, read_config
+from .fold import FINAL_NORM as FINAL_NORM
+from .fold import fold_scales
 from .tokenizer import TokenizerFiles, read_tokenizer
 from .weight_files import Stored, locate_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 #: As safetensors files name them.
 _FLOATS = {"F32", "F16", "BF16"}
@@ -60,7 +61,7 @@ class Checkpoint:
         return sum(_elements(shape) for shape in expected_shapes(self.config).values())
 
     def sha256(self, progress: Callable[[int], None] = lambda size: None) -> str:
-        """Hash the weights by name and stored bytes: the same for every way of sharding and exporting them.
+        """Hash the weights by name and bytes, scales folded in: the same for every way of sharding and exporting them.
 
         Args:
             progress: called with the number of bytes hashed since the last call.
@@ -113,7 +114,8 @@ def assemble(source: Path, config: DecoderConfig, location: dict[str, Stored], t
     expected = expected_shapes(config)
     _check_shapes(source, location, expected)
     _refuse_leftovers(source, location, expected)
-    return Checkpoint(source, _with_ends(config, tokenizer), {name: location[name] for name in expected}, tokenizer)
+    tensors = fold_scales(config, {name: location[name] for name in expected})
+    return Checkpoint(source, _with_ends(config, tokenizer), tensors, tokenizer)
 
 
 def _with_ends(config: DecoderConfig, tokenizer: TokenizerFiles) -> DecoderConfig:

@@ -14,15 +14,26 @@ from .rope import fold_rope
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder's shape. ``rotated[l]`` is False where layer l has no position embedding (SmolLM3)."""
+    """A decoder's shape. ``rotated[l]`` is False where layer l has no position embedding (SmolLM3).
+
+    The scales are those of :class:`~edgekv.model_config.ModelConfig`; :mod:`edgekv.export.fold` puts them into weights.
+    """
 
     model: ModelSpec
     rms_eps: float
     rotated: tuple[bool, ...]
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
     qk_norm: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+
+    @property
+    def residual_eps(self) -> float:
+        """The epsilon of norms of the residual stream, which is ``embedding_scale`` times as small as the checkpoint's."""
+        return self.rms_eps / self.embedding_scale**2
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -65,7 +76,7 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = ()) -> De
         vocab_size=config.vocab_size,
         max_context=config.max_context,
         rope=fold_rope(config.rope),
-        softmax_scale=config.head_dim**-0.5,
+        softmax_scale=config.softmax_scale,
         windows=config.windows,
         tied_embeddings=config.tied_embeddings,
         bos_token_id=config.bos_token_id,
@@ -76,6 +87,9 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = ()) -> De
         model=model,
         rms_eps=config.rms_eps,
         rotated=config.rotated,
+        embedding_scale=config.embedding_scale,
+        residual_scale=config.residual_scale,
+        logits_scale=config.logits_scale,
         qk_norm=config.qk_norm,
         qkv_bias=config.qkv_bias,
         output_bias=config.output_bias,

@@ -71,7 +71,7 @@ class Exit(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         model = config.model
-        self.eps = config.rms_eps
+        self.eps = config.residual_eps
         self.o_proj = Projection(model.hidden_size, model.n_q_heads * model.head_dim, bias=config.output_bias)
         self.post_norm = Norm(model.hidden_size)
         self.gate_proj = Projection(model.intermediate_size, model.hidden_size, bias=config.mlp_bias)
@@ -89,7 +89,7 @@ class FirstSegment(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.eps = config.rms_eps
+        self.eps = config.residual_eps
         self.norm = Norm(config.model.hidden_size)
         self.entry = Entry(config, rotated=config.rotated[0])
 
@@ -104,7 +104,7 @@ class MiddleSegment(nn.Module):
 
     def __init__(self, config: DecoderConfig, *, rotated: bool) -> None:
         super().__init__()
-        self.eps = config.rms_eps
+        self.eps = config.residual_eps
         self.exit = Exit(config)
         self.norm = Norm(config.model.hidden_size)
         self.entry = Entry(config, rotated=rotated)
@@ -124,7 +124,7 @@ class LastSegment(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.eps = config.rms_eps
+        self.eps = config.residual_eps
         self.exit = Exit(config)
         self.norm = Norm(config.model.hidden_size)
         self.head = Projection(config.model.vocab_size, config.model.hidden_size, bias=False)

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.smollm3 import SmolLM3Config
 
 FAMILIES = {
@@ -18,6 +26,7 @@ FAMILIES = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "smollm3": SmolLM3Config,
+    "granite": GraniteConfig,
 }
 TEXT = (
     "An operating system runs programs larger than memory: it gives them pages, a page table, a resident set,"

@@ -238,5 +238,7 @@ def test_what_export_refuses_is_neither_planned_nor_emulated(tmp_path: Path) -> 
         cli("sweep", config, "--profiles", "raspberry-pi-5-8gb", "--contexts", "4096", "--out", tmp_path / "sweep.csv"),
     ]
     for result in said:
-        refused(result, 2, f"unknown architecture '{kind}'", "edgekv exports llama, mistral, qwen2, qwen3, smollm3")
+        refused(
+            result, 2, f"unknown architecture '{kind}'", "edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite"
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

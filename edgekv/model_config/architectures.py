@@ -118,4 +118,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         },
         windows="unrotated",
     ),
+    "granite": Architecture(
+        {
+            **_COMMON,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        }
+    ),
 }

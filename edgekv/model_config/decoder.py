@@ -16,6 +16,9 @@ from edgekv.schema import shown
 from edgekv.spec import MAX_HEAD_DIM
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+#: Scalars that multiply what a model computes: none has one below, or above one over it. Folded, they stay far from the ends of
+#: float32.
+_LEAST_SCALE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class ModelConfig:
     """What a configuration says of a decoder. ``windows[l]`` is 0 for full attention in layer l; ``rotated[l]`` False: no RoPE.
 
     ``max_context``: positions, those that YaRN adds included. ``bos_token_id`` is None where it lies outside the vocabulary.
+    ``softmax_scale`` multiplies the scores, ``embedding_scale`` the rows of the embedding, ``residual_scale`` what attention and
+    MLP add to the residual stream, ``logits_scale`` the logits.
     """
 
     architecture: str
@@ -36,6 +41,10 @@ class ModelConfig:
     max_context: int
     rms_eps: float
     rope: RopeSettings
+    softmax_scale: float
+    embedding_scale: float
+    residual_scale: float
+    logits_scale: float
     windows: tuple[int, ...]
     rotated: tuple[bool, ...]
     qk_norm: bool
@@ -97,6 +106,10 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         max_context=max_context,
         rms_eps=values.number("rms_norm_eps", above=0),
         rope=rope,
+        softmax_scale=_scale(values, page, "attention_multiplier", head_dim**-0.5),
+        embedding_scale=_scale(values, page, "embedding_multiplier"),
+        residual_scale=_scale(values, page, "residual_multiplier"),
+        logits_scale=1 / _scale(values, page, "logits_scaling"),
         windows=_windows(values, everything, page, rotated),
         rotated=rotated,
         qk_norm=page.qk_norm,
@@ -130,6 +143,16 @@ def _optional_count(values: Values, page: Architecture, key: str) -> int | None:
     if page.defaults[key] is None or key in page.nullable:
         return None
     raise values.refusal(key, "it must be a positive whole number; leave the key out for the default")
+
+
+def _scale(values: Values, page: Architecture, key: str, otherwise: float = 1.0) -> float:
+    """Return a number that multiplies what the model computes; ``otherwise`` where the model type has none."""
+    if key not in page.defaults:
+        return otherwise
+    scale = values.number(key, above=0)
+    if not _LEAST_SCALE <= scale <= 1 / _LEAST_SCALE:
+        raise values.refusal(key, f"edgekv folds it into weights, from {_LEAST_SCALE:g} to {1 / _LEAST_SCALE:g}")
+    return scale
 
 
 def _rotated(values: Values, page: Architecture, n_layers: int) -> tuple[bool, ...]:

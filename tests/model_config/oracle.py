@@ -26,6 +26,9 @@ class Meaning:
     inv_freq: tuple[float, ...]
     rope_scaling: float
     softmax_scale: float
+    embedding_scale: float
+    residual_scale: float
+    logits_scale: float
     rms_eps: float
     bos: int | None
     eos: tuple[int, ...]
@@ -42,6 +45,9 @@ def read_by_edgekv(config: dict[str, Any]) -> Meaning:
         inv_freq=model.rope.inv_freq,
         rope_scaling=model.rope.attention_scaling,
         softmax_scale=model.softmax_scale,
+        embedding_scale=read.embedding_scale,
+        residual_scale=read.residual_scale,
+        logits_scale=read.logits_scale,
         rms_eps=read.rms_eps,
         bos=model.bos_token_id,
         eos=model.eos_token_ids,
@@ -71,6 +77,10 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
         inv_freq=tuple(rope.inv_freq.tolist()),
         rope_scaling=float(rope.attention_scaling),
         softmax_scale=attentions[0].scaling,
+        embedding_scale=getattr(model.model, "embedding_multiplier", 1.0),
+        residual_scale=getattr(model.model.layers[0], "residual_multiplier", 1.0),
+        # Read by the model with the head, which keeps no copy; a class without the key has it as a stray one.
+        logits_scale=1 / config.logits_scaling if hasattr(CONFIG_MAPPING[kind](), "logits_scaling") else 1.0,
         rms_eps=model.model.norm.variance_epsilon,
         bos=config.bos_token_id if config.bos_token_id in vocabulary else None,
         eos=tuple(token for token in ends if token in vocabulary),
