@@ -37,6 +37,7 @@ def export_model(
     operators: str | None = None,
     calibration: str | Path | None = None,
     io: str | None = None,
+    context: int | None = None,
     force: bool = False,
     progress: Progress = lambda step, done, total: None,
 ) -> Manifest:
@@ -53,6 +54,7 @@ def export_model(
         calibration: the text that int4 weights of an ONNX bundle are rounded with, ``none`` to round each to the nearest
             code; None takes the one that comes with edgekv. See :mod:`edgekv.export.rounding`.
         io: one of :data:`edgekv.contract.IO`, for the inline form; None: compact.
+        context: the most tokens of a text; None: as many as the model was made for. Models with longrope need it.
         force: replace ``out`` if it exists.
         progress: called before each step with its name, the number of steps done, and of all steps.
 
@@ -74,6 +76,8 @@ def export_model(
         raise UsageError("--operators is for --engine executorch")
     if io is not None and (form != "inline" or engine == "executorch"):
         raise UsageError("--io is for --form inline with --engine onnx: it chooses the types of the cache's inputs")
+    if context is not None and context < 1:
+        raise UsageError(f"context {context} is not a number of tokens")
     if page_size not in (16, 32, 64, 128):
         raise UsageError(f"page_size {page_size} is not supported; use 16, 32, 64 or 128")
     remove_abandoned(out.parent, HIDDEN)  # before anything is asked of ``out``: it may come back
@@ -89,7 +93,7 @@ def export_model(
         else:
             folder = stack.enter_context(resources.as_file(resources.files("edgekv.export") / "demo_model"))
         try:
-            choice = Choice(engine, form, weights, page_size, operators, calibration, io or IO[0])
+            choice = Choice(engine, form, weights, page_size, operators, calibration, io or IO[0], context)
             return _export(folder, out, choice, _Steps(progress))
         except ImportError as error:
             raise EngineMissing(f'exporting needs {error.name}; install it: pip install "edgekv[export]"') from error
@@ -123,6 +127,7 @@ class Choice:
     operators: str | None
     calibration: str | Path | None
     io: str
+    context: int | None
 
 
 class _Steps:
@@ -141,7 +146,7 @@ def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
     from .gguf.checkpoint import open_gguf
     from .gguf.file import is_gguf
 
-    checkpoint = open_gguf(source) if is_gguf(source) else open_checkpoint(source)
+    checkpoint = (open_gguf if is_gguf(source) else open_checkpoint)(source, choice.context)
     weights = choice.weights or default_weights(checkpoint.parameters)
     engine, operators = choice.engine, choice.operators
     if engine is None and operators is not None:

@@ -7,6 +7,7 @@ needs the memory of a layer, not of a model.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,11 @@ from .weight_files import Stored, locate_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+#: What checkpoints of some model types hold as one tensor, row below row.
+_FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
 #: As safetensors files name them.
 _FLOATS = {"F32", "F16", "BF16"}
 #: Tensors of old checkpoints that follow from config.json: caches of the rotary embedding.
@@ -86,15 +92,19 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, context: int | None = None) -> Checkpoint:
     """Open a Hugging Face checkpoint folder and check that it is whole.
+
+    Args:
+        context: the most tokens of a text; None: as many as the model was made for.
 
     Raises:
         CheckpointError: something that the export needs is missing, damaged, or of the wrong shape.
+        UsageError: the context cannot be had.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; SOURCE must be a Hugging Face checkpoint folder (or `demo`)")
-    config = read_config(folder)
+    config = read_config(folder, context)
     tokenizer = read_tokenizer(folder, config.model.vocab_size)
     checkpoint = assemble(folder, config, locate_tensors(folder), tokenizer)
     _refuse_codes(checkpoint.location)
@@ -110,6 +120,8 @@ def assemble(source: Path, config: DecoderConfig, location: dict[str, Stored], t
     Raises:
         CheckpointError: a tensor is missing, has another shape than the decoder's, or would be left out.
     """
+    if config.fused:
+        location = _cut(source, config, location)
     config = _untie(config, location)
     expected = expected_shapes(config)
     _check_shapes(source, location, expected)
@@ -162,6 +174,27 @@ def _elements(shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count
+
+
+def _cut(source: Path, config: DecoderConfig, location: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Return fused tensors as the rows that the decoder's own are; the others as they are."""
+    shapes, cut = expected_shapes(config), dict(location)
+    for layer in range(config.model.n_layers):
+        for fused, names in _FUSED.items():
+            prefix = f"model.layers.{layer}."
+            parts = {f"{prefix}{name}.weight": shapes[f"{prefix}{name}.weight"] for name in names}
+            rows, columns = sum(shape[0] for shape in parts.values()), next(iter(parts.values()))[1]
+            _check_shapes(source, location, {f"{prefix}{fused}.weight": (rows, columns)})
+            whole, first = cut.pop(f"{prefix}{fused}.weight"), 0
+            for name, shape in parts.items():
+                read = functools.partial(_rows, whole, first, first + shape[0])
+                cut[name] = replace(whole, shape=shape, read=read)
+                first += shape[0]
+    return cut
+
+
+def _rows(whole: Stored, first: int, end: int) -> torch.Tensor:
+    return whole.read()[first:end]
 
 
 def _untie(config: DecoderConfig, location: dict[str, Stored]) -> DecoderConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekv.errors import CheckpointError
+from edgekv.errors import CheckpointError, UsageError
 from edgekv.model_config import ModelConfig, Values, read_json_object, read_model_config
 from edgekv.spec import ModelSpec
 
@@ -29,6 +29,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    fused: bool = False
 
     @property
     def residual_eps(self) -> float:
@@ -36,8 +37,11 @@ class DecoderConfig:
         return self.rms_eps / self.embedding_scale**2
 
 
-def read_config(folder: Path) -> DecoderConfig:
+def read_config(folder: Path, context: int | None = None) -> DecoderConfig:
     """Read ``config.json`` and ``generation_config.json`` of a checkpoint folder.
+
+    Args:
+        context: see :func:`decoder_config`.
 
     Raises:
         CheckpointError: no config.json, or one that edgekv does not export; the message names the key.
@@ -52,18 +56,21 @@ def read_config(folder: Path) -> DecoderConfig:
     further: tuple[int, ...] = ()
     if generation.is_file():
         further = Values(read_json_object(generation), str(generation)).token_ids("eos_token_id")
-    return decoder_config(config, further)
+    return decoder_config(config, further, context)
 
 
-def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = ()) -> DecoderConfig:
+def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), context: int | None = None) -> DecoderConfig:
     """Turn a configuration into what the exporter needs.
 
     Args:
         further_eos: tokens that end a text besides those of the configuration.
+        context: the most tokens of a text; None: as many as the model was made for.
 
     Raises:
         CheckpointError: the rope settings give angles that are not finite.
+        UsageError: the context is above what the model was made for, or must be chosen and was not.
     """
+    max_context = _context(config, context)
     eos = config.eos_token_ids
     model = ModelSpec(
         architecture=config.architecture,
@@ -74,8 +81,8 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = ()) -> De
         head_dim=config.head_dim,
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
-        max_context=config.max_context,
-        rope=fold_rope(config.rope),
+        max_context=max_context,
+        rope=fold_rope(config.rope, max_context),
         softmax_scale=config.softmax_scale,
         windows=config.windows,
         tied_embeddings=config.tied_embeddings,
@@ -94,4 +101,22 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = ()) -> De
         qkv_bias=config.qkv_bias,
         output_bias=config.output_bias,
         mlp_bias=config.mlp_bias,
+        fused=config.fused,
     )
+
+
+def _context(config: ModelConfig, context: int | None) -> int:
+    """Settle the most tokens of a text.
+
+    longrope has one set of factors for texts up to the original context and another for longer ones. Keys are cached as they were
+    rotated, so a bundle has one of them, and the one that fits is not in the checkpoint.
+    """
+    longest, rope = config.max_context, config.rope
+    if context is not None and context > longest:
+        raise UsageError(f"--context {context} is above what the model was made for, {longest}")
+    if context is None and rope.kind == "longrope" and longest > rope.original_context:
+        raise UsageError(
+            f"this model has longrope factors for texts up to {rope.original_context} tokens (original_max_position_embeddings)"
+            f" and others for longer ones; choose with --context {rope.original_context} or --context {longest}"
+        )
+    return context or longest

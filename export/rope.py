@@ -14,8 +14,11 @@ from edgekv.model_config import RopeSettings
 from edgekv.spec import RopeSpec
 
 
-def fold_rope(rope: RopeSettings) -> RopeSpec:
+def fold_rope(rope: RopeSettings, max_context: int) -> RopeSpec:
     """Fold rotary settings into frequencies.
+
+    Args:
+        max_context: the most tokens of a text, which decides between the factors of longrope.
 
     Raises:
         CheckpointError: they give angles that are not finite.
@@ -29,6 +32,8 @@ def fold_rope(rope: RopeSettings) -> RopeSpec:
         inv_freq = _llama3(inv_freq, rope)
     elif rope.kind == "yarn":
         inv_freq, scaling = _yarn(rope)
+    elif rope.kind == "longrope":
+        inv_freq, scaling = _longrope(rope, long=max_context > rope.original_context)
     if not torch.isfinite(inv_freq).all() or not math.isfinite(scaling):
         raise CheckpointError(f"config.json: the {rope.kind} rope settings give angles that are not finite; check them")
     return RopeSpec(tuple(inv_freq.tolist()), scaling)
@@ -42,6 +47,17 @@ def _llama3(inv_freq: torch.Tensor, rope: RopeSettings) -> torch.Tensor:
     smoothed = (1 - smooth) * scaled / factor + smooth * scaled
     medium = ~(wavelen < original / high) & ~(wavelen > original / low)
     return torch.where(medium, smoothed, scaled)
+
+
+def _longrope(rope: RopeSettings, *, long: bool) -> tuple[torch.Tensor, float]:
+    """Source: LongRoPE, arXiv 2402.13753."""
+    scaling = rope.attention_factor
+    if scaling is None:
+        grown = rope.factor > 1
+        scaling = math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_context)) if grown else 1.0
+    factors = torch.tensor(rope.long_factor if long else rope.short_factor, dtype=torch.float32)
+    channels = torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
+    return 1.0 / (factors * rope.theta**channels), scaling
 
 
 def _yarn(rope: RopeSettings) -> tuple[torch.Tensor, float]:

@@ -14,6 +14,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -27,6 +28,7 @@ FAMILIES = {
     "qwen3": Qwen3Config,
     "smollm3": SmolLM3Config,
     "granite": GraniteConfig,
+    "phi3": Phi3Config,
 }
 TEXT = (
     "An operating system runs programs larger than memory: it gives them pages, a page table, a resident set,"

@@ -118,6 +118,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 0.125,
         },
     ),
+    "phi3": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 256,
+            "max_position_embeddings": 256,
+            "sliding_window": 50,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0 + 0.1 * i for i in range(12)],
+                "long_factor": [2.0 + i for i in range(12)],
+            },
+        },
+    ),
     "linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
 }
 

@@ -239,6 +239,9 @@ def test_what_export_refuses_is_neither_planned_nor_emulated(tmp_path: Path) -> 
     ]
     for result in said:
         refused(
-            result, 2, f"unknown architecture '{kind}'", "edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite"
+            result,
+            2,
+            f"unknown architecture '{kind}'",
+            "edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite, phi3",
         )
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -82,6 +82,15 @@ def export_command(
             " bindings that know no float16, such as Swift's.",
         ),
     ] = None,
+    context: Annotated[
+        int | None,
+        option(
+            settings.CONTEXT,
+            "--context",
+            help="The most tokens of a text. Default: what the model was made for. Phi-3 and Phi-4-mini need it where they have"
+            " longrope: one set of factors is for texts up to the original context, another for longer ones.",
+        ),
+    ] = None,
     page_size: Annotated[
         int, option(settings.PAGE_SIZE, "--page-size", metavar="16|32|64|128", help="Tokens per page of the KV cache.")
     ] = 32,
@@ -122,6 +131,7 @@ def export_command(
             page_size=page_size,
             operators=operators,
             io=io,
+            context=context,
             calibration=calibration,
             force=force,
             progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from edgekv.model_config.rope import ROPE_TYPES
+
 #: Which layers have a sliding window. ``none``: no layer. ``every``: all of them. ``late``: where ``use_sliding_window`` is
 #: set, those from ``max_window_layers`` on. ``unrotated``: likewise, those without RoPE. ``layer_types`` overrides the last two.
 Windows = Literal["none", "every", "late", "unrotated"]
@@ -24,6 +26,8 @@ class Architecture:
     other keys. ``nullable``: keys that may be null although their default is a number; null then means what None does.
     ``qkv_bias``: queries, keys and values have biases without a key that says so. ``heads_divide_width``: the type insists that
     ``hidden_size`` is a multiple of ``num_attention_heads``. ``partial_rotary``: it heeds ``partial_rotary_factor``.
+    ``rope_types``: those that it takes. ``fused``: its checkpoints hold queries, keys and values as one tensor, gate and up as
+    another.
     """
 
     defaults: Mapping[str, object]
@@ -33,6 +37,8 @@ class Architecture:
     qk_norm: bool = False
     qkv_bias: bool = False
     partial_rotary: bool = False
+    rope_types: tuple[str, ...] = ROPE_TYPES
+    fused: bool = False
 
 
 #: What all of them read. ``head_dim`` follows from the width, ``num_key_value_heads`` from the query heads.
@@ -130,5 +136,23 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "residual_multiplier": 1.0,
             "logits_scaling": 1.0,
         }
+    ),
+    "phi3": Architecture(
+        {
+            **_COMMON,
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+        },
+        windows="every",
+        partial_rotary=True,
+        rope_types=("default", "longrope"),
+        fused=True,
     ),
 }

@@ -51,6 +51,7 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    fused: bool
     tied_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -89,7 +90,9 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         )
     rotated = _rotated(values, page, n_layers)
     vocab_size, max_context = values.count("vocab_size"), values.count("max_position_embeddings")
-    rope = read_rope(values, head_dim, max_context, partial=page.partial_rotary)
+    if page.defaults["original_max_position_embeddings"] is not None:  # a number even where no rope type reads it
+        _optional_count(values, page, "original_max_position_embeddings")
+    rope = read_rope(values, head_dim, max_context, partial=page.partial_rotary, types=page.rope_types)
     if rope.kind == "yarn":  # many configurations state the length before the scaling
         max_context = max(max_context, min(int(rope.original_context * rope.factor), MAX_COUNT))
     bos = None if values.get("bos_token_id") is None else values.whole("bos_token_id")
@@ -116,6 +119,7 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         qkv_bias=page.qkv_bias or attention_bias,
         output_bias=attention_bias,
         mlp_bias=values.flag("mlp_bias"),
+        fused=page.fused,
         tied_embeddings=values.flag("tie_word_embeddings"),
         bos_token_id=bos if bos is not None and 0 <= bos < vocab_size else None,
         eos_token_ids=values.token_ids("eos_token_id"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgekv.errors import ConfigError
 from edgekv.model_config.values import Values
 from edgekv.schema import shown
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 #: What the settings of any type hold; transformers ignores what the chosen one does not read.
 _KEYS = {
     "attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor", "long_factor", "low_freq_factor",
@@ -22,7 +22,8 @@ _KEYS = {
 class RopeSettings:
     """A rotary embedding: ``dim`` channels of a head are rotated.
 
-    ``original_context``: positions before scaling (llama3, yarn). What a type does not read keeps its default here.
+    ``original_context``: positions before scaling (llama3, yarn, longrope). ``short_factor`` and ``long_factor`` [dim / 2] divide
+    longrope's frequencies: in texts up to ``original_context``, and in longer ones. What a type does not read keeps its default.
     """
 
     kind: str
@@ -38,13 +39,18 @@ class RopeSettings:
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
-def read_rope(values: Values, head_dim: int, max_context: int, *, partial: bool) -> RopeSettings:
+def read_rope(
+    values: Values, head_dim: int, max_context: int, *, partial: bool, types: Sequence[str] = ROPE_TYPES
+) -> RopeSettings:
     """Read the rotary settings of a configuration. ``rope_scaling`` replaces ``rope_parameters``, as in transformers.
 
     Args:
         partial: the model type heeds ``partial_rotary_factor``.
+        types: of rope that it takes.
 
     Raises:
         ConfigError: a rope type or a setting that edgekv does not decode, or one that is missing.
@@ -59,9 +65,11 @@ def read_rope(values: Values, head_dim: int, max_context: int, *, partial: bool)
             why = "a rope setting per layer type is not supported, edgekv exports models with one rope for all layers"
         raise ConfigError(f"{settings.source} has {shown(stray)}; {why}")
     kind = next((settings.get(key) for key in ("rope_type", "type") if settings.states(key)), "default")
-    if kind not in ROPE_TYPES:
+    if kind == "su":
+        kind = "longrope"  # what the first checkpoints of Phi-3 call it
+    if not isinstance(kind, str) or kind not in types:
         raise ConfigError(
-            f"{settings.source}: rope type {shown(kind)} is not supported; edgekv exports {', '.join(ROPE_TYPES)}"
+            f"{settings.source}: rope type {shown(kind)} is not supported; edgekv exports {', '.join(types)}"
         )
     for key in _NEEDED[kind]:
         if not settings.states(key):
@@ -75,15 +83,22 @@ def read_rope(values: Values, head_dim: int, max_context: int, *, partial: bool)
         return RopeSettings(kind, theta, dim)
     if kind == "linear":
         return RopeSettings(kind, theta, dim, settings.number("factor", above=0))
-    where = values if values.states("original_max_position_embeddings") else settings
+    original_key = "original_max_position_embeddings"
+    own = values.states(original_key) or values.get(original_key) is not None
     original = max_context
-    if where.states("original_max_position_embeddings"):
-        original = where.count("original_max_position_embeddings")
+    if own or settings.states(original_key):
+        original = (values if own else settings).count(original_key)
     if kind == "llama3":
         low, high = settings.number("low_freq_factor", above=0), settings.number("high_freq_factor", above=0)
         if low == high:
             raise settings.refusal("high_freq_factor", "it must differ from low_freq_factor")
         return RopeSettings(kind, theta, dim, settings.number("factor", above=0), original, low, high)
+    if kind == "longrope":
+        if head_dim != (width := values.count("hidden_size") // values.count("num_attention_heads")):
+            raise ConfigError(
+                f"{settings.source}: longrope is for heads of {width} channels here, and head_dim is {head_dim}"
+            )
+        return _read_longrope(settings, theta, dim, original, max_context)
     return _read_yarn(settings, theta, dim, original, max_context)
 
 
@@ -92,6 +107,7 @@ _NEEDED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
 }
 
 
@@ -124,4 +140,17 @@ def _read_yarn(settings: Values, theta: float, dim: int, original: int, max_cont
         mscale=above_zero("mscale", 0.0),
         mscale_all_dim=above_zero("mscale_all_dim", 0.0),
         truncate=bool(settings.get("truncate")) if settings.states("truncate") else True,
+    )
+
+
+def _read_longrope(settings: Values, theta: float, dim: int, original: int, max_context: int) -> RopeSettings:
+    """Source: LongRoPE, arXiv 2402.13753; transformers writes the factor of attention from how much longer the context became."""
+    short, long = (settings.numbers(key, dim // 2) for key in ("short_factor", "long_factor"))
+    stated = settings.get("factor") is not None
+    factor = settings.number("factor", above=0) if stated else max_context / original
+    attention = None if settings.get("attention_factor") is None else settings.number("attention_factor", above=0)
+    if attention is None and factor > 1 and original == 1:
+        raise settings.refusal("original_max_position_embeddings", "longrope needs more than 1")
+    return RopeSettings(
+        "longrope", theta, dim, factor, original, attention_factor=attention, short_factor=short, long_factor=long
     )

@@ -96,6 +96,17 @@ class Values:
         """Return a list of whole numbers, or None."""
         return self._list(key, int, "a list of whole numbers")
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """Return a list of so many numbers above 0."""
+        value = self.get(key)
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != count
+            or not all(_is_number(entry) and 0 < entry <= _MAX_NUMBER for entry in value)
+        ):
+            raise self.refusal(key, f"it must be a list of {count} numbers above 0")
+        return tuple(float(entry) for entry in value)
+
     def token_ids(self, key: str) -> tuple[int, ...]:
         """Return a key that holds one token id, a list of them, or null."""
         value = self.get(key)

@@ -37,8 +37,11 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _REORDERED = ("llama", "smollm3")
 
 
-def open_gguf(path: Path) -> Checkpoint:
+def open_gguf(path: Path, context: int | None = None) -> Checkpoint:
     """Open a GGUF file and check that it is whole.
+
+    Args:
+        context: the most tokens of a text; None: as many as the model was made for.
 
     Raises:
         CheckpointError: it is damaged, or holds a model that edgekv does not export; the message names what.
@@ -48,7 +51,7 @@ def open_gguf(path: Path) -> Checkpoint:
         file = read_gguf(path)
     except ImportError as error:
         raise EngineMissing('GGUF files need a package; install it: pip install "edgekv[gguf]"') from error
-    config = read_gguf_config(file)
+    config = read_gguf_config(file, context)
     tokenizer = read_gguf_tokenizer(file, config.model.vocab_size)
     return assemble(path, config, _located(file, config), tokenizer)
 

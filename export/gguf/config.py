@@ -72,8 +72,11 @@ _SCALING = {
 }
 
 
-def read_gguf_config(file: GgufFile) -> DecoderConfig:
+def read_gguf_config(file: GgufFile, context: int | None = None) -> DecoderConfig:
     """Turn the metadata into a decoder's configuration.
+
+    Args:
+        context: the most tokens of a text; None: as many as the model was made for.
 
     Raises:
         CheckpointError: an architecture or a setting that edgekv does not decode, or one that is missing.
@@ -98,7 +101,7 @@ def read_gguf_config(file: GgufFile) -> DecoderConfig:
     if model_type == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     further = tuple(file.metadata[key] for end in _ENDS if (key := f"tokenizer.ggml.{end}") in file.metadata)
-    decoder = decoder_config(read_model_config(config, str(file.path)), further)
+    decoder = decoder_config(read_model_config(config, str(file.path)), further, context)
     factors = file.tensors.get(ROPE_FACTORS)
     if factors is None:
         return decoder

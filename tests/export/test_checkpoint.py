@@ -293,6 +293,19 @@ def test_an_odd_checkpoint_holds_the_weights_that_transformers_loads(case: str, 
     assert all(torch.equal(ours.tensor(name), tensor) for name, tensor in theirs.items())
 
 
+def test_a_fused_tensor_that_is_missing_or_of_another_height_is_named(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, name = tmp_path / "fused", "model.layers.1.mlp.gate_up_proj.weight"
+    shutil.copytree(checkpoint("phi3"), folder)
+    change_weights(folder, lambda t: t.update({name: t[name][1:].clone()}))
+    with pytest.raises(CheckpointError, match=rf"{name} has shape \[511, 128\], the configuration says \[512, 128\]"):
+        open_checkpoint(folder)
+    change_weights(folder, lambda t: t.pop(name))
+    with pytest.raises(CheckpointError, match=f"tensor {name} is missing"):
+        open_checkpoint(folder)
+
+
 def test_a_tied_flag_beside_another_head_gives_the_logits_of_transformers(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "odd", tie_word_embeddings=True)
     change_weights(folder, lambda t: t.update({"lm_head.weight": torch.randn(384, 128)}))

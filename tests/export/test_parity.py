@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from edgekv.errors import UsageError
+from edgekv.export import export_model
 from edgekv.model_config import ARCHITECTURES
 from tests.checkpoints import load_reference, make_checkpoint
 from tests.conftest import VARIANTS
@@ -75,6 +79,27 @@ def test_further_variants_give_the_logits_of_transformers(
     driver, tokens = SplitDriver(bundle(source)), prompt(60)
     rows = np.concatenate([driver.step(tokens[:31]), driver.step(tokens[31:59]), driver.step(tokens[59:])])
     assert np.abs(rows - logits_of(load_reference(source), tokens)).max() <= TOLERANCE
+
+
+def test_longrope_takes_the_factors_of_the_context_that_is_exported(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Texts longer than the original context: transformers turns all their tokens by the long factors."""
+    source, tokens = tmp_path / "source", prompt(60)
+    shutil.copytree(checkpoint("phi3"), source)
+    config = json.loads((source / "config.json").read_text())
+    for key in ("original_max_position_embeddings", "rope_parameters"):
+        (config[key] if isinstance(config[key], dict) else config)["original_max_position_embeddings"] = 32
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="choose with --context 32 or --context 256"):
+        export_model(source, tmp_path / "out", engine="onnx")
+    model = load_reference(source)
+    for context, count in ((32, 32), (256, 60)):
+        export_model(source, tmp_path / "out", engine="onnx", weights="fp32", context=context, force=True)
+        driver = SplitDriver(tmp_path / "out")
+        assert driver.model.max_context == context
+        rows = np.concatenate([driver.step(tokens[:20]), driver.step(tokens[20:count])])
+        assert np.abs(rows - logits_of(model, tokens[:count])).max() <= TOLERANCE
 
 
 def test_pages_in_int8_change_the_logits_little(checkpoint: Callable[[str], Path], bundle: Callable[..., Path]) -> None:

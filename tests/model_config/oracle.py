@@ -62,8 +62,10 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     attentions = [layer.self_attn for layer in model.model.layers]
-    assert all(isinstance(layer.mlp.act_fn, type(ACT2FN["silu"]) | torch.nn.SiLU) for layer in model.model.layers)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for layer in model.model.layers:
+        activation = layer.mlp.activation_fn if hasattr(layer.mlp, "activation_fn") else layer.mlp.act_fn
+        assert isinstance(activation, type(ACT2FN["silu"]) | torch.nn.SiLU)
+    shapes = _apart({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, config)
     if model.lm_head.weight is model.model.embed_tokens.weight:
         del shapes[HEAD]
     rope = type(model.model.rotary_emb)(config)
@@ -85,6 +87,24 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
         bos=config.bos_token_id if config.bos_token_id in vocabulary else None,
         eos=tuple(token for token in ends if token in vocabulary),
     )
+
+
+def _apart(shapes: dict[str, tuple[int, ...]], config: Any) -> dict[str, tuple[int, ...]]:
+    """Name the parts of tensors that Phi-3 has as one."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    result: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        parts = {name: shape}
+        if ".qkv_proj." in name:
+            parts = {
+                name.replace("qkv", kind): (count * width, shape[1]) for kind, count in zip("qkv", heads, strict=True)
+            }
+        elif ".gate_up_proj." in name:
+            parts = {name.replace("gate_up", kind): (config.intermediate_size, shape[1]) for kind in ("gate", "up")}
+        assert sum(part[0] for part in parts.values()) == shape[0]
+        result |= parts
+    return result
 
 
 def _windows(model: Any) -> tuple[int, ...]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from edgekv.errors import ConfigError
+from edgekv.errors import ConfigError, UsageError
+from edgekv.export.config import decoder_config
 from edgekv.model_config import ARCHITECTURES, read_model_config
 from tests.model_config.oracle import built_by_transformers, read_by_edgekv
 
@@ -145,7 +150,10 @@ NONSENSE: list[Any] = [
 
 
 #: A null that means "left out" here, on which classes of transformers fall over.
-NULL_BREAKS_TRANSFORMERS = [(kind, "head_dim", None) for kind in ("qwen2", "smollm3", "granite")]
+NULL_BREAKS_TRANSFORMERS = [
+    *((kind, "head_dim", None) for kind in ("qwen2", "smollm3", "granite", "phi3")),
+    ("phi3", "partial_rotary_factor", None),
+]
 
 
 def full(kind: str) -> dict[str, Any]:
@@ -213,8 +221,63 @@ def test_a_model_type_that_edgekv_does_not_decode_is_named_with_those_that_it_do
     with pytest.raises(ConfigError) as caught:
         read_model_config(config)
     assert str(caught.value) == (
-        f"config.json: unknown architecture {kind!r}; edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite"
+        f"config.json: unknown architecture {kind!r}; edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite, phi3"
     )
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 8.0],
+    "partial_rotary_factor": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"type": "su", "rope_type": ..., "original_max_position_embeddings": 512},
+        {"factor": 4.0},
+        {"factor": 0.5},
+        {"attention_factor": 1.25},
+        {"partial_rotary_factor": 1.0, "short_factor": [1.0, 2.0, 3.0, 4.5], "long_factor": [5.0] * 4},
+    ],
+)
+@pytest.mark.parametrize("context", [128, 4096])
+def test_longrope_means_what_it_means_to_transformers_below_and_above_the_original_context(
+    changes: dict[str, Any], context: int
+) -> None:
+    rope = {key: value for key, value in {**LONGROPE, **changes}.items() if value is not ...}
+    config = {**full("phi3"), "head_dim": 8, "max_position_embeddings": 4096, "rope_scaling": rope}
+    config["original_max_position_embeddings"] = 512
+    ours = decoder_config(read_model_config(config), context=context).model.rope
+    theirs = CONFIG_MAPPING["phi3"].from_dict(copy.deepcopy(config))
+    module = Phi3RotaryEmbedding(theirs)
+    module(torch.zeros(1), torch.tensor([[context - 1]]))
+    assert ours.inv_freq == tuple(module.inv_freq.tolist())
+    assert ours.attention_scaling == module.attention_scaling
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"short_factor": ...}, {"long_factor": [1.0]}, {"long_factor": [1.0, 0.0]}, {"short_factor": "1, 2"}],
+)
+def test_longrope_without_a_factor_for_every_frequency_is_refused_by_name(changes: dict[str, Any]) -> None:
+    rope = {key: value for key, value in {**LONGROPE, **changes}.items() if value is not ...}
+    with pytest.raises(ConfigError, match=rf"rope_scaling.*{next(iter(changes))}"):
+        read_model_config({**full("phi3"), "head_dim": 8, "rope_scaling": rope})
+
+
+def test_longrope_asks_for_the_context_where_its_factors_depend_on_it() -> None:
+    config = {**full("phi3"), "head_dim": 8, "rope_scaling": LONGROPE, "original_max_position_embeddings": 64}
+    read = read_model_config(config)
+    assert read.max_context == 128
+    with pytest.raises(UsageError, match=r"up to 64 tokens .*choose with --context 64 or --context 128"):
+        decoder_config(read)
+    with pytest.raises(UsageError, match="--context 129 is above what the model was made for, 128"):
+        decoder_config(read, context=129)
+    assert decoder_config(read, context=64).model.max_context == 64
 
 
 def test_yarn_adds_the_positions_that_its_scaling_states() -> None:
