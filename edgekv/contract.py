@@ -67,12 +67,14 @@ def segment_spec(model: ModelSpec, index: int) -> GraphSpec:
     and RoPE of layer ``l``. The last one ends in the logits.
     """
     hidden, heads, kv_heads, dim = model.hidden_size, model.n_q_heads, model.n_kv_heads, model.head_dim
-    half = model.rope.rotary_dim // 2
+    which = 0 if index == model.n_layers else model.rope_of(index)
+    half = model.ropes[which].rotary_dim // 2
+    table = "rope" if model.sliding_rope is None else "the layer's rope"
     residual = TensorSpec("residual", "float32", ("T", hidden), "the residual stream that enters this segment")
     attention = TensorSpec("attention", "float32", ("T", heads, dim), f"what the seam of layer {index - 1} returned")
     rope = (
-        TensorSpec("cos", "float32", ("T", half), "cosine of position times rope.inv_freq, scaled"),
-        TensorSpec("sin", "float32", ("T", half), "sine of position times rope.inv_freq, scaled"),
+        TensorSpec("cos", "float32", ("T", half), f"cosine of position times {table}.inv_freq, scaled"),
+        TensorSpec("sin", "float32", ("T", half), f"sine of position times {table}.inv_freq, scaled"),
     )
     next_residual = TensorSpec(
         "next_residual", "float32", ("T", hidden), "the residual stream that leaves this segment"

@@ -145,11 +145,23 @@ class ModelSpec:
     rope: Annotated[RopeSpec, Meta(description="the rotary position embedding")]
     softmax_scale: Annotated[PositiveFinite, Meta(description="multiplies the scores, usually `head_dim ** -0.5`")]
     windows: Annotated[tuple[Natural, ...], Meta(description="of each layer the tokens that it sees; 0: all of them")]
+    sliding_rope: Annotated[
+        RopeSpec | None, Meta(description="that of layers with a window; null: `rope` is of all layers")
+    ] = None
     tied_embeddings: Annotated[bool, Meta(description="whether embedding and output head are one matrix")] = False
     bos_token_id: Annotated[Natural | None, Meta(description="the token that begins a text")] = None
     eos_token_ids: Annotated[
         tuple[Natural, ...], Meta(description="the tokens that end an answer: any of them, and none is part of it")
     ] = field(default=())
+
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """The rotary embeddings of its layers: one, or that of layers with a window behind it."""
+        return (self.rope,) if self.sliding_rope is None else (self.rope, self.sliding_rope)
+
+    def rope_of(self, layer: int) -> int:
+        """Return which of :attr:`ropes` a layer has."""
+        return int(self.sliding_rope is not None and self.windows[layer] > 0)
 
     def pages(self, page_size: int) -> PageSpec:
         """Return the page geometry for this model."""
@@ -169,7 +181,8 @@ class ModelSpec:
             raise FormatError(f"model.windows has {len(self.windows)} entries for {self.n_layers} layers")
         if self.n_q_heads % self.n_kv_heads:
             raise FormatError(f"model.n_q_heads ({self.n_q_heads}) is no multiple of n_kv_heads ({self.n_kv_heads})")
-        if not 0 < self.rope.rotary_dim <= self.head_dim:
-            raise FormatError(
-                f"model.rope.inv_freq has {len(self.rope.inv_freq)} entries for heads of {self.head_dim} channels"
-            )
+        for name, rope in zip(("rope", "sliding_rope"), self.ropes, strict=False):
+            if not 0 < rope.rotary_dim <= self.head_dim:
+                raise FormatError(
+                    f"model.{name}.inv_freq has {len(rope.inv_freq)} entries for heads of {self.head_dim} channels"
+                )

@@ -21,10 +21,14 @@ from .config import DecoderConfig, read_config
 from .fold import FINAL_NORM as FINAL_NORM
 from .fold import fold_scales
 from .tokenizer import TokenizerFiles, read_tokenizer
-from .weight_files import Stored, locate_tensors
+from .weight_files import Stored, decoder_alone, locate_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+#: The norms of a layer; the last two are those of a layer whose MLP has one on each side.
+_SANDWICH = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)  # fmt: skip
 #: What checkpoints of some model types hold as one tensor, row below row.
 _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -106,7 +110,10 @@ def open_checkpoint(folder: Path, context: int | None = None) -> Checkpoint:
         raise CheckpointError(f"{folder} is not a folder; SOURCE must be a Hugging Face checkpoint folder (or `demo`)")
     config = read_config(folder, context)
     tokenizer = read_tokenizer(folder, config.model.vocab_size)
-    checkpoint = assemble(folder, config, locate_tensors(folder), tokenizer)
+    location = locate_tensors(folder)
+    if config.text_part:
+        location = decoder_alone(location)
+    checkpoint = assemble(folder, config, location, tokenizer)
     _refuse_codes(checkpoint.location)
     return checkpoint
 
@@ -161,7 +168,7 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{name}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (rows,)
-        for name in ("input_layernorm", "post_attention_layernorm"):
+        for name in _SANDWICH if config.sandwich_norms else _SANDWICH[:2]:
             shapes[f"{prefix}{name}.weight"] = (hidden,)
         if config.qk_norm:
             for name in ("q_norm", "k_norm"):

@@ -16,7 +16,8 @@ from .rope import fold_rope
 class DecoderConfig:
     """A decoder's shape. ``rotated[l]`` is False where layer l has no position embedding (SmolLM3).
 
-    The scales are those of :class:`~edgekv.model_config.ModelConfig`; :mod:`edgekv.export.fold` puts them into weights.
+    The scales are those of :class:`~edgekv.model_config.ModelConfig`, and so is what is not said here; :mod:`edgekv.export.fold`
+    puts them into weights.
     """
 
     model: ModelSpec
@@ -25,11 +26,15 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_scale: float = 1.0
+    activation: str = "silu"
+    gains_from_one: bool = False
+    sandwich_norms: bool = False
     qk_norm: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     fused: bool = False
+    text_part: bool = False
 
     @property
     def residual_eps(self) -> float:
@@ -71,6 +76,9 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), conte
         UsageError: the context is above what the model was made for, or must be chosen and was not.
     """
     max_context = _context(config, context)
+    rope, sliding_rope = fold_rope(config.rope, max_context), None
+    if config.sliding_rope is not None:
+        sliding_rope = fold_rope(config.sliding_rope, max_context)
     eos = config.eos_token_ids
     model = ModelSpec(
         architecture=config.architecture,
@@ -82,7 +90,8 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), conte
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         max_context=max_context,
-        rope=fold_rope(config.rope, max_context),
+        rope=rope,
+        sliding_rope=None if sliding_rope == rope else sliding_rope,
         softmax_scale=config.softmax_scale,
         windows=config.windows,
         tied_embeddings=config.tied_embeddings,
@@ -97,11 +106,15 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), conte
         embedding_scale=config.embedding_scale,
         residual_scale=config.residual_scale,
         logits_scale=config.logits_scale,
+        activation=config.activation,
+        gains_from_one=config.gains_from_one,
+        sandwich_norms=config.sandwich_norms,
         qk_norm=config.qk_norm,
         qkv_bias=config.qkv_bias,
         output_bias=config.output_bias,
         mlp_bias=config.mlp_bias,
         fused=config.fused,
+        text_part=config.text_part,
     )
 
 

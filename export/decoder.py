@@ -18,6 +18,10 @@ from .config import DecoderConfig
 Tensor = torch.Tensor
 
 
+#: By :attr:`DecoderConfig.activation`, the operation of :mod:`edgekv.export.ops` that multiplies gate and up projection.
+GATED = {"silu": "swiglu", "gelu_tanh": "geglu"}
+
+
 class Projection(nn.Module):
     """A linear layer: weight [rows, columns], and bias [rows] if it has one."""
 
@@ -66,12 +70,18 @@ class Entry(nn.Module):
 
 
 class Exit(nn.Module):
-    """From the seam to the end of the layer: output projection, norm, SwiGLU. Returns what is still to be added."""
+    """From the seam to the end of the layer: output projection, norm, gated MLP. Returns what is still to be added.
+
+    ``attention_norm`` and ``mlp_norm``, which some model types have, are of what attention and MLP add.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         model = config.model
-        self.eps = config.residual_eps
+        self.eps, self.added_eps = config.residual_eps, config.rms_eps
+        self.gated = GATED[config.activation]
+        self.attention_norm = Norm(model.hidden_size) if config.sandwich_norms else None
+        self.mlp_norm = Norm(model.hidden_size) if config.sandwich_norms else None
         self.o_proj = Projection(model.hidden_size, model.n_q_heads * model.head_dim, bias=config.output_bias)
         self.post_norm = Norm(model.hidden_size)
         self.gate_proj = Projection(model.intermediate_size, model.hidden_size, bias=config.mlp_bias)
@@ -80,8 +90,13 @@ class Exit(nn.Module):
 
     def forward(self, residual: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the MLP adds and the residual it is added to, both [T, hidden]."""
-        x, residual = ops.add_rms_norm(self.o_proj(attention.flatten(1)), residual, self.post_norm.weight, self.eps)
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x))), residual
+        added = self._normed(self.attention_norm, self.o_proj(attention.flatten(1)))
+        x, residual = ops.add_rms_norm(added, residual, self.post_norm.weight, self.eps)
+        gated = getattr(ops, self.gated)(self.gate_proj(x), self.up_proj(x))
+        return self._normed(self.mlp_norm, self.down_proj(gated)), residual
+
+    def _normed(self, norm: Norm | None, added: Tensor) -> Tensor:
+        return added if norm is None else ops.rms_norm(added, norm.weight, self.added_eps)
 
 
 class FirstSegment(nn.Module):
@@ -158,9 +173,15 @@ def build_segment(config: DecoderConfig, index: int) -> nn.Module:
 _EXIT = {
     "exit.o_proj": ("self_attn.o_proj",),
     "exit.post_norm": ("post_attention_layernorm",),
+    "exit.mlp_norm": ("post_feedforward_layernorm",),
     "exit.gate_proj": ("mlp.gate_proj",),
     "exit.up_proj": ("mlp.up_proj",),
     "exit.down_proj": ("mlp.down_proj",),
+}
+#: Where they differ in a layer whose attention and MLP have norms on both sides.
+_SANDWICH = {
+    "exit.attention_norm": ("post_attention_layernorm",),
+    "exit.post_norm": ("pre_feedforward_layernorm",),
 }
 _ENTRY = {
     "norm": ("input_layernorm",),
@@ -173,8 +194,9 @@ _ENTRY = {
 def parameter_sources(checkpoint: Checkpoint, index: int, parameter: str) -> tuple[str, ...]:
     """Return the checkpoint tensors that, stacked by rows, are ``parameter`` of segment ``index``."""
     owner, leaf = parameter.rsplit(".", 1)
-    if owner in _EXIT:
-        return tuple(f"model.layers.{index - 1}.{name}.{leaf}" for name in _EXIT[owner])
+    ends = _EXIT | _SANDWICH if checkpoint.config.sandwich_norms else _EXIT
+    if owner in ends:
+        return tuple(f"model.layers.{index - 1}.{name}.{leaf}" for name in ends[owner])
     if index == checkpoint.config.model.n_layers:
         return (FINAL_NORM,) if owner == "norm" else (checkpoint.head,)
     return tuple(f"model.layers.{index}.{name}.{leaf}" for name in _ENTRY[owner])

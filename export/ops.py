@@ -51,11 +51,16 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def _geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * up
+
+
 _define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear)
 _define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm)
 _define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)", _add_rms_norm)
 _define("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor", _rotary)
 _define("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu)
+_define("geglu(Tensor gate, Tensor up) -> Tensor", _geglu)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -88,6 +93,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return result
 
 
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return gelu(gate) * up, both [T, K]; gelu in its tanh approximation."""
+    result: Tensor = torch.ops.edgekv.geglu(gate, up)
+    return result
+
+
 def _contrib(domain: str, name: str, n_inputs: int, n_outputs: int, **attributes: OpSchema.AttrType) -> Op:
     """Describe an ONNX Runtime operator that the onnx package does not know."""
     optional = OpSchema.FormalParameterOption.Optional
@@ -108,6 +119,7 @@ _norm = _contrib("", "SimplifiedLayerNormalization", 2, 1, axis=_INT, epsilon=_F
 _skip_norm = _contrib("com.microsoft", "SkipSimplifiedLayerNormalization", 3, 4, epsilon=_FLOAT)
 _rotate = _contrib("com.microsoft", "RotaryEmbedding", 4, 1, num_heads=_INT, rotary_embedding_dim=_INT)
 _silu = _contrib("com.microsoft", "QuickGelu", 1, 1, alpha=_FLOAT)
+_gelu_tanh = _contrib("com.microsoft", "FastGelu", 1, 1)
 
 
 def _onnx_linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -135,10 +147,15 @@ def _onnx_swiglu(gate: Any, up: Any) -> Any:
     return op.Mul(_silu(gate, alpha=1.0), up)
 
 
+def _onnx_geglu(gate: Any, up: Any) -> Any:
+    return op.Mul(_gelu_tanh(gate), up)
+
+
 ONNX_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.edgekv.linear.default: _onnx_linear,
     torch.ops.edgekv.rms_norm.default: _onnx_rms_norm,
     torch.ops.edgekv.add_rms_norm.default: _onnx_add_rms_norm,
     torch.ops.edgekv.rotary.default: _onnx_rotary,
     torch.ops.edgekv.swiglu.default: _onnx_swiglu,
+    torch.ops.edgekv.geglu.default: _onnx_geglu,
 }

@@ -5,27 +5,31 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from edgekv.spec import ModelSpec, RopeSpec
+from edgekv.spec import ModelSpec
 
 Tensor = torch.Tensor
 
 
 class Positions(nn.Module):
-    """Maps position_ids [T] -> cos, sin [T, rotary_dim / 2] and one causal mask [T, T] per distinct window."""
+    """Maps position_ids [T] -> cos, sin [T, rotary_dim / 2] per rope and one causal mask [T, T] per distinct window."""
 
-    inv_freq: Tensor
-
-    def __init__(self, rope: RopeSpec, windows: list[int]) -> None:
+    def __init__(self, model: ModelSpec) -> None:
         super().__init__()
-        self.scaling, self.windows = rope.attention_scaling, windows
-        self.register_buffer("inv_freq", torch.tensor(rope.inv_freq, dtype=torch.float32), persistent=False)
+        self.windows = distinct_windows(model)
+        self.scalings = [rope.attention_scaling for rope in model.ropes]
+        for number, rope in enumerate(model.ropes):
+            frequencies = torch.tensor(rope.inv_freq, dtype=torch.float32)
+            self.register_buffer(f"inv_freq_{number}", frequencies, persistent=False)
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, ...]:
-        """Return cos, sin, and the masks in the order of ``windows``."""
-        angles = position_ids.to(torch.float32)[:, None] * self.inv_freq
+        """Return cos and sin in the order of ``ropes``, and the masks in the order of ``windows``."""
+        turned: list[Tensor] = []
+        for number, scaling in enumerate(self.scalings):
+            angles = position_ids.to(torch.float32)[:, None] * self.get_buffer(f"inv_freq_{number}")
+            turned += [angles.cos() * scaling, angles.sin() * scaling]
         distance = position_ids[:, None] - position_ids[None, :]
         masks = [distance >= 0 if not w else (distance >= 0) & (distance < w) for w in self.windows]
-        return angles.cos() * self.scaling, angles.sin() * self.scaling, *masks
+        return (*turned, *masks)
 
 
 def distinct_windows(model: ModelSpec) -> list[int]:

@@ -99,8 +99,10 @@ class Compensator:
         embedding = checkpoint.tensor(EMBEDDING)
         self._streams = [_Stream(embedding[ids[i * length : (i + 1) * length]]) for i in range(count)]
         positions = torch.arange(length)
-        angles = positions[:, None].float() * torch.tensor(model.rope.inv_freq)
-        self._cos, self._sin = (part * model.rope.attention_scaling for part in (angles.cos(), angles.sin()))
+        self._turned = []
+        for rope in model.ropes:
+            angles = positions[:, None].float() * torch.tensor(rope.inv_freq)
+            self._turned.append([part * rope.attention_scaling for part in (angles.cos(), angles.sin())])
         self._distance = positions[:, None] - positions[None, :]
         self._segment = 0
         self._codes: dict[str, Codes] = {}
@@ -143,8 +145,9 @@ class Compensator:
         inputs = [stream.residual]
         if stream.attention is not None:
             inputs.append(stream.attention)
-        if self._segment < self._checkpoint.config.model.n_layers:
-            inputs += [self._cos, self._sin]
+        model = self._checkpoint.config.model
+        if self._segment < model.n_layers:
+            inputs += self._turned[model.rope_of(self._segment)]
         outputs = segment(*inputs)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 

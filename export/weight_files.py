@@ -20,6 +20,9 @@ from edgekv.model_config import read_json_object
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+#: Prefixes of the decoder's tensors in a model that reads images, too, with those of a decoder alone; and of that model's others.
+_DECODER = (("language_model.", ""), ("model.language_model.", "model."))
+_IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -56,6 +59,15 @@ def locate_tensors(folder: Path) -> dict[str, Stored]:
         # Saved from the decoder without its head, which transformers loads alike.
         return {name if name.startswith("lm_head.") else f"model.{name}": place for name, place in stored.items()}
     return stored
+
+
+def decoder_alone(location: dict[str, Stored]) -> dict[str, Stored]:
+    """Return the tensors of the decoder in a model that reads images, too, under the names that it has alone."""
+    return {
+        next((new + name.removeprefix(old) for old, new in _DECODER if name.startswith(old)), name): stored
+        for name, stored in location.items()
+        if not name.startswith(_IMAGES)
+    }
 
 
 def _weight_files(folder: Path) -> list[Path]:

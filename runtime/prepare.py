@@ -190,7 +190,7 @@ def prepare_cache(
                 attend=attend,
                 machine=machine,
             )
-            forward = SplitForward(dense.engine, dense.embedding, Rope(model.rope), cache, attender, machine.meter)
+            forward = SplitForward(dense.engine, dense.embedding, Rope(model.ropes), cache, attender, machine.meter)
         else:
             forward = InlineForward(dense, model, cache, manifest.io, machine.meter)
         governor = Governor(cache.manager, plan, context, options, machine, attender)

@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -29,6 +32,7 @@ FAMILIES = {
     "smollm3": SmolLM3Config,
     "granite": GraniteConfig,
     "phi3": Phi3Config,
+    "gemma3_text": Gemma3TextConfig,
 }
 TEXT = (
     "An operating system runs programs larger than memory: it gives them pages, a page table, a resident set,"
@@ -66,13 +70,49 @@ def make_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, std: 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.copy_(torch.empty_like(parameter).uniform_(0.5, 1.5))
+                # Gemma stores what is added to 1.
+                parameter.copy_(torch.empty_like(parameter).uniform_(0.5, 1.5) - float(family.startswith("gemma")))
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.5)
     model.save_pretrained(folder)
     make_tokenizer(settings["vocab_size"]).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}), encoding="utf-8")
     return folder
+
+
+def make_image_reader(folder: Path, prefix: str) -> PreTrainedModel:
+    """Write a random Gemma 3 that reads images, its decoder's tensors under ``prefix``; returns it."""
+    text = {
+        "vocab_size": 384,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "sliding_window": 12,
+        "sliding_window_pattern": 3,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 56,
+    }
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, eos_token_id=[1, 257], image_token_index=380)
+    model = Gemma3ForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    folder.mkdir()
+    config.save_pretrained(folder)
+    tensors = {
+        name.replace("model.language_model.", prefix): tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    make_tokenizer(384).save(str(folder / "tokenizer.json"))
+    return model
 
 
 def make_outlier_checkpoint(folder: Path, *, factor: float = 30.0) -> Path:

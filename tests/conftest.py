@@ -109,7 +109,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "granite",
         {
             "hidden_size": 96,
-            "tie_word_embeddings": True,
             "attention_bias": True,
             "mlp_bias": True,
             "embedding_multiplier": 12.0,
@@ -130,6 +129,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                 "partial_rotary_factor": 0.75,
                 "short_factor": [1.0 + 0.1 * i for i in range(12)],
                 "long_factor": [2.0 + i for i in range(12)],
+            },
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "tie_word_embeddings": False,  # tied, so small a model says one token again and again
+            "query_pre_attn_scalar": 48,
+            "sliding_window": 24,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             },
         },
     ),

@@ -227,7 +227,7 @@ def test_a_checkpoint_that_cannot_be_exported_leaves_nothing_behind(tmp_path: Pa
 
 
 def test_what_export_refuses_is_neither_planned_nor_emulated(tmp_path: Path) -> None:
-    kind = "gemma3"
+    kind = "gemma2"
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": kind, "text_config": {"model_type": f"{kind}_text"}}))
     options = ("--profile", "raspberry-pi-5-8gb", "--context", "4096")
@@ -242,6 +242,6 @@ def test_what_export_refuses_is_neither_planned_nor_emulated(tmp_path: Path) -> 
             result,
             2,
             f"unknown architecture '{kind}'",
-            "edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite, phi3",
+            "edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite, phi3, gemma3_text, gemma3",
         )
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from edgekv import settings
+from edgekv.model_config import TEXT_PARTS
 from edgekv.sizes import format_bytes
 
 from .options import argument, option
@@ -151,6 +152,9 @@ def export_command(
         soft_wrap=True,
         highlight=False,
     )
+    if model.architecture in TEXT_PARTS:
+        line = f"{model.architecture}: text alone; what reads images is not in the bundle"
+        console.print(line, soft_wrap=True, highlight=False)
     if engine is None:
         reason = default_engine(form, manifest.weights).reason
         console.print(escape(f"{manifest.engine}: {reason} (--engine decides)"), soft_wrap=True, highlight=False)

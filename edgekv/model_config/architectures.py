@@ -14,8 +14,9 @@ from typing import Literal
 from edgekv.model_config.rope import ROPE_TYPES
 
 #: Which layers have a sliding window. ``none``: no layer. ``every``: all of them. ``late``: where ``use_sliding_window`` is
-#: set, those from ``max_window_layers`` on. ``unrotated``: likewise, those without RoPE. ``layer_types`` overrides the last two.
-Windows = Literal["none", "every", "late", "unrotated"]
+#: set, those from ``max_window_layers`` on. ``unrotated``: likewise, those without RoPE. ``pattern``: all but every
+#: ``sliding_window_pattern``-th. ``layer_types`` overrides the last three.
+Windows = Literal["none", "every", "late", "unrotated", "pattern"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Architecture:
     ``qkv_bias``: queries, keys and values have biases without a key that says so. ``heads_divide_width``: the type insists that
     ``hidden_size`` is a multiple of ``num_attention_heads``. ``partial_rotary``: it heeds ``partial_rotary_factor``.
     ``rope_types``: those that it takes. ``fused``: its checkpoints hold queries, keys and values as one tensor, gate and up as
-    another.
+    another. ``sliding_rope``: layers with a window have a rope of their own. ``scaled_embedding``: embedding rows are multiplied
+    by the root of ``hidden_size``. ``gains_from_one``: what is stored of a norm's gain is added to 1. ``sandwich_norms``: what
+    attention and MLP add goes through a norm, too.
     """
 
     defaults: Mapping[str, object]
@@ -39,6 +42,10 @@ class Architecture:
     partial_rotary: bool = False
     rope_types: tuple[str, ...] = ROPE_TYPES
     fused: bool = False
+    sliding_rope: bool = False
+    scaled_embedding: bool = False
+    gains_from_one: bool = False
+    sandwich_norms: bool = False
 
 
 #: What all of them read. ``head_dim`` follows from the width, ``num_key_value_heads`` from the query heads.
@@ -62,6 +69,7 @@ _COMMON: dict[str, object] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_NOT_OF_GEMMA = ("hidden_act", "original_max_position_embeddings")
 _QWEN: dict[str, object] = {
     **_COMMON,
     "vocab_size": 151936,
@@ -155,4 +163,42 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         rope_types=("default", "longrope"),
         fused=True,
     ),
+    "gemma3_text": Architecture(
+        {
+            **{key: value for key, value in _COMMON.items() if key not in _NOT_OF_GEMMA},
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "layer_types": None,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "use_bidirectional_attention": False,
+        },
+        nullable=frozenset(),
+        windows="pattern",
+        heads_divide_width=True,
+        qk_norm=True,
+        rope_types=("default", "linear"),
+        sliding_rope=True,
+        scaled_embedding=True,
+        gains_from_one=True,
+        sandwich_norms=True,
+    ),
 }
+#: Models of which edgekv exports the part that writes text, with that part's type.
+TEXT_PARTS: Mapping[str, str] = {"gemma3": "gemma3_text"}

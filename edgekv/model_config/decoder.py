@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgekv.errors import ConfigError
-from edgekv.model_config.architectures import ARCHITECTURES, Architecture
-from edgekv.model_config.rope import RopeSettings, read_rope
+from edgekv.model_config.architectures import ARCHITECTURES, TEXT_PARTS, Architecture
+from edgekv.model_config.rope import RopeSettings, read_rope, read_rope_by_layer_type
 from edgekv.model_config.values import MAX_COUNT, MAX_LAYERS, Values
 from edgekv.schema import shown
 from edgekv.spec import MAX_HEAD_DIM
 
+#: Activations of a gated MLP by their names in transformers.
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 #: Scalars that multiply what a model computes: none has one below, or above one over it. Folded, they stay far from the ends of
 #: float32.
@@ -26,6 +28,9 @@ class ModelConfig:
     """What a configuration says of a decoder. ``windows[l]`` is 0 for full attention in layer l; ``rotated[l]`` False: no RoPE.
 
     ``max_context``: positions, those that YaRN adds included. ``bos_token_id`` is None where it lies outside the vocabulary.
+    ``text_part``: the checkpoint is of a model that does more than write text, this is its decoder. ``rope`` is of all layers, or
+    of those without a window where ``sliding_rope`` is set. ``activation``: ``silu``, or ``gelu_tanh``, its tanh approximation.
+    ``gains_from_one`` and ``sandwich_norms`` are those of the architecture.
     ``softmax_scale`` multiplies the scores, ``embedding_scale`` the rows of the embedding, ``residual_scale`` what attention and
     MLP add to the residual stream, ``logits_scale`` the logits.
     """
@@ -41,17 +46,22 @@ class ModelConfig:
     max_context: int
     rms_eps: float
     rope: RopeSettings
+    sliding_rope: RopeSettings | None
     softmax_scale: float
     embedding_scale: float
     residual_scale: float
     logits_scale: float
     windows: tuple[int, ...]
     rotated: tuple[bool, ...]
+    activation: str
     qk_norm: bool
+    gains_from_one: bool
+    sandwich_norms: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
     fused: bool
+    text_part: bool
     tied_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -67,15 +77,18 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
     Raises:
         ConfigError: a model type or a setting that edgekv does not decode, or a value that makes no sense.
     """
-    everything = Values(config, source)
-    kind = everything.get("model_type")
-    page = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
-    if not isinstance(kind, str) or page is None:
-        raise ConfigError(f"{source}: unknown architecture {shown(kind)}; edgekv exports {', '.join(ARCHITECTURES)}")
-    _refuse_what_is_not_decoded(everything)
-    values = Values(config, source, page.defaults)
-    if values.get("hidden_act") not in ("silu", "swish"):
-        raise values.refusal("hidden_act", "this activation is not supported, edgekv exports silu decoders")
+    outer = Values(config, source)
+    kind = outer.get("model_type")
+    known = [*ARCHITECTURES, *TEXT_PARTS]
+    if not isinstance(kind, str) or kind not in known:
+        raise ConfigError(f"{source}: unknown architecture {shown(kind)}; edgekv exports {', '.join(known)}")
+    _refuse_what_is_not_decoded(outer)
+    page = ARCHITECTURES[TEXT_PARTS.get(kind, kind)]
+    everything = _text_part(outer, TEXT_PARTS[kind]) if kind in TEXT_PARTS else outer
+    source = everything.source
+    values = Values(everything.config, source, page.defaults)
+    activation = _activation(values, "hidden_act" if "hidden_act" in page.defaults else "hidden_activation")
+    _refuse_what_changes_scores(values)
     n_layers = values.count("num_hidden_layers", most=MAX_LAYERS)
     hidden, n_heads = values.count("hidden_size"), values.count("num_attention_heads")
     if page.heads_divide_width and hidden % n_heads:
@@ -90,9 +103,13 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         )
     rotated = _rotated(values, page, n_layers)
     vocab_size, max_context = values.count("vocab_size"), values.count("max_position_embeddings")
-    if page.defaults["original_max_position_embeddings"] is not None:  # a number even where no rope type reads it
+    if page.defaults.get("original_max_position_embeddings") is not None:  # a number even where no rope type reads it
         _optional_count(values, page, "original_max_position_embeddings")
-    rope = read_rope(values, head_dim, max_context, partial=page.partial_rotary, types=page.rope_types)
+    sliding_rope = None
+    if page.sliding_rope:
+        rope, sliding_rope = read_rope_by_layer_type(values, head_dim, max_context, page.rope_types)
+    else:
+        rope = read_rope(values, head_dim, max_context, partial=page.partial_rotary, types=page.rope_types)
     if rope.kind == "yarn":  # many configurations state the length before the scaling
         max_context = max(max_context, min(int(rope.original_context * rope.factor), MAX_COUNT))
     bos = None if values.get("bos_token_id") is None else values.whole("bos_token_id")
@@ -109,21 +126,62 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         max_context=max_context,
         rms_eps=values.number("rms_norm_eps", above=0),
         rope=rope,
-        softmax_scale=_scale(values, page, "attention_multiplier", head_dim**-0.5),
-        embedding_scale=_scale(values, page, "embedding_multiplier"),
+        sliding_rope=sliding_rope,
+        softmax_scale=_softmax_scale(values, page, head_dim),
+        embedding_scale=hidden**0.5 if page.scaled_embedding else _scale(values, page, "embedding_multiplier"),
         residual_scale=_scale(values, page, "residual_multiplier"),
         logits_scale=1 / _scale(values, page, "logits_scaling"),
         windows=_windows(values, everything, page, rotated),
         rotated=rotated,
+        activation=activation,
         qk_norm=page.qk_norm,
+        gains_from_one=page.gains_from_one,
+        sandwich_norms=page.sandwich_norms,
         qkv_bias=page.qkv_bias or attention_bias,
         output_bias=attention_bias,
         mlp_bias=values.flag("mlp_bias"),
         fused=page.fused,
+        text_part=kind in TEXT_PARTS,
         tied_embeddings=values.flag("tie_word_embeddings"),
         bos_token_id=bos if bos is not None and 0 <= bos < vocab_size else None,
-        eos_token_ids=values.token_ids("eos_token_id"),
+        eos_token_ids=(outer if outer.states("eos_token_id") else values).token_ids("eos_token_id"),
     )
+
+
+def _text_part(outer: Values, kind: str) -> Values:
+    """Return the settings of the decoder in a model that does more than write text."""
+    part = outer.part("text_config")
+    if part is None:
+        raise ConfigError(f"{outer.source} lacks text_config; a model of this type has its decoder there")
+    if part.states("model_type") and part.get("model_type") != kind:
+        raise part.refusal("model_type", f"edgekv knows {kind} here")
+    _refuse_what_is_not_decoded(part)
+    tied, otherwise = "tie_word_embeddings", ARCHITECTURES[kind].defaults["tie_word_embeddings"]
+    inner = part.get(tied) if part.states(tied) else otherwise
+    if (outer.get(tied) if outer.states(tied) else otherwise) != inner:
+        raise outer.refusal(tied, f"text_config says {shown(inner)}")
+    return part
+
+
+def _activation(values: Values, key: str) -> str:
+    name = values.get(key)
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise values.refusal(key, f"this activation is not supported, edgekv exports {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def _refuse_what_changes_scores(values: Values) -> None:
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if values.get(key) is not None:
+            raise values.refusal(key, "edgekv exports decoders without a cap on scores or logits")
+    if values.get("use_bidirectional_attention") is not None and values.flag("use_bidirectional_attention"):
+        raise values.refusal("use_bidirectional_attention", "edgekv exports decoders that see no later tokens")
+
+
+def _softmax_scale(values: Values, page: Architecture, head_dim: int) -> float:
+    if "query_pre_attn_scalar" in page.defaults:
+        return float(values.count("query_pre_attn_scalar") ** -0.5)
+    return _scale(values, page, "attention_multiplier", head_dim**-0.5)
 
 
 def _refuse_what_is_not_decoded(everything: Values) -> None:
@@ -174,13 +232,18 @@ def _rotated(values: Values, page: Architecture, n_layers: int) -> tuple[bool, .
 
 
 def _windows(values: Values, everything: Values, page: Architecture, rotated: Sequence[bool]) -> tuple[int, ...]:
-    by_switch = page.windows in ("late", "unrotated")
+    by_switch, by_type = page.windows in ("late", "unrotated"), page.windows not in ("none", "every")
     size = 0
-    if page.windows == "every" or (by_switch and values.flag("use_sliding_window")):
+    if page.windows in ("every", "pattern") or (by_switch and values.flag("use_sliding_window")):
         size = _optional_count(values, page, "sliding_window") or 0
     if page.windows == "late":
         first = values.whole("max_window_layers")
         windows = tuple(size if layer >= first else 0 for layer in range(len(rotated)))
+    elif page.windows == "pattern":
+        every = values.whole("sliding_window_pattern")
+        if every == 0:
+            raise values.refusal("sliding_window_pattern", "it must not be 0")
+        windows = tuple(size if (layer + 1) % every else 0 for layer in range(len(rotated)))
     elif page.windows == "unrotated":
         windows = tuple(0 if turned else size for turned in rotated)
     else:
@@ -196,6 +259,6 @@ def _windows(values: Values, everything: Values, page: Architecture, rotated: Se
     stated = tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
     if not size and "sliding_attention" in kinds:
         raise everything.refusal("layer_types", "without a sliding_window that is in use, no layer can slide")
-    if not by_switch and stated != windows:
+    if not by_type and stated != windows:
         raise everything.refusal("layer_types", "all layers of this model type have the same window")
     return stated

@@ -56,8 +56,49 @@ def read_rope(
         ConfigError: a rope type or a setting that edgekv does not decode, or one that is missing.
     """
     settings = values.part("rope_scaling" if values.get("rope_scaling") else "rope_parameters")
-    if settings is None:
-        settings = Values({}, f"{values.source}: rope_parameters")
+    return _read(_or_none(settings, values), values, head_dim, max_context, "rope_theta", partial, types)
+
+
+def read_rope_by_layer_type(
+    values: Values, head_dim: int, max_context: int, types: Sequence[str]
+) -> tuple[RopeSettings, RopeSettings]:
+    """Read the rotary settings of layers that see all tokens, and of those with a window.
+
+    ``rope_parameters`` holds settings per layer type. Without it ``rope_scaling`` and ``rope_theta`` are of the former,
+    ``rope_local_base_freq`` of the latter.
+
+    Raises:
+        ConfigError: a rope type or a setting that edgekv does not decode, or one that is missing.
+    """
+    by_type, scaling = _or_none(values.part("rope_parameters"), values), values.part("rope_scaling")
+    stray = next((name for name in by_type.names() if name not in ("full_attention", "sliding_attention")), None)
+    if stray is not None:
+        raise ConfigError(f"{by_type.source} has {shown(stray)}; this model type has rope settings per layer type")
+    if scaling is not None and values.get("rope_parameters") is not None:
+        raise values.refusal("rope_scaling", "rope_parameters holds settings, too; keep those that are meant")
+    if scaling is not None and scaling.states("type") and not scaling.states("rope_type"):
+        raise scaling.refusal("type", "transformers reads rope_type here")
+    whole = _or_none(by_type.part("full_attention") if scaling is None else scaling, values)
+    sliding = _or_none(by_type.part("sliding_attention"), values)
+    return (
+        _read(whole, values, head_dim, max_context, "rope_theta", False, types),
+        _read(sliding, values, head_dim, max_context, "rope_local_base_freq", False, types),
+    )
+
+
+def _or_none(settings: Values | None, values: Values) -> Values:
+    return Values({}, f"{values.source}: rope_parameters") if settings is None else settings
+
+
+def _read(
+    settings: Values,
+    values: Values,
+    head_dim: int,
+    max_context: int,
+    theta_key: str,
+    partial: bool,
+    types: Sequence[str],
+) -> RopeSettings:
     stray = next((key for key in settings.names() if key not in _KEYS), None)
     if stray is not None:
         why = "edgekv does not know this setting"
@@ -74,10 +115,11 @@ def read_rope(
     for key in _NEEDED[kind]:
         if not settings.states(key):
             raise ConfigError(f"{settings.source}: rope type {kind!r} needs {key!r} and it is missing")
-    where = settings if settings.states("rope_theta") else values
-    theta = where.number("rope_theta", above=0)
+    own_theta = settings.states("rope_theta")
+    where, theta_key = (settings, "rope_theta") if own_theta else (values, theta_key)
+    theta = where.number(theta_key, above=0)
     if kind == "yarn" and theta == 1:
-        raise where.refusal("rope_theta", "yarn needs another base than 1")
+        raise where.refusal(theta_key, "yarn needs another base than 1")
     dim = _rotated_channels(settings, values, head_dim, partial=partial, whole=kind == "default")
     if kind == "default":
         return RopeSettings(kind, theta, dim)

@@ -46,10 +46,13 @@ Model::Model(const std::string& bundle) : manifest(Json::read(bundle + "/manifes
 
 std::string Model::compatibility_key() const {
   const Json& model = manifest.at("model");
-  const Json& rope = model.at("rope");
   std::vector<double> angles, attention;
-  for (const Json& x : rope.at("inv_freq").items) angles.push_back(x.number());
-  angles.push_back(rope.get("attention_scaling").is_null() ? 1.0 : rope.at("attention_scaling").number());
+  for (const char* name : {"rope", "sliding_rope"}) {
+    const Json& rope = model.get(name);
+    if (rope.is_null()) continue;
+    for (const Json& x : rope.at("inv_freq").items) angles.push_back(x.number());
+    angles.push_back(rope.get("attention_scaling").is_null() ? 1.0 : rope.at("attention_scaling").number());
+  }
   for (int64_t window : windows) attention.push_back(static_cast<double>(window));
   attention.push_back(model.at("softmax_scale").number());
   std::string geometry = model.at("n_layers").text + " layers, " + model.at("n_q_heads").text + "/" +

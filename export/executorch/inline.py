@@ -93,17 +93,20 @@ class InlineDecoder(nn.Module):
         model = checkpoint.config.model
         self.n_layers, self.windows = model.n_layers, model.windows
         self.order = distinct_windows(model)
-        self.positions = Positions(model.rope, self.order)
+        self.ropes = [model.rope_of(layer) for layer in range(model.n_layers)]
+        self.positions = Positions(model)
         self.seams = nn.ModuleList(seam(model, window) for window in self.order)
         self.embedding, self.segments = embedding, segments
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run a step."""
         input_ids, position_ids, logits_rows, *cached = inputs
-        cos, sin, *masks = self.positions(position_ids)
+        computed = self.positions(position_ids)
+        split = len(computed) - len(self.order)
+        turned, masks = [computed[i : i + 2] for i in range(0, split, 2)], computed[split:]
         residual = self.embedding(input_ids)
         outputs: list[Tensor] = []
-        q, k, v = self.segments[0](residual, cos, sin)
+        q, k, v = self.segments[0](residual, *turned[self.ropes[0]])
         width = len(INLINE_CACHE)
         for layer in range(self.n_layers):
             kind = self.order.index(self.windows[layer])
@@ -111,7 +114,8 @@ class InlineDecoder(nn.Module):
             attention, mass = self.seams[kind](q, k, v, cache, position_ids, masks[kind])
             outputs += [k, v, mass]
             if layer + 1 < self.n_layers:
-                residual, q, k, v = self.segments[layer + 1](residual, attention, cos, sin)
+                own = turned[self.ropes[layer + 1]]
+                residual, q, k, v = self.segments[layer + 1](residual, attention, *own)
         # Of the last layer only what the wanted logits need.
         wanted = (torch.index_select(values, 0, logits_rows) for values in (residual, attention))
         return (self.segments[self.n_layers](*wanted), *outputs)

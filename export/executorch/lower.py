@@ -7,6 +7,7 @@ layer. So a decoder of any depth costs the tracing and lowering of three segment
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
@@ -188,7 +189,14 @@ def _whole_delegates() -> Iterator[None]:
     def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
 
-    with mock.patch.multiple(ops, rms_norm=rms_norm, add_rms_norm=add_rms_norm, rotary=rotary, swiglu=swiglu):
+    def geglu(gate: Tensor, up: Tensor) -> Tensor:
+        # gelu by tanh is a sigmoid: x (1 + tanh(u)) / 2 = x sigmoid(2 u), with u = sqrt(2 / pi) (x + 0.044715 x ** 3).
+        twice = math.sqrt(8 / math.pi)
+        return gate * torch.sigmoid(gate * (gate * gate * (0.044715 * twice) + twice)) * up
+
+    with mock.patch.multiple(
+        ops, rms_norm=rms_norm, add_rms_norm=add_rms_norm, rotary=rotary, swiglu=swiglu, geglu=geglu
+    ):
         yield
 
 

@@ -55,6 +55,7 @@ _define("linear_int4", "Tensor x, Tensor codes, Tensor scales, Tensor? bias", ("
 _define("rms_norm", "Tensor x, Tensor weight, float eps", ("out",), ops._rms_norm)
 _define("add_rms_norm", "Tensor x, Tensor residual, Tensor weight, float eps", ("out", "total"), ops._add_rms_norm)
 _define("swiglu", "Tensor gate, Tensor up", ("out",), ops._swiglu)
+_define("geglu", "Tensor gate, Tensor up", ("out",), ops._geglu)
 _define("rotary", "Tensor x, Tensor cos, Tensor sin", ("out",), ops._rotary)
 
 
@@ -83,5 +84,6 @@ def device_operations() -> Iterator[None]:
         add_rms_norm=device.add_rms_norm,
         rotary=device.rotary,
         swiglu=device.swiglu,
+        geglu=device.geglu,
     ):
         yield

@@ -106,6 +106,8 @@ def _write_inline(
             "k": f"new_keys.{index}",
             "v": f"new_values.{index}",
         }
+        if index < model.n_layers:
+            names |= {name: f"{name}_{model.rope_of(index)}" for name in ("cos", "sin")}
         if index == model.n_layers:  # of the last layer only what the wanted logits need
             for name in ("residual", "attention"):
                 builder.gather(names[name], "logits_rows", f"{name}_rows", "/model/logits_rows")

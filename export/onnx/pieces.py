@@ -24,7 +24,7 @@ from edgekv.spec import ModelSpec, RopeSpec
 from ..config import DecoderConfig
 from ..decoder import build_segment, segment_kind
 from ..ops import ONNX_TRANSLATIONS
-from ..positions import Positions, distinct_windows
+from ..positions import Positions
 
 #: Opset 21 is the newest whose every operator runs in ONNX Runtime 1.20 and later, on desktop and mobile builds.
 OPSET = 21
@@ -61,6 +61,7 @@ def _structure(config: DecoderConfig, *, rotated: bool) -> DecoderConfig:
         architecture="",
         n_layers=2,
         rope=RopeSpec((0.0,) * len(config.model.rope.inv_freq)),
+        sliding_rope=None,
         windows=(),
         max_context=0,
         tied_embeddings=False,
@@ -87,8 +88,9 @@ def _export_segment(config: DecoderConfig, index: int) -> Piece:
 
 def export_positions(model: ModelSpec) -> Piece:
     """Export what the inline form derives from position_ids: cosines, sines and causal masks."""
-    module = Positions(model.rope, distinct_windows(model))
-    names = ["cos", "sin", *(f"causal_{window}" for window in module.windows)]
+    module = Positions(model)
+    turned = [f"{name}_{number}" for number in range(len(model.ropes)) for name in ("cos", "sin")]
+    names = [*turned, *(f"causal_{window}" for window in module.windows)]
     return _export(module, [torch.zeros(_T, dtype=torch.int64)], [{0: "T"}], names)
 
 

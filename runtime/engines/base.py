@@ -17,13 +17,13 @@ class StepBuffers:
     """The tensors between the segments for a step of T tokens, written in place by engine and seam in turn.
 
     ``residual``: two buffers [T, hidden_size]; segment ``l`` reads ``residual[(l - 1) % 2]`` and writes
-    ``residual[l % 2]``. ``cos``, ``sin``: [T, rotary_dim / 2]. ``q``, ``attention``: [T, n_q_heads, head_dim].
-    ``k``, ``v``: [T, n_kv_heads, head_dim].
+    ``residual[l % 2]``. ``cos``, ``sin``: [T, rotary_dim / 2] of each rope of the model. ``q``, ``attention``:
+    [T, n_q_heads, head_dim]. ``k``, ``v``: [T, n_kv_heads, head_dim].
     """
 
     residual: tuple[Float, Float]
-    cos: Float
-    sin: Float
+    cos: tuple[Float, ...]
+    sin: tuple[Float, ...]
     q: Float
     k: Float
     v: Float

@@ -138,6 +138,7 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* residual, const float* weight, float eps, int n, float* y,
                      float* total);
     void (*swiglu)(const float* gate, const float* up, float* y, size_t n);
+    void (*geglu)(const float* gate, const float* up, float* y, size_t n);
     void (*rotary)(const float* x, const float* cos, const float* sin, int heads, int dim, int half, float* y);
 };
 

@@ -188,7 +188,7 @@ class Engine:
             return self._noise.standard_normal((n_tokens, heads, run.head_dim), np.float32)
 
         q, k, v = noise(run.n_kv_heads * run.group), noise(run.n_kv_heads), noise(run.n_kv_heads)
-        return StepBuffers((flat, flat), flat, flat, q, k, v, np.empty_like(q))
+        return StepBuffers((flat, flat), (flat,), (flat,), q, k, v, np.empty_like(q))
 
     def run(self, index: int, buffers: StepBuffers) -> None:
         self._preference.layer = index

@@ -61,14 +61,13 @@ class SplitDriver:
         """Feed tokens; returns logits [T, vocab]."""
         model, ids = self.model, np.array(tokens, np.int64)
         positions = np.arange(self.length, self.length + ids.size)
-        cos, sin = rope_tables(model.rope, positions)
+        tables = [rope_tables(rope, positions) for rope in model.ropes]
         assert self.manifest.embedding is not None
         feed: dict[str, Any] = {
             "residual": embedding_rows(self.folder, self.manifest.embedding, model.vocab_size, model.hidden_size, ids),
-            "cos": cos,
-            "sin": sin,
         }
         for layer in range(model.n_layers):
+            feed["cos"], feed["sin"] = tables[model.rope_of(layer)]
             wanted = [i.name for i in self.segments[layer].get_inputs()]
             names = [o.name for o in self.segments[layer].get_outputs()]
             got = dict(zip(names, self.segments[layer].run(names, {n: feed[n] for n in wanted}), strict=True))

@@ -51,6 +51,7 @@ def eager(checkpoint: Checkpoint, index: int, weights: str, operators: str) -> t
         pytest.param("fp32", "xnnpack", "qwen3-qk-norm", 1, marks=pytest.mark.slow),
         ("int4", "edgekv", "qwen3-qk-norm", 1),
         ("int4", "edgekv", "qwen2-bias", 40),
+        ("int4", "edgekv", "gemma3", 3),
     ],
 )
 def test_every_segment_computes_what_its_eager_reference_does(

@@ -57,7 +57,7 @@ class Reference:
         positions: NDArray[np.int64] = feeds["position_ids"]
         results: Feeds = {}
         cos, sin = (np.empty((len(positions), self.model.rope.rotary_dim // 2), np.float32) for _ in range(2))
-        Rope(self.model.rope).fill(positions, cos, sin)
+        Rope((self.model.rope,)).fill(positions, (cos,), (sin,))
         residual = self.table[feeds["input_ids"]]
         given: tuple[torch.Tensor, ...] = (residual, torch.from_numpy(cos), torch.from_numpy(sin))
         for layer, window in enumerate(self.model.windows):

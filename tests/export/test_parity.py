@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from edgekv.errors import UsageError
 from edgekv.export import export_model
 from edgekv.model_config import ARCHITECTURES
-from tests.checkpoints import load_reference, make_checkpoint
+from tests.checkpoints import load_reference, make_checkpoint, make_image_reader
 from tests.conftest import VARIANTS
 from tests.export.driver import Float, InlineDriver, SplitDriver
 
@@ -28,6 +28,10 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3-unrotated-layer": ("smollm3", {"num_hidden_layers": 4}),
     "yarn-rope": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
                                                 "original_max_position_embeddings": 256}}),
+    "granite-tied": ("granite", {"tie_word_embeddings": True, "embedding_multiplier": 12.0, "residual_multiplier": 0.3}),
+    "gemma3-tied": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 20,
+                                    "layer_types": ["full_attention"] + ["sliding_attention"] * 2}),
+    "gemma3-bias": ("gemma3_text", {"attention_bias": True, "sliding_window_pattern": 2, "tie_word_embeddings": False}),
     "one-layer": ("llama", {"num_hidden_layers": 1}),
 }  # fmt: skip
 
@@ -79,6 +83,17 @@ def test_further_variants_give_the_logits_of_transformers(
     driver, tokens = SplitDriver(bundle(source)), prompt(60)
     rows = np.concatenate([driver.step(tokens[:31]), driver.step(tokens[31:59]), driver.step(tokens[59:])])
     assert np.abs(rows - logits_of(load_reference(source), tokens)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_of_a_model_that_reads_images_the_part_that_writes_text_is_exported(prefix: str, tmp_path: Path) -> None:
+    source, tokens = tmp_path / "source", prompt(40)
+    model = make_image_reader(source, prefix)
+    export_model(source, tmp_path / "out", engine="onnx", weights="fp32")
+    driver = SplitDriver(tmp_path / "out")
+    assert driver.model.architecture == "gemma3"
+    rows = np.concatenate([driver.step(tokens[:25]), driver.step(tokens[25:])])
+    assert np.abs(rows - logits_of(model, tokens)).max() <= TOLERANCE
 
 
 def test_longrope_takes_the_factors_of_the_context_that_is_exported(

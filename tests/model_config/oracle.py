@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.activations import ACT2FN
 
 from edgekv.export.checkpoint import HEAD, expected_shapes
 from edgekv.export.config import decoder_config
@@ -18,13 +18,16 @@ from edgekv.model_config import read_model_config
 
 @dataclass
 class Meaning:
-    """Everything that shapes a decoder. ``shapes`` names the tensors that are not tied to another one."""
+    """Everything that shapes a decoder. ``shapes`` names the tensors that are not tied to another one.
+
+    ``ropes``: of each layer its frequencies and what multiplies cosine and sine. ``activation``: of 1.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     windows: tuple[int, ...]
     rotated: tuple[bool, ...]
-    inv_freq: tuple[float, ...]
-    rope_scaling: float
+    ropes: tuple[tuple[tuple[float, ...], float], ...]
+    activation: float
     softmax_scale: float
     embedding_scale: float
     residual_scale: float
@@ -34,16 +37,23 @@ class Meaning:
     eos: tuple[int, ...]
 
 
+ACTIVATIONS = {
+    "silu": float(F.silu(torch.ones(1))),
+    "gelu_tanh": float(F.gelu(torch.ones(1), approximate="tanh")),
+}
+
+
 def read_by_edgekv(config: dict[str, Any]) -> Meaning:
     """Return what edgekv reads; raises ConfigError."""
     read = decoder_config(read_model_config(config))
     model = read.model
+    layers = [model.ropes[model.rope_of(layer)] for layer in range(model.n_layers)]
     return Meaning(
         shapes=expected_shapes(read),
         windows=model.windows,
         rotated=read.rotated,
-        inv_freq=model.rope.inv_freq,
-        rope_scaling=model.rope.attention_scaling,
+        ropes=tuple((rope.inv_freq, rope.attention_scaling) for rope in layers),
+        activation=ACTIVATIONS[read.activation],
         softmax_scale=model.softmax_scale,
         embedding_scale=read.embedding_scale,
         residual_scale=read.residual_scale,
@@ -62,13 +72,13 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     attentions = [layer.self_attn for layer in model.model.layers]
-    for layer in model.model.layers:
-        activation = layer.mlp.activation_fn if hasattr(layer.mlp, "activation_fn") else layer.mlp.act_fn
-        assert isinstance(activation, type(ACT2FN["silu"]) | torch.nn.SiLU)
+    mlp = model.model.layers[0].mlp
+    activation = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
     shapes = _apart({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, config)
     if model.lm_head.weight is model.model.embed_tokens.weight:
         del shapes[HEAD]
-    rope = type(model.model.rotary_emb)(config)
+    rope, embedding, norm = type(model.model.rotary_emb)(config), model.model.embed_tokens, model.model.norm
+    kinds = [f"{kind}_" for kind in config.layer_types] if isinstance(rope.rope_type, dict) else [""] * len(attentions)
     tokens = config.eos_token_id
     ends = tokens if isinstance(tokens, list) else [tokens]
     vocabulary = range(config.vocab_size)  # an id outside it can be neither fed nor come up
@@ -76,14 +86,17 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
         shapes=shapes,
         windows=_windows(model),
         rotated=tuple(bool(getattr(attention, "use_rope", True)) for attention in attentions),
-        inv_freq=tuple(rope.inv_freq.tolist()),
-        rope_scaling=float(rope.attention_scaling),
+        ropes=tuple(
+            (tuple(getattr(rope, f"{kind}inv_freq").tolist()), float(getattr(rope, f"{kind}attention_scaling")))
+            for kind in kinds
+        ),
+        activation=float(activation(torch.ones(1))),
         softmax_scale=attentions[0].scaling,
-        embedding_scale=getattr(model.model, "embedding_multiplier", 1.0),
+        embedding_scale=getattr(model.model, "embedding_multiplier", getattr(embedding, "scalar_embed_scale", 1.0)),
         residual_scale=getattr(model.model.layers[0], "residual_multiplier", 1.0),
         # Read by the model with the head, which keeps no copy; a class without the key has it as a stray one.
         logits_scale=1 / config.logits_scaling if hasattr(CONFIG_MAPPING[kind](), "logits_scaling") else 1.0,
-        rms_eps=model.model.norm.variance_epsilon,
+        rms_eps=norm.eps if hasattr(norm, "eps") else norm.variance_epsilon,
         bos=config.bos_token_id if config.bos_token_id in vocabulary else None,
         eos=tuple(token for token in ends if token in vocabulary),
     )

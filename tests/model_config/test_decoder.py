@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,6 +45,10 @@ FULL: dict[str, Any] = {
     "attention_multiplier": 0.125,
     "residual_multiplier": 0.22,
     "logits_scaling": 8.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rope_local_base_freq": 700.0,
+    "query_pre_attn_scalar": 24,
+    "sliding_window_pattern": 2,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 ROPE = {
@@ -67,7 +72,8 @@ CHANGES: dict[str, list[Any]] = {
     "num_key_value_heads": [1, 4, 3, 8],
     "head_dim": [8, 16, 6, 10],
     "max_position_embeddings": [64],
-    "hidden_act": ["swish", "gelu", "relu", "nonsense"],
+    "hidden_act": ["swish", "gelu", "gelu_pytorch_tanh", "relu", "nonsense"],
+    "hidden_activation": ["silu", "gelu", "relu"],
     "rms_norm_eps": [1e-6, 0.5],
     "rope_theta": [1e6, 10000],
     "tie_word_embeddings": [False],
@@ -91,6 +97,12 @@ CHANGES: dict[str, list[Any]] = {
     "attention_multiplier": [2, 0.5, -1.0],
     "residual_multiplier": [1, 0.5, 0.0],
     "logits_scaling": [4, 0.5, 1e9],
+    "rope_local_base_freq": [2e4],
+    "query_pre_attn_scalar": [12, 256],
+    "sliding_window_pattern": [1, 3, -2, 0],
+    "attn_logit_softcapping": [50.0],
+    "final_logit_softcapping": [30.0],
+    "use_bidirectional_attention": [True],
     "partial_rotary_factor": [0.5, 1.0],
     "original_max_position_embeddings": [64],
     "rope_parameters": [
@@ -120,6 +132,9 @@ CHANGES: dict[str, list[Any]] = {
         {"rope_type": "nonsense"},
         {"rope_type": "default", "mrope_section": [1, 2, 3]},
         {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e6}},
+        {"full_attention": {"rope_type": "linear", "factor": 8.0}},
+        {"sliding_attention": {"rope_type": "default", "rope_theta": 3e3}, "full_attention": None},
+        {"full_attention": {"rope_type": "linear", "factor": 8.0}, "chunked_attention": {}},
     ],
     "quantization_config": [{"bits": 4}],
     "is_encoder_decoder": [True],
@@ -214,14 +229,15 @@ def test_keys_that_change_together_mean_what_they_mean_to_transformers_or_are_re
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"model_type": None}, {"model_type": ["llama"]}, {"model_type": "gemma3"}, [], 7]
+    "config", [{}, {"model_type": None}, {"model_type": ["llama"]}, {"model_type": "gemma2"}, [], 7]
 )
 def test_a_model_type_that_edgekv_does_not_decode_is_named_with_those_that_it_does(config: object) -> None:
     kind = config.get("model_type") if isinstance(config, dict) else None
     with pytest.raises(ConfigError) as caught:
         read_model_config(config)
     assert str(caught.value) == (
-        f"config.json: unknown architecture {kind!r}; edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite, phi3"
+        f"config.json: unknown architecture {kind!r}; edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite, phi3,"
+        " gemma3_text, gemma3"
     )
 
 
@@ -278,6 +294,32 @@ def test_longrope_asks_for_the_context_where_its_factors_depend_on_it() -> None:
     with pytest.raises(UsageError, match="--context 129 is above what the model was made for, 128"):
         decoder_config(read, context=129)
     assert decoder_config(read, context=64).model.max_context == 64
+
+
+def test_a_model_that_reads_images_means_the_decoder_in_it() -> None:
+    text = full("gemma3_text")
+    alone = read_model_config(text)
+    inside = read_model_config({"model_type": "gemma3", "text_config": text, "eos_token_id": [4, 5]})
+    assert (inside.architecture, inside.text_part, alone.text_part) == ("gemma3", True, False)
+    assert replace(inside, architecture=alone.architecture, text_part=False, eos_token_ids=(4,)) == alone
+    assert inside.eos_token_ids == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"text_config": None}, "lacks text_config"),
+        ({"text_config": {"model_type": "llama"}}, "text_config: model_type is 'llama'"),
+        ({"text_config": {"head_dim": 10}}, "text_config: head_dim 10"),
+        ({"text_config": {"quantization_config": {"bits": 4}}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False; text_config says True"),
+    ],
+)
+def test_a_model_that_reads_images_is_refused_by_the_key_that_is_wrong(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_model_config({"model_type": "gemma3", "text_config": {}, **changes})
+    assert named in str(caught.value)
 
 
 def test_yarn_adds_the_positions_that_its_scaling_states() -> None:

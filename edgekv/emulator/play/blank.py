@@ -6,6 +6,7 @@ bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -190,7 +191,7 @@ class BlankEngine:
     def prepare(self, n_tokens: int) -> StepBuffers:
         """Return buffers for tokens that have no channels."""
         flat, heads = np.empty((n_tokens, 0), np.float32), np.empty((n_tokens, 0, 0), np.float32)
-        return StepBuffers((flat, flat), flat, flat, heads, heads, heads, heads)
+        return StepBuffers((flat, flat), (flat,), (flat,), heads, heads, heads, heads)
 
     def run(self, index: int, buffers: StepBuffers) -> None:
         """Come to the next layer."""
@@ -207,7 +208,7 @@ class _Nowhere:
     def look_up(self, tokens: Int64, out: Float) -> None:
         """There is no row."""
 
-    def fill(self, positions: Int64, cos: Float, sin: Float) -> None:
+    def fill(self, positions: Int64, cos: Sequence[Float], sin: Sequence[Float]) -> None:
         """There is no angle."""
 
 

@@ -63,7 +63,8 @@ class PybindSegments:
         _, padded, blocks = self._current
         for start, size in blocks:
             block = rows_of(padded, start, size)
-            inputs = [block.residual[max(index - 1, 0) % 2], block.cos, block.sin]
+            rope = self._model.rope_of(index)
+            inputs = [block.residual[max(index - 1, 0) % 2], block.cos[rope], block.sin[rope]]
             outputs = [block.q, block.k, block.v]
             if index:
                 inputs.insert(1, block.attention)

@@ -37,15 +37,15 @@ def plan_blocks(n_tokens: int) -> list[tuple[int, int]]:
 
 def allocate(model: ModelSpec, rows: int) -> StepBuffers:
     """Return zeroed buffers of ``rows`` rows."""
-    half = model.rope.rotary_dim // 2
+    halves = [rope.rotary_dim // 2 for rope in model.ropes]
 
     def empty(*shape: int) -> Float:
         return np.zeros((rows, *shape), np.float32)
 
     return StepBuffers(
         residual=(empty(model.hidden_size), empty(model.hidden_size)),
-        cos=empty(half),
-        sin=empty(half),
+        cos=tuple(empty(half) for half in halves),
+        sin=tuple(empty(half) for half in halves),
         q=empty(model.n_q_heads, model.head_dim),
         k=empty(model.n_kv_heads, model.head_dim),
         v=empty(model.n_kv_heads, model.head_dim),
@@ -61,8 +61,8 @@ def rows_of(buffers: StepBuffers, start: int, count: int) -> StepBuffers:
 
     return StepBuffers(
         residual=(part(buffers.residual[0]), part(buffers.residual[1])),
-        cos=part(buffers.cos),
-        sin=part(buffers.sin),
+        cos=tuple(part(array) for array in buffers.cos),
+        sin=tuple(part(array) for array in buffers.sin),
         q=part(buffers.q),
         k=part(buffers.k),
         v=part(buffers.v),

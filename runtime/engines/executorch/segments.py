@@ -105,7 +105,8 @@ class ExecutorchSegments:
         spec, calls = segment_spec(self._model, index), []
         for start, size in prepared.blocks:
             block = rows_of(prepared.padded, start, size)
-            inputs = [block.residual[max(index - 1, 0) % 2], block.cos, block.sin]
+            rope = self._model.rope_of(index)
+            inputs = [block.residual[max(index - 1, 0) % 2], block.cos[rope], block.sin[rope]]
             outputs = [block.q, block.k, block.v]
             if index:
                 inputs.insert(1, block.attention)

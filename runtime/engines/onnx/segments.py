@@ -85,11 +85,11 @@ class OnnxSegments:
         def empty(*shape: int) -> Float:
             return np.zeros((n_tokens, *shape), np.float32)
 
-        half = model.rope.rotary_dim // 2
+        halves = [rope.rotary_dim // 2 for rope in model.ropes]
         buffers = StepBuffers(
             residual=(empty(model.hidden_size), empty(model.hidden_size)),
-            cos=empty(half),
-            sin=empty(half),
+            cos=tuple(empty(half) for half in halves),
+            sin=tuple(empty(half) for half in halves),
             q=empty(model.n_q_heads, model.head_dim),
             k=empty(model.n_kv_heads, model.head_dim),
             v=empty(model.n_kv_heads, model.head_dim),
@@ -102,8 +102,8 @@ class OnnxSegments:
             if index:
                 _bind_input(binding, "attention", buffers.attention)
                 _bind_output(binding, "next_residual", buffers.residual[index % 2])
-            _bind_input(binding, "cos", buffers.cos)
-            _bind_input(binding, "sin", buffers.sin)
+            _bind_input(binding, "cos", buffers.cos[model.rope_of(index)])
+            _bind_input(binding, "sin", buffers.sin[model.rope_of(index)])
             for name in ("q", "k", "v"):
                 _bind_output(binding, name, getattr(buffers, name))
             bindings.append(binding)

@@ -11,7 +11,7 @@
 namespace edgekv {
 namespace {
 
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;
 constexpr auto kSpin = std::chrono::microseconds(300);  // longer than what lies between two operators of a token
 constexpr int64_t kChunk = 8192;  // numbers that are worth a task
 
@@ -63,10 +63,11 @@ void rms_norm(const float* x, const float* residual, const float* weight, float 
     });
 }
 
-void swiglu(const float* gate, const float* up, int64_t n, float* y) {
-    const Kernels& kernels = *find_kernels(nullptr);
+template <auto Kernels::*kKernel>
+void gated(const float* gate, const float* up, int64_t n, float* y) {
+    const auto kernel = find_kernels(nullptr)->*kKernel;
     in_parts(n, 1, [&](int64_t first, int64_t end) {
-        kernels.swiglu(gate + first, up + first, y + first, static_cast<size_t>(end - first));
+        kernel(gate + first, up + first, y + first, static_cast<size_t>(end - first));
     });
 }
 
@@ -83,7 +84,8 @@ void rotary(const float* x, const float* cos, const float* sin, int tokens, int 
 }  // namespace
 
 const Operators& operators(int n_threads) {
-    static const Operators table{kVersion, linear_int4, rms_norm, swiglu, rotary};
+    static const Operators table{kVersion,          linear_int4, rms_norm, gated<&Kernels::swiglu>,
+                                 gated<&Kernels::geglu>, rotary};
     choose_pool(n_threads);
     return table;
 }

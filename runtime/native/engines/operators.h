@@ -21,6 +21,8 @@ struct Operators {
                      float* total);
     // y = gate / (1 + exp(-gate)) * up, of n numbers.
     void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
+    // y = gelu(gate) * up, of n numbers; gelu in its tanh approximation.
+    void (*geglu)(const float* gate, const float* up, int64_t n, float* y);
     // x [tokens, heads, dim]; cos, sin [tokens, half]: rotates channel i with channel i + half.
     void (*rotary)(const float* x, const float* cos, const float* sin, int tokens, int heads, int dim, int half,
                    float* y);

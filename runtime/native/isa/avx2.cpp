@@ -172,7 +172,7 @@ namespace edgekv {
 const Kernels* avx2_kernels() {
     static const Kernels kernels{"avx2",   decode_run, blocked_pages, blocked_own, merge,
                                  sum_mass, pack_warm,  to_half,       read_bytes, checksum,
-                                 rms_norm, swiglu,     rotary};
+                                 rms_norm, swiglu,     geglu, rotary};
     const bool usable =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     return usable ? &kernels : nullptr;

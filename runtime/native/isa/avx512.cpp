@@ -144,7 +144,7 @@ namespace edgekv {
 const Kernels* avx512_kernels() {
     static const Kernels kernels{"avx512",      decode_run, blocked_pages, blocked_own, merge,
                                  sum_mass, pack_warm,  to_half,       read_bytes, checksum,
-                                 rms_norm, swiglu,     rotary};
+                                 rms_norm, swiglu,     geglu, rotary};
     const bool usable = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");

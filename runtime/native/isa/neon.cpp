@@ -8,7 +8,7 @@ namespace edgekv {
 const Kernels* neon_kernels() {
     static const Kernels kernels{"neon",   decode_run, blocked_pages, blocked_own, merge,
                                  sum_mass, pack_warm,  to_half,       read_bytes, checksum,
-                                 rms_norm, swiglu,     rotary};
+                                 rms_norm, swiglu,     geglu, rotary};
     return &kernels;
 }
 

@@ -15,7 +15,7 @@ namespace edgekv {
 const Kernels* neon_dot_kernels() {
     static const Kernels kernels{"neon-dot", decode_run, blocked_pages, blocked_own, merge,
                                  sum_mass,   pack_warm,  to_half,       read_bytes, checksum,
-                                 rms_norm,   swiglu,     rotary};
+                                 rms_norm,   swiglu,     geglu, rotary};
 #ifdef __linux__
     return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? &kernels : nullptr;
 #else

@@ -114,7 +114,7 @@ namespace edgekv {
 const Kernels* scalar_kernels() {
     static const Kernels kernels{"scalar",      decode_run, blocked_pages, blocked_own, merge,
                                  sum_mass, pack_warm,  to_half,       read_bytes, checksum,
-                                 rms_norm, swiglu,     rotary};
+                                 rms_norm, swiglu,     geglu, rotary};
     return &kernels;
 }
 

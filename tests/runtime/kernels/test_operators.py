@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, **environment: str) -> str:
-    command = [sys.executable, "-c", CODE.format(str(folder), PROMPT)]
+def run(folder: Path, prompt: list[int] = PROMPT, **environment: str) -> str:
+    command = [sys.executable, "-c", CODE.format(str(folder), prompt)]
     return subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, **environment}
     ).stdout.strip()
@@ -51,6 +52,18 @@ def test_every_instruction_set_gives_the_same_tokens(program: Path) -> None:
     assert expected.count(",") == 23
     for isa in kernels.available_isas():
         assert run(program, EDGEKV_ISA=isa) == expected, isa
+
+
+@pytest.mark.slow
+def test_a_gated_gelu_gives_the_same_tokens_on_every_instruction_set(
+    checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
+) -> None:
+    folder = bundle(checkpoint("gemma3"), engine="executorch", weights="int4", operators="edgekv")
+    prompt = [token % 250 for token in PROMPT]
+    expected = run(folder, prompt)
+    assert expected.count(",") == 23
+    for isa in kernels.available_isas():
+        assert run(folder, prompt, EDGEKV_ISA=isa) == expected, isa
 
 
 def test_a_long_prompt_in_chunks_and_at_once_ends_in_nearly_the_same_logits(program: Path) -> None:

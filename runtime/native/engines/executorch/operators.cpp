@@ -16,13 +16,14 @@ using executorch::runtime::Kernel;
 using executorch::runtime::KernelRuntimeContext;
 using executorch::runtime::Span;
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 struct Operators {
     int64_t version;
     void (*linear_int4)(const float*, const uint8_t*, const void*, const float*, int, int, int, float*);
     void (*rms_norm)(const float*, const float*, const float*, float, int, int, float*, float*);
     void (*swiglu)(const float*, const float*, int64_t, float*);
+    void (*geglu)(const float*, const float*, int64_t, float*);
     void (*rotary)(const float*, const float*, const float*, int, int, int, int, float*);
 };
 
@@ -71,13 +72,17 @@ void add_rms_norm(KernelRuntimeContext& context, Span<EValue*> v) {
     norm(context, v[0], v[1], v[2], v[3]->toDouble(), v[4], v[5]);
 }
 
-void swiglu(KernelRuntimeContext& context, Span<EValue*> v) {
+void gated(KernelRuntimeContext& context, Span<EValue*> v,
+           void (*Operators::*kernel)(const float*, const float*, int64_t, float*)) {
     const int64_t n = v[0]->toTensor().numel();
     const bool as_said = is_float(v[0]) && is_float(v[1]) && is_float(v[2]) && v[1]->toTensor().numel() == n &&
                          v[2]->toTensor().numel() == n;
     if (!require(context, as_said)) return;
-    operators->swiglu(floats(v[0]), floats(v[1]), n, output(v[2]));
+    (operators->*kernel)(floats(v[0]), floats(v[1]), n, output(v[2]));
 }
+
+void swiglu(KernelRuntimeContext& context, Span<EValue*> v) { gated(context, v, &Operators::swiglu); }
+void geglu(KernelRuntimeContext& context, Span<EValue*> v) { gated(context, v, &Operators::geglu); }
 
 void rotary(KernelRuntimeContext& context, Span<EValue*> v) {
     const Tensor &x = v[0]->toTensor(), &cos = v[1]->toTensor();
@@ -91,7 +96,7 @@ void rotary(KernelRuntimeContext& context, Span<EValue*> v) {
 const Kernel kernels[] = {
     Kernel("edgekv_device::linear_int4.out", linear_int4), Kernel("edgekv_device::rms_norm.out", rms_norm),
     Kernel("edgekv_device::add_rms_norm.out", add_rms_norm), Kernel("edgekv_device::swiglu.out", swiglu),
-    Kernel("edgekv_device::rotary.out", rotary),
+    Kernel("edgekv_device::geglu.out", geglu),       Kernel("edgekv_device::rotary.out", rotary),
 };
 
 const Error registered =

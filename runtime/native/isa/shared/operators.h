@@ -30,18 +30,36 @@ void rms_norm(const float* x, const float* residual, const float* weight, float 
     for (int i = whole; i < n; ++i) y[i] = from[i] * scale * weight[i];
 }
 
+// 1 / (1 + exp(-x)).
+inline VF sigmoid(VF x) {
+    // vexp() is for numbers up to 0, so e is exp(-|x|), and the result is 1 or e over 1 + e.
+    const VF one = vset(1.f), e = vexp(vsub(vset(0.f), vabs(x)));
+    return vdiv(vselect(vless(x, vset(0.f)), e, one), vadd(one, e));
+}
+
 // y = gate / (1 + exp(-gate)) * up.
 void swiglu(const float* gate, const float* up, float* y, size_t n) {
     const size_t whole = n - n % W;
-    const VF one = vset(1.f);
     for (size_t i = 0; i < whole; i += W) {
         const VF g = vload(gate + i);
-        // vexp() is for numbers up to 0, so e is exp(-|g|), and 1 / (1 + exp(-g)) is 1 or e over 1 + e.
-        const VF e = vexp(vsub(vset(0.f), vabs(g)));
-        const VF share = vdiv(vselect(vless(g, vset(0.f)), e, one), vadd(one, e));
-        vstore(y + i, vmul(vmul(g, share), vload(up + i)));
+        vstore(y + i, vmul(vmul(g, sigmoid(g)), vload(up + i)));
     }
     for (size_t i = whole; i < n; ++i) y[i] = gate[i] / (1.f + std::exp(-gate[i])) * up[i];
+}
+
+// y = gelu(gate) * up, with gelu(x) = x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
+void geglu(const float* gate, const float* up, float* y, size_t n) {
+    const float linear = 1.5957691216057308f, cubic = 0.044715f * linear;  // twice sqrt(2 / pi)
+    const size_t whole = n - n % W;
+    for (size_t i = 0; i < whole; i += W) {
+        const VF g = vload(gate + i);
+        const VF twice_u = vmul(g, vfma(vmul(g, g), vset(cubic), vset(linear)));
+        vstore(y + i, vmul(vmul(g, sigmoid(twice_u)), vload(up + i)));
+    }
+    for (size_t i = whole; i < n; ++i) {
+        const float g = gate[i];
+        y[i] = g / (1.f + std::exp(-g * (g * g * cubic + linear))) * up[i];
+    }
 }
 
 // Rotates channel i with channel i + half, of each head; cos and sin [half]. Channels from 2 * half on stay.
