@@ -22,6 +22,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.seed_oss import SeedOssConfig
 from transformers.models.smollm3 import SmolLM3Config
 
 FAMILIES = {
@@ -33,6 +34,7 @@ FAMILIES = {
     "granite": GraniteConfig,
     "phi3": Phi3Config,
     "gemma3_text": Gemma3TextConfig,
+    "seed_oss": SeedOssConfig,
 }
 TEXT = (
     "An operating system runs programs larger than memory: it gives them pages, a page table, a resident set,"

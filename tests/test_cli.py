@@ -242,6 +242,6 @@ def test_what_export_refuses_is_neither_planned_nor_emulated(tmp_path: Path) -> 
             result,
             2,
             f"unknown architecture '{kind}'",
-            "edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite, phi3, gemma3_text, gemma3",
+            "edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite, phi3, gemma3_text, seed_oss, gemma3",
         )
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -199,6 +199,24 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         gains_from_one=True,
         sandwich_norms=True,
     ),
+    "seed_oss": Architecture(
+        {
+            **_COMMON,
+            "vocab_size": 155136,
+            "intermediate_size": 27648,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 80,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 524288,
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
+        nullable=frozenset({"num_key_value_heads", "head_dim"}),
+    ),
 }
 #: Models of which edgekv exports the part that writes text, with that part's type.
 TEXT_PARTS: Mapping[str, str] = {"gemma3": "gemma3_text"}

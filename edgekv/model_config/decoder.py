@@ -138,7 +138,7 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         gains_from_one=page.gains_from_one,
         sandwich_norms=page.sandwich_norms,
         qkv_bias=page.qkv_bias or attention_bias,
-        output_bias=attention_bias,
+        output_bias=values.flag("attention_out_bias", default=attention_bias),
         mlp_bias=values.flag("mlp_bias"),
         fused=page.fused,
         text_part=kind in TEXT_PARTS,

@@ -32,6 +32,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-tied": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 20,
                                     "layer_types": ["full_attention"] + ["sliding_attention"] * 2}),
     "gemma3-bias": ("gemma3_text", {"attention_bias": True, "sliding_window_pattern": 2, "tie_word_embeddings": False}),
+    "seed-oss": ("seed_oss", {"head_dim": 48, "attention_bias": True, "mlp_bias": True}),
     "one-layer": ("llama", {"num_hidden_layers": 1}),
 }  # fmt: skip
 

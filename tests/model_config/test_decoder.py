@@ -36,6 +36,7 @@ FULL: dict[str, Any] = {
     "bos_token_id": 3,
     "eos_token_id": 4,
     "attention_bias": True,
+    "attention_out_bias": True,
     "mlp_bias": True,
     "use_sliding_window": True,
     "sliding_window": 6,
@@ -80,6 +81,7 @@ CHANGES: dict[str, list[Any]] = {
     "bos_token_id": [0, 39, 40, -1, [1, 2]],
     "eos_token_id": [[1, 2], [7], []],
     "attention_bias": [False],
+    "attention_out_bias": [False],
     "mlp_bias": [False],
     "use_sliding_window": [False],
     "sliding_window": [3, 4096],
@@ -237,7 +239,7 @@ def test_a_model_type_that_edgekv_does_not_decode_is_named_with_those_that_it_do
         read_model_config(config)
     assert str(caught.value) == (
         f"config.json: unknown architecture {kind!r}; edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite, phi3,"
-        " gemma3_text, gemma3"
+        " gemma3_text, seed_oss, gemma3"
     )
 
 
