@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from filelock import FileLock
 
@@ -17,6 +18,11 @@ import edgekv as edgekv  # first: it keeps the engines that tests load from repo
 from tests.checkpoints import make_checkpoint
 
 Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+# A deadline would fail whoever waits for the processor.
+hypothesis.settings.register_profile("edgekv", hypothesis.settings.default, deadline=None)
+hypothesis.settings.load_profile("edgekv")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,9 +26,10 @@ STORY = ["--prompt", "It was a dark night", "-n", "2000"]
 
 @contextmanager
 def started(*arguments: str | Path, stdin: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[str]]:
+    """Start a command; its pipe holds less than its story, so that it cannot end before it is heard on a busy machine."""
     with subprocess.Popen(
         [sys.executable, "-m", "edgekv", *map(str, arguments)],
-        stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, pipesize=4096,
     ) as process:  # fmt: skip
         try:
             yield process
