@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgekv.model_config import ARCHITECTURES, TEXT_PARTS, ModelConfig, Values, read_model_config, text_part
+from edgekv.model_config import ARCHITECTURES, ModelConfig, Values, read_model_config, text_part
 from edgekv.spec import ModelSpec
 
 #: Architectures whose MLP has two matrices; all others have three (gate, up, down).
@@ -131,10 +131,7 @@ class Geometry:
         Raises:
             ConfigError: a number is missing or makes no sense; the message names it.
         """
-        whole = Values(config, "config.json")
-        if whole.get("model_type") in TEXT_PARTS and whole.get("text_config") is not None:
-            return cls.from_model(read_model_config(config))
-        values = text_part(whole)
+        values = text_part(Values(config, "config.json"))
         kind = values.get("model_type")
         if kind in ARCHITECTURES:
             return cls.from_model(read_model_config(values.config, values.source))
