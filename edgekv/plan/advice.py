@@ -82,8 +82,9 @@ def _commands(plan: Plan, device: DeviceProfile) -> tuple[str, ...]:
             return ()
         bundle = f"{Path(model.origin).resolve().name}.edgekv"
         origin = shlex.quote(model.origin)
+        context = next((f"--context {most} " for most in model.contexts if most >= workload.context), "")
         lines.append(
-            f"edgekv export {origin} --weights {model.weights} --engine {model.engine} --out {shlex.quote(bundle)}"
+            f"edgekv export {origin} --weights {model.weights} --engine {model.engine} {context}--out {shlex.quote(bundle)}"
         )
     # A profile that was given as a file is not found by its name.
     profile = str(device.path) if device.name not in names() or load(device.name) != device else device.name

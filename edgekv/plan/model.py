@@ -20,7 +20,7 @@ class PlannedModel:
 
     ``origin``: what ``edgekv export`` would be given; None where the plan was made for a bundle, whose checkpoint is not known.
     ``exported``: the weights are files of a bundle, not an estimate. ``here``: so are those to export. ``chats``: it has a
-    chat template.
+    chat template. ``contexts``: those between which an export must be told to choose, the smallest first; none where it need not.
     """
 
     source: str
@@ -34,6 +34,7 @@ class PlannedModel:
     origin: str | None = None
     here: bool = True
     chats: bool = False
+    contexts: tuple[int, ...] = ()
 
     @property
     def pages(self) -> PageSpec:
@@ -67,13 +68,16 @@ def read_model(source: Path, *, engine: str | None = None, weights: str | None =
     if (source / MANIFEST).is_file():
         return _from_bundle(source, engine, weights)
     folder = source if source.is_dir() else source.parent
-    geometry = Geometry.from_model(_read_config(source))
+    config = _read_config(source)
+    geometry, original = Geometry.from_model(config), config.rope.original_context
+    chosen = config.rope.kind == "longrope" and original < config.max_context
     weights = weights or default_weights(geometry.parameters)
     engine = engine or ENGINES[0]
     size = weights_bytes(geometry, BITS_PER_WEIGHT[engine][weights])
     return PlannedModel(
         str(source), geometry, engine, weights, size, PAGE_SIZE, exported=False, origin=str(folder),
         here=any(folder.glob("*.safetensors")), chats=_chats(folder),
+        contexts=(original, config.max_context) if chosen else (),
     )  # fmt: skip
 
 

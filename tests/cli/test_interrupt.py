@@ -30,6 +30,7 @@ def started(*arguments: str | Path, stdin: int = subprocess.DEVNULL) -> Iterator
     with subprocess.Popen(
         [sys.executable, "-m", "edgekv", *map(str, arguments)],
         stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, pipesize=4096,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it is ignored, and stays so
     ) as process:  # fmt: skip
         try:
             yield process

@@ -151,6 +151,19 @@ def test_a_plan_says_how_far_it_may_be_off_by_its_weakest_number(config: Path) -
     assert make_plan(model, measured, Workload(2048, 1024)).uncertainty == 0.15
 
 
+@pytest.mark.parametrize(("context", "chosen"), [(4096, 4096), (4097, 131072)])
+def test_an_export_that_must_be_told_the_context_is_told(context: int, chosen: int, tmp_path: Path) -> None:
+    factors = {"long_factor": [2.0] * 48, "short_factor": [1.0] * 48}
+    phi = {
+        "model_type": "phi3", "hidden_size": 3072, "num_attention_heads": 32, "num_hidden_layers": 8, "vocab_size": 32064,
+        "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "rope_theta": 10000.0,
+        "rope_scaling": {"type": "longrope", **factors},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(phi), encoding="utf-8")
+    advice = advise(read_model(tmp_path / "config.json"), PI, Workload(context, context // 2))
+    assert f" --context {chosen} --out " in advice.commands[0]
+
+
 @pytest.mark.parametrize(
     ("device", "weights", "context", "why", "fragment"),
     [
