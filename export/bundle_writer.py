@@ -88,9 +88,8 @@ def export_model(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_rare_collections())
-        if str(source) != "demo":
-            folder = fetch_source(source)
-        else:
+        folder = fetch_source(source)
+        if str(source) == "demo":
             folder = stack.enter_context(resources.as_file(resources.files("edgekv.export") / "demo_model"))
         try:
             choice = Choice(engine, form, weights, page_size, operators, calibration, io or IO[0], context)

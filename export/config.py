@@ -121,15 +121,16 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), conte
 def _context(config: ModelConfig, context: int | None) -> int:
     """Settle the most tokens of a text.
 
-    longrope has one set of factors for texts up to the original context and another for longer ones. Keys are cached as they were
-    rotated, so a bundle has one of them, and the one that fits is not in the checkpoint.
+    Keys are cached as they were rotated, so a bundle has one of longrope's sets of factors, and the one that fits is not in the
+    checkpoint.
     """
-    longest, rope = config.max_context, config.rope
+    longest = config.max_context
     if context is not None and context > longest:
         raise UsageError(f"--context {context} is above what the model was made for, {longest}")
-    if context is None and rope.kind == "longrope" and longest > rope.original_context:
+    if context is None and config.contexts:
+        original, _ = config.contexts
         raise UsageError(
-            f"this model has longrope factors for texts up to {rope.original_context} tokens (original_max_position_embeddings)"
-            f" and others for longer ones; choose with --context {rope.original_context} or --context {longest}"
+            f"this model has longrope factors for texts up to {original} tokens (original_max_position_embeddings)"
+            f" and others for longer ones; choose with --context {original} or --context {longest}"
         )
     return context or longest

@@ -28,7 +28,7 @@ def fetch_source(source: str | Path) -> Path:
         CheckpointError: there is no such model, it may not be read, the hub cannot be reached, or the disk is full.
         EngineMissing: the library is not installed.
     """
-    found = _NAME.fullmatch(str(source)) if isinstance(source, str) else None
+    found = _NAME.fullmatch(source) if isinstance(source, str) else None
     if found is None or Path(Path(source).parts[0]).exists():
         return Path(source)
     try:

@@ -23,13 +23,21 @@ class Positions(nn.Module):
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, ...]:
         """Return cos and sin in the order of ``ropes``, and the masks in the order of ``windows``."""
-        turned: list[Tensor] = []
+        turned = [part for pair in self.turned(position_ids) for part in pair]
+        return (*turned, *self.masks(position_ids))
+
+    def turned(self, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return cos and sin of each rope."""
+        pairs = []
         for number, scaling in enumerate(self.scalings):
             angles = position_ids.to(torch.float32)[:, None] * self.get_buffer(f"inv_freq_{number}")
-            turned += [angles.cos() * scaling, angles.sin() * scaling]
+            pairs.append((angles.cos() * scaling, angles.sin() * scaling))
+        return pairs
+
+    def masks(self, position_ids: Tensor) -> list[Tensor]:
+        """Return the mask of each window."""
         distance = position_ids[:, None] - position_ids[None, :]
-        masks = [distance >= 0 if not w else (distance >= 0) & (distance < w) for w in self.windows]
-        return (*turned, *masks)
+        return [distance >= 0 if not w else (distance >= 0) & (distance < w) for w in self.windows]
 
 
 def distinct_windows(model: ModelSpec) -> list[int]:

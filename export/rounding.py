@@ -23,6 +23,7 @@ from edgekv.errors import CheckpointError, UsageError
 
 from .checkpoint import EMBEDDING, Checkpoint
 from .decoder import Projection, build_segment, load_parameter, parameter_sources
+from .positions import Positions
 
 Tensor = torch.Tensor
 
@@ -99,10 +100,7 @@ class Compensator:
         embedding = checkpoint.tensor(EMBEDDING)
         self._streams = [_Stream(embedding[ids[i * length : (i + 1) * length]]) for i in range(count)]
         positions = torch.arange(length)
-        self._turned = []
-        for rope in model.ropes:
-            angles = positions[:, None].float() * torch.tensor(rope.inv_freq)
-            self._turned.append([part * rope.attention_scaling for part in (angles.cos(), angles.sin())])
+        self._turned = Positions(model).turned(positions)
         self._distance = positions[:, None] - positions[None, :]
         self._segment = 0
         self._codes: dict[str, Codes] = {}

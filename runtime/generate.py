@@ -372,9 +372,8 @@ class Generator:
         except BaseException as error:
             # A step that failed half way leaves some layers longer than others: back to what all of them hold.
             self._shorten(start)
-            if isinstance(
-                error, NotFinite | KeysOverflow
-            ):  # of weights that the medium spoiled since they were hashed?
+            # Did the medium spoil weights since they were hashed?
+            if isinstance(error, NotFinite | KeysOverflow):
                 check_files(self.folder, self.manifest)
             raise
         if self._sequence[start : len(self._tokens)] != self._tokens[start:]:

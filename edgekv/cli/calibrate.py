@@ -74,7 +74,7 @@ def calibrate_command(
     if as_json:
         print_json(load(path).to_json())
     elif not quiet:
-        print_profile(load(str(path)))
+        print_profile(load(path))
     console.print(f"wrote {path}; use it with --profile {path if out else name}", highlight=False, soft_wrap=True)
 
 

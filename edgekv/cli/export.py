@@ -119,7 +119,7 @@ def export_command(
 
     console = stderr()
     start = time.perf_counter()
-    checkpoint = fetch_source(source) if source != "demo" else source  # the hub's library draws a bar of its own
+    checkpoint = fetch_source(source)  # the hub's library draws a bar of its own
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading the checkpoint", total=None)

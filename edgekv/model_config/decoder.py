@@ -66,6 +66,15 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """The contexts between which an export must choose, the smaller one first; none where it need not.
+
+        longrope has one set of factors for texts up to the original context and another for longer ones.
+        """
+        original = self.rope.original_context
+        return (original, self.max_context) if self.rope.kind == "longrope" and original < self.max_context else ()
+
 
 def read_model_config(config: object, source: str = "config.json") -> ModelConfig:
     """Read the configuration of a model that edgekv exports.

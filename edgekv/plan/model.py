@@ -69,15 +69,14 @@ def read_model(source: Path, *, engine: str | None = None, weights: str | None =
         return _from_bundle(source, engine, weights)
     folder = source if source.is_dir() else source.parent
     config = _read_config(source)
-    geometry, original = Geometry.from_model(config), config.rope.original_context
-    chosen = config.rope.kind == "longrope" and original < config.max_context
+    geometry = Geometry.from_model(config)
     weights = weights or default_weights(geometry.parameters)
     engine = engine or ENGINES[0]
     size = weights_bytes(geometry, BITS_PER_WEIGHT[engine][weights])
     return PlannedModel(
         str(source), geometry, engine, weights, size, PAGE_SIZE, exported=False, origin=str(folder),
         here=any(folder.glob("*.safetensors")), chats=_chats(folder),
-        contexts=(original, config.max_context) if chosen else (),
+        contexts=config.contexts,
     )  # fmt: skip
 
 

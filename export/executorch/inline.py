@@ -101,9 +101,7 @@ class InlineDecoder(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run a step."""
         input_ids, position_ids, logits_rows, *cached = inputs
-        computed = self.positions(position_ids)
-        split = len(computed) - len(self.order)
-        turned, masks = [computed[i : i + 2] for i in range(0, split, 2)], computed[split:]
+        turned, masks = self.positions.turned(position_ids), self.positions.masks(position_ids)
         residual = self.embedding(input_ids)
         outputs: list[Tensor] = []
         q, k, v = self.segments[0](residual, *turned[self.ropes[0]])

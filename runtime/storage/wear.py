@@ -168,11 +168,8 @@ def read_ledger(path: Path) -> tuple[list[Entry], int]:
     """
     file = path / LEDGER if path.is_dir() else path
     try:
-        handle = open_file(file, os.O_RDONLY)
-        try:
-            lines = _lines(os.pread(handle, os.fstat(handle).st_size, 0))
-        finally:
-            os.close(handle)
+        with os.fdopen(open_file(file, os.O_RDONLY), "rb") as stream:
+            lines = _lines(stream.read())
     except OSError as error:
         raise UsageError(
             f"no wear ledger {file} ({error.strerror}); runs with --offload {path} make one when they write pages"
