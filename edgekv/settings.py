@@ -578,3 +578,15 @@ def whole_numbers(values: object, said: str, *, most: int) -> NDArray[np.int64]:
     if outside.any():
         Whole(said, 0, most).refuse(int(found[outside][0]))
     return found.astype(np.int64)
+
+
+def token_row(tokens: object, *, most: int) -> list[int]:
+    """Check tokens, whole numbers from 0 to ``most`` in one row, and return them as plain integers.
+
+    Raises:
+        UsageError: the error names the first that is none.
+    """
+    ids: list[int] = whole_numbers(tokens, "a token", most=most).tolist()
+    if np.ndim(tokens) != 1:  # type: ignore[arg-type]  # it was an array a line above
+        raise UsageError(f"tokens must stand in one row, such as [1, 2, 3], not {shown(tokens)}")
+    return ids

@@ -38,20 +38,26 @@ def add_prefix(
         make_own_folder(root)
         with ScratchFolder(root, HIDDEN) as scratch:
             made = scratch.path / "prefix.kv"
-            with Generator.open(folder, replace(options, session=SessionOptions(made, 0))) as generator:
-                manifest = generator.manifest
-                unit = unit_tokens(manifest, options.prefill_chunk)
-                whole = len(tokens) // unit * unit
-                if not whole:
-                    raise UsageError(
-                        f"a prefix of {len(tokens)} tokens is shorter than a step of prefill, {unit}; nothing would be saved"
-                    )
-                path = root / key_name(manifest, options.prefill_chunk) / prefix_name(manifest, tokens[:whole])
-                if _holds(path, whole):
-                    return path, whole
-                generator.prefill(tokens[:whole], max_tokens=0)
-                assert generator.session is not None
-                generator.session.notes["name"] = name
+            try:
+                with Generator.open(folder, replace(options, session=SessionOptions(made, 0))) as generator:
+                    manifest = generator.manifest
+                    unit = unit_tokens(manifest, options.prefill_chunk)
+                    whole = len(tokens) // unit * unit
+                    if not whole:
+                        raise UsageError(
+                            f"a prefix of {len(tokens)} tokens is shorter than a step of prefill, {unit}; nothing would be saved"
+                        )
+                    path = root / key_name(manifest, options.prefill_chunk) / prefix_name(manifest, tokens[:whole])
+                    if _holds(path, whole):
+                        return path, whole
+                    generator.prefill(tokens[:whole], max_tokens=0)
+                    assert generator.session is not None
+                    generator.session.notes["name"] = name
+            except StoreError as error:  # which names a folder that nobody can look at
+                raise StoreError(
+                    f"cannot keep this prefix in {root}: it is full, or refuses to be written; free some space there, remove"
+                    f" others (edgekv prefix rm), or let $XDG_CACHE_HOME name another folder"
+                ) from error
             size = sum(file.stat().st_blocks * 512 for file in made.iterdir())
             if size > limit:
                 raise UsageError(f"this prefix takes {size} bytes, above the limit of {limit}; raise it with --limit")

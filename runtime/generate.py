@@ -21,7 +21,7 @@ import numpy as np
 from edgekv.bundle import Manifest, check_files, read_manifest
 from edgekv.errors import KeysOverflow, NotFinite, UsageError
 from edgekv.schema import shown
-from edgekv.settings import BUNDLE, KV_BUDGET, MAX_TOKENS, PINNED, TO_FOLLOW, TOKENS_SO_FAR, instance, whole_numbers
+from edgekv.settings import BUNDLE, KV_BUDGET, MAX_TOKENS, PINNED, TO_FOLLOW, TOKENS_SO_FAR, instance, token_row
 from edgekv.tiers import KVMode
 
 from .decoder.base import Rows
@@ -91,6 +91,8 @@ class Generator:
         Raises:
             UsageError: an argument has another type. BundleError: it cannot be used. EngineError: the engine refused a graph.
         """
+        if not isinstance(machine, Machine):
+            raise UsageError(f"machine must be a Machine, such as HOST or an emulated one, not {shown(machine)}")
         return cls(
             BUNDLE.check(folder), RunOptions() if options is None else instance(options, RunOptions, "options"), machine
         )
@@ -195,6 +197,19 @@ class Generator:
         if stream.stopped:
             self.stats.finish_reason = "stop"
             self._end_at([*tokens, *given], [*tokens, *given[: stream.n_before]], stream.rest)
+
+    def go_back(self, sequence: Sequence[int]) -> None:
+        """Let the sequence, and its session, be an earlier one again; what both begin with alike stays in the cache.
+
+        Raises:
+            UsageError: a token is not of the vocabulary, or another thread uses the generator.
+        """
+        sequence = self._ids(sequence)
+        with self._turns:
+            self._turns.begin()
+            if self.prepared is not None:
+                self._follow(sequence)
+                self._save()
 
     def _end_at(self, sequence: list[int], kept: list[int], rest: str) -> None:
         """Let a sequence end where the text did that was given: behind the tokens ``kept`` and a part of the next one."""
@@ -346,10 +361,7 @@ class Generator:
 
     def _ids(self, tokens: Sequence[int]) -> list[int]:
         """Check that tokens are numbers of the vocabulary, and return them as plain integers."""
-        ids: list[int] = whole_numbers(tokens, "a token", most=self.manifest.model.vocab_size - 1).tolist()
-        if np.ndim(tokens) != 1:
-            raise UsageError(f"tokens must stand in one row, such as [1, 2, 3], not {shown(tokens)}")
-        return ids
+        return token_row(tokens, most=self.manifest.model.vocab_size - 1)
 
     def _some(self, tokens: Sequence[int]) -> list[int]:
         ids = self._ids(tokens)

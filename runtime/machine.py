@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .meter import SILENT, Meter
 from .storage.medium import Medium, SystemMedium
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .pages.cache import KVCache
 
 
+@runtime_checkable
 class Machine(Protocol):
     """Stands between a run and the parts that take time, memory or flash. All calls but the medium's come from one thread."""
 

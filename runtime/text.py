@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekv.bundle import Manifest
 from edgekv.errors import BundleError, UsageError
-from edgekv.settings import PROMPT, STOP, texts, whole_numbers
+from edgekv.settings import PROMPT, STOP, texts, token_row
 
 if TYPE_CHECKING:
     from .chat_template import ChatTemplate
@@ -100,14 +100,13 @@ class Text:
         Raises:
             UsageError: as for :meth:`encode` and :meth:`decode`.
         """
-        tokens = self._check(tokens)
+        before = self._check(tokens)[-16:]
         plain = self._encode_part(text)
         ways = [plain]
         for anchor in _ANCHORS:
             known, both = self._encode_part(anchor), self._encode_part(anchor + text)
             if both[: len(known)] == known:
                 ways.append(both[len(known) :])
-        before = tokens[-16:]
         spelled = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
         return next((way for way in ways if spelled(before + way) == spelled(before) + text), plain)
 
@@ -118,14 +117,14 @@ class Text:
             UsageError: one is no token of the model.
         """
         tokens = self._check(tokens)
-        text = self.decode_plain(tokens)
+        text = self._decode_plain(tokens)
         if REPLACEMENT not in text:
             return text
         # Some tokenizers give up a whole run of byte tokens for a single bad one.
         decoding = _Decoding(self)
         return "".join([*map(decoding.push, tokens), decoding.flush()])
 
-    def decode_plain(self, tokens: Sequence[int]) -> str:
+    def _decode_plain(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens as the tokenizer's own decoder gives it, without special ones."""
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
@@ -154,12 +153,12 @@ class Text:
         return ChatTemplate(self._template_source, self._special_tokens)
 
     @functools.cached_property
-    def anchor(self) -> int:
+    def _anchor(self) -> int:
         """An ordinary token: what a decoder does to the first token of a text, it does to this one instead."""
         ids = [token for token in self._encode_part("a") if token not in self.special]
         return ids[-1] if ids else next(n for n in range(self._tokenizer.get_vocab_size()) if n not in self.special)
 
-    def is_byte(self, token: int) -> bool:
+    def _is_byte(self, token: int) -> bool:
         """Return whether a token stands for one byte of a character."""
         content = self._tokenizer.id_to_token(token)
         return content is not None and _BYTE.fullmatch(content) is not None
@@ -169,8 +168,7 @@ class Text:
         return ids
 
     def _check(self, tokens: Sequence[int]) -> list[int]:
-        checked: list[int] = whole_numbers(tokens, "a token", most=self._n_tokens - 1).tolist()
-        return checked
+        return token_row(tokens, most=self._n_tokens - 1)
 
 
 class _Decoding:
@@ -188,7 +186,7 @@ class _Decoding:
         if token in self._text.special:
             return ""
         self._window.append(token)
-        now = self._text.decode_plain(self._window)
+        now = self._text._decode_plain(self._window)
         certain = now.rstrip(REPLACEMENT)  # the rest may be part of a character
         if len(certain) < len(now):
             out = self._give(certain) if certain.startswith(self._given) else ""
@@ -197,15 +195,15 @@ class _Decoding:
         out, self.uncertain = self._give(now), ""
         # Some tokens are needed again to decode the next ones behind them: a first token may lose its space. Bytes may not
         # be, since the next could make them invalid.
-        self._window = [self._text.anchor] if self._text.is_byte(token) else self._window[self._settled :]
+        self._window = [self._text._anchor] if self._text._is_byte(token) else self._window[self._settled :]
         self._settled = len(self._window)
-        self._given = self._text.decode_plain(self._window)
+        self._given = self._text._decode_plain(self._window)
         return out
 
     def flush(self) -> str:
         """Return the rest, at the end."""
         self.uncertain = ""
-        return self._give(self._text.decode_plain(self._window))
+        return self._give(self._text._decode_plain(self._window))
 
     def _give(self, text: str) -> str:
         out, self._given = text[len(self._given) :], text

@@ -112,6 +112,7 @@ def _take_turn(
 ) -> None:
     """Answer the last message, and add the answer; a message that cannot be answered is taken back."""
     said: list[str] = []
+    before = generator.sequence or (list(generator.session.tokens) if generator.session is not None else [])
     try:
         tokens = generator.text.encode_chat(messages)
         if len(tokens) >= context:
@@ -126,6 +127,7 @@ def _take_turn(
         raise
     except BaseException:
         messages.pop()
+        generator.go_back(before)
         raise
     messages.append({"role": "assistant", "content": "".join(said)})
     generator.save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -10,6 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from rich.console import Console
+
+from edgekv.cli.chat import converse
+from edgekv.errors import StoreError
+from edgekv.runtime.generate import Generator, RunOptions
+from edgekv.runtime.options import SessionOptions
 from edgekv.runtime.sessions.tools import contents
 
 Bundle = Callable[..., Path]
@@ -56,6 +64,25 @@ def test_a_message_that_is_too_long_does_not_stay_in_the_session(bundle: Bundle,
     after = chat(bundle("demo"), "Who am I?\n", *options)
     assert after.returncode == 0, after.stderr
     assert len(after.stdout.splitlines()) == 1
+
+
+def test_a_message_whose_answer_fails_does_not_stay_in_the_sessions_text(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = tmp_path / "chat.kv"
+    assert chat(bundle("demo"), "Call me Ishmael.\n", "--session", session).returncode == 0
+    before = contents(session)["tokens"]
+    options = RunOptions(session=SessionOptions(session), context=400)
+    with Generator.open(bundle("demo"), options) as generator:
+
+        def fails(tokens: list[int], max_tokens: int, _: list[str]) -> None:
+            next(generator.tokens(tokens, max_tokens=max_tokens))
+            raise StoreError("flash is gone")
+
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Who am I?\n")))
+        with pytest.raises(StoreError, match="flash is gone"):
+            converse(generator, fails, Console(), None, context=400, max_tokens=9)
+    assert contents(session)["tokens"] == before
 
 
 def test_a_terminal_goes_on_after_every_kind_of_line(bundle: Bundle) -> None:

@@ -14,6 +14,7 @@ import pytest
 from edgekv import Generator, MemoryManager
 from edgekv.emulator import Device
 from edgekv.errors import EdgeKVError
+from edgekv.runtime.machine import HOST
 from edgekv.runtime.options import RunOptions, SessionOptions
 from edgekv.runtime.sampling import SamplingOptions
 
@@ -33,6 +34,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "set_budget": {"kv_budget": "100%"},
     "on_pressure": {"level": "none"},
     "fork": {"options": RunOptions()},
+    "go_back": {"sequence": [5]},
     "add_to_kv_cache": {
         "layer_idx": 0,
         "key": np.zeros((1, 2, 32)),
@@ -103,10 +105,10 @@ def test_a_generator_refuses_and_goes_on(name: str, bundle: Bundle) -> None:
 
 
 def test_a_bundle_is_opened_or_refused(bundle: Bundle) -> None:
-    def open_and_close(folder: Any, options: Any) -> None:
-        Generator.open(folder, options).close()
+    def open_and_close(folder: Any, options: Any, machine: Any) -> None:
+        Generator.open(folder, options, machine).close()
 
-    assert faults(open_and_close, {"folder": bundle("demo"), "options": RunOptions()}) == []
+    assert faults(open_and_close, {"folder": bundle("demo"), "options": RunOptions(), "machine": HOST}) == []
 
 
 @pytest.mark.parametrize("name", GOOD_TEXT)

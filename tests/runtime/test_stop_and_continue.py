@@ -210,3 +210,32 @@ def test_runs_of_the_command_line_continue_each_others_text(folder: Path, tmp_pa
         if REPLACEMENT not in text:
             assert generator.text.decode(held) == generator.text.decode(prompt) + text
     assert np.unique(held).size > 5
+
+
+def test_a_turn_that_failed_is_gone_from_the_sequence_and_its_session(folder: Path, tmp_path: Path) -> None:
+    def fails(done: int, _: int) -> None:
+        raise RuntimeError("in the middle")
+
+    with opened(folder, tmp_path / "a.kv") as generator:
+        said(generator, ids(generator, "Hi there"))
+        before = generator.sequence
+    with opened(folder, tmp_path / "a.kv") as generator:
+        assert generator.session is not None
+        more = before + ids(generator, " what then? " * 9)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            said(generator, more, progress=fails)
+        answer = generator.tokens(more, max_tokens=9, sampling=WIDELY)
+        next(answer)
+        answer.close()
+        assert generator.session.tokens[: len(more)] == more
+        generator.go_back(before)
+        assert generator.session.tokens == generator.sequence == before
+        assert generator.cache is not None
+        generator.cache.check()
+    with opened(folder, tmp_path / "a.kv") as generator:
+        assert generator.session is not None
+        assert generator.session.tokens == before
+        assert said(generator, before, before=before)
+    with opened(folder) as generator:
+        generator.go_back([1, 2])  # nothing was begun
+        assert generator.sequence == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from edgekv.bundle import read_manifest
 from edgekv.cli.main import app
-from edgekv.errors import UsageError
+from edgekv.errors import StoreError, UsageError
 from edgekv.runtime.add_prefix import add_prefix
 from edgekv.runtime.generate import Generator
 from edgekv.runtime.options import RunOptions, SessionOptions
@@ -64,6 +65,21 @@ def test_a_run_that_begins_with_a_prefix_skips_its_prefill(bundle: Bundle) -> No
     other = long[:100] + tokens(50, 3)
     assert run(folder, other)[1] == 96, "as far as they agree"
     assert verify(path) == ([], kept)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE as a full disk")
+def test_a_full_disk_is_told_with_the_folder_that_one_can_look_at_and_leaves_nothing(bundle: Bundle) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, limits[1]))
+    try:
+        with pytest.raises(StoreError, match=r"it is full, or refuses to be written; free some space") as caught:
+            add_prefix(bundle("demo"), tokens(300), SHORT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f" in {prefixes.prefix_root()}: " in str(caught.value)
+    assert list(prefixes.prefix_root().iterdir()) == []
 
 
 def test_sessions_share_the_pages_of_a_prefix_and_keep_them_when_it_goes(bundle: Bundle, tmp_path: Path) -> None:
