@@ -60,6 +60,9 @@ EMBEDDING_LAYOUTS = {
     "int4_bfloat16": RowLayout(4, 16, 32),
 }
 
+#: Of a weight of the output head, without scales.
+_HEAD_BITS = {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}
+
 
 class FileFacts(TypedDict):
     """What the manifest says of one file."""
@@ -80,8 +83,8 @@ class EmbeddingSpec:
     - ``int8_row``: codes [vocab, hidden] int8, one float32 scale per row, [vocab]; ``int4_bfloat16``: like ``int4``, with
       bfloat16 scales: what XNNPACK and the operators of ours read from an ExecuTorch program.
 
-    When the embedding is tied, ``file`` and the offsets are those of the output head. ``dtype`` may differ from the weights of
-    the export.
+    When the embedding is tied, ``file`` and the offsets are those of the output head, unless ``dtype`` is another one than the
+    head's: beside int4 products the rows are INT8.
     """
 
     file: Annotated[str, Meta(description="the file that holds the table")]
@@ -101,6 +104,10 @@ class EmbeddingSpec:
     def row_scale_bytes(self, hidden_size: int) -> int:
         """Bytes of a row's scales."""
         return self.layout.scales(hidden_size) * self.layout.scale_bits // 8
+
+    def table_bytes(self, vocab_size: int, hidden_size: int) -> int:
+        """Bytes of all rows and their scales."""
+        return vocab_size * (self.row_bytes(hidden_size) + self.row_scale_bytes(hidden_size))
 
     def end_bytes(self, vocab_size: int, hidden_size: int) -> int:
         """Bytes that the file has at the least."""
@@ -173,6 +180,17 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as plain data."""
         return dataclasses.asdict(self)
+
+    def weights_bytes(self) -> int:
+        """Bytes of the bundle that a run holds in memory at the most.
+
+        Of a tied embedding that is stored a second time, for its rows, none: they are read from the file one by one.
+        """
+        size = sum(facts["bytes"] for facts in self.files.values())
+        table, model = self.embedding, self.model
+        if table is not None and model.tied_embeddings and table.layout.bits > _HEAD_BITS[self.weights]:
+            size -= table.table_bytes(model.vocab_size, model.hidden_size)
+        return size
 
     def inline_spec(self) -> GraphSpec:
         """Return what the graph of an inline bundle takes and gives."""

@@ -7,19 +7,19 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekv.bundle import MANIFEST, TOKENIZER, EmbeddingSpec, Manifest, file_sha256, write_manifest
 from edgekv.contract import ENGINES, FORMS, IO, LEAST_ONNXRUNTIME, OPERATORS, WEIGHTS, default_weights
-from edgekv.errors import EdgeKVError, EngineMissing, UsageError
+from edgekv.errors import EdgeKVError, UsageError
 from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
 
 from .choose_engine import default_engine
-from .hub import fetch_source
+from .open_source import missing, opened_source
 
 if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
     from .rounding import Calibration
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -88,14 +88,12 @@ def export_model(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_rare_collections())
-        folder = fetch_source(source)
-        if str(source) == "demo":
-            folder = stack.enter_context(resources.as_file(resources.files("edgekv.export") / "demo_model"))
+        checkpoint = stack.enter_context(opened_source(source, context))
         try:
-            choice = Choice(engine, form, weights, page_size, operators, calibration, io or IO[0], context)
-            return _export(folder, out, choice, _Steps(progress))
+            choice = Choice(engine, form, weights, page_size, operators, calibration, io or IO[0])
+            return _export(checkpoint, out, choice, _Steps(progress))
         except ImportError as error:
-            raise EngineMissing(f'exporting needs {error.name}; install it: pip install "edgekv[export]"') from error
+            raise missing(error) from error
         except OSError as error:
             reason = error.strerror or error
             raise EdgeKVError(f"cannot write {out}: {reason}; free the disk or choose another --out") from error
@@ -126,7 +124,6 @@ class Choice:
     operators: str | None
     calibration: str | Path | None
     io: str
-    context: int | None
 
 
 class _Steps:
@@ -140,12 +137,7 @@ class _Steps:
         self.done += 1
 
 
-def _export(source: Path, out: Path, choice: Choice, steps: _Steps) -> Manifest:
-    from .checkpoint import open_checkpoint
-    from .gguf.checkpoint import open_gguf
-    from .gguf.file import is_gguf
-
-    checkpoint = (open_gguf if is_gguf(source) else open_checkpoint)(source, choice.context)
+def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) -> Manifest:
     weights = choice.weights or default_weights(checkpoint.parameters)
     engine, operators = choice.engine, choice.operators
     if engine is None and operators is not None:

@@ -14,16 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from edgekv.errors import CheckpointError, UsageError
 
-from .checkpoint import EMBEDDING, Checkpoint
-from .decoder import Projection, build_segment, load_parameter, parameter_sources
-from .positions import Positions
+from .checkpoint import Checkpoint
+from .decoder import Projection, parameter_sources
+from .walk import Walk
 
 Tensor = torch.Tensor
 
@@ -33,6 +32,11 @@ LEVELS = 15
 SEQUENCE, SEQUENCES = 512, 32
 #: What is added to the diagonal of H, as a share of its mean. Source: the paper, section 4.
 DAMPING = 0.01
+#: Grids that are tried for a block, as shares of its range, and the power of the errors that tells the best one: cutting off what
+#: is rare makes all others finer. Source of the power: the code of the paper's authors (2.4); 2.5 is a product and a root.
+SHARES = tuple(1 - 0.02 * step for step in range(20))
+#: Rows of a matrix that are rounded at a time: what that needs beside the matrix fits into memory, whatever the vocabulary.
+ROWS = 4096
 #: Products that read the same input.
 _GROUPS = (("exit.o_proj",), ("exit.gate_proj", "exit.up_proj"), ("exit.down_proj",), ("entry.qkv_proj",))
 
@@ -91,18 +95,12 @@ class Compensator:
         from tokenizers import Tokenizer
 
         self._checkpoint = checkpoint
-        model = checkpoint.config.model
         ids = Tokenizer.from_str(checkpoint.tokenizer.json).encode(calibration.text, add_special_tokens=False).ids
-        length = min(SEQUENCE, model.max_context)
+        length = min(SEQUENCE, checkpoint.config.model.max_context)
         count = min(len(ids) // length, SEQUENCES)
         if not count:
             raise UsageError(f"the calibration text has {len(ids)} tokens; it needs {length} or more")
-        embedding = checkpoint.tensor(EMBEDDING)
-        self._streams = [_Stream(embedding[ids[i * length : (i + 1) * length]]) for i in range(count)]
-        positions = torch.arange(length)
-        self._turned = Positions(model).turned(positions)
-        self._distance = positions[:, None] - positions[None, :]
-        self._segment = 0
+        self._walk = Walk(checkpoint, [ids[i * length : (i + 1) * length] for i in range(count)])
         self._codes: dict[str, Codes] = {}
 
     def codes(self, names: Sequence[str]) -> list[Codes]:
@@ -113,54 +111,36 @@ class Compensator:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _advance(self) -> None:
-        index, n_layers = self._segment, self._checkpoint.config.model.n_layers
+        index, n_layers = self._walk.segment, self._checkpoint.config.model.n_layers
         assert index <= n_layers, "the decoder has no such product"
-        segment = self._load(index)
+        segment = self._walk.load(head=False)
         projections = {path: module for path, module in segment.named_modules() if isinstance(module, Projection)}
         groups = [group for group in _GROUPS if group[0] in projections]
         hessians = self._hessians(segment, [projections[group[0]] for group in groups])
         for group, hessian in zip(groups, hessians, strict=True):
             for path in group:
                 self._round(projections[path], parameter_sources(self._checkpoint, index, f"{path}.weight"), hessian)
-        if index < n_layers:
-            window = self._checkpoint.config.model.windows[index]
-            for stream in self._streams:
-                *residual, q, k, v = self._run(segment, stream)
-                stream.residual = residual[0] if residual else stream.residual
-                stream.attention = self._attend(q, k, v, window)
-        self._segment += 1
+        if index == n_layers:  # the head meets what all that was rounded before it gives
+            name = self._checkpoint.head
+            (hessian,) = self._hessians(segment, [segment.get_submodule("head")])
+            self._codes[name] = compensate(self._checkpoint.tensor(name), hessian)
+        self._walk.advance(segment)
 
-    def _load(self, index: int) -> nn.Module:
-        segment = build_segment(self._checkpoint.config, index)
-        if index == self._checkpoint.config.model.n_layers:
-            segment.head = nn.Identity()  # nothing is learnt from the logits
-        segment = segment.to_empty(device="cpu").requires_grad_(False)
-        for name, parameter in segment.named_parameters():
-            parameter.copy_(load_parameter(self._checkpoint, index, name))
-        return segment
-
-    def _run(self, segment: nn.Module, stream: _Stream) -> tuple[Tensor, ...]:
-        inputs = [stream.residual]
-        if stream.attention is not None:
-            inputs.append(stream.attention)
-        model = self._checkpoint.config.model
-        if self._segment < model.n_layers:
-            inputs += self._turned[model.rope_of(self._segment)]
-        outputs = segment(*inputs)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-
-    def _hessians(self, segment: nn.Module, projections: Sequence[Projection]) -> list[Tensor]:
+    def _hessians(self, segment: nn.Module, projections: Sequence[nn.Module]) -> list[Tensor]:
         """Return X^T X [columns, columns] of what each product meets in all sequences."""
-        totals, hooks = [], []
-        for projection in projections:
-            total = torch.zeros(projection.weight.shape[1], projection.weight.shape[1])
-            hooks.append(projection.register_forward_pre_hook(functools.partial(_add, total)))
-            totals.append(total)
-        for stream in self._streams:
-            self._run(segment, stream)
+        totals: list[Tensor | None] = [None] * len(projections)
+
+        def add(number: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            met = inputs[0]
+            total = totals[number]
+            totals[number] = met.T @ met if total is None else total.addmm_(met.T, met)
+
+        hooks = [p.register_forward_pre_hook(functools.partial(add, n)) for n, p in enumerate(projections)]
+        for stream in self._walk.streams:
+            self._walk.run(segment, stream)
         for hook in hooks:
             hook.remove()
-        return totals
+        return [total for total in totals if total is not None]
 
     def _round(self, projection: Projection, names: Sequence[str], hessian: Tensor) -> None:
         columns = projection.weight.shape[1]
@@ -171,31 +151,6 @@ class Compensator:
             end = first + self._checkpoint.location[name].shape[0]
             self._codes[name] = Codes(codes.codes[first:end], codes.scales[first:end], codes.zeros[first:end])
             first = end
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        model = self._checkpoint.config.model
-        group = model.n_q_heads // model.n_kv_heads
-        seen = (self._distance >= 0) & (self._distance < (window or len(q)))
-        attended = nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1),
-            k.repeat_interleave(group, 1).transpose(0, 1),
-            v.repeat_interleave(group, 1).transpose(0, 1),
-            attn_mask=seen,
-            scale=model.softmax_scale,
-        )
-        return attended.transpose(0, 1)
-
-
-@dataclass
-class _Stream:
-    """Where a calibration sequence has come to: residual [T, hidden], attention of the last layer [T, heads, head_dim]."""
-
-    residual: Tensor
-    attention: Tensor | None = None
-
-
-def _add(total: Tensor, module: nn.Module, inputs: Any) -> None:
-    total.addmm_(inputs[0].T, inputs[0])
 
 
 def compensate(weight: Tensor, hessian: Tensor) -> Codes:
@@ -208,7 +163,6 @@ def compensate(weight: Tensor, hessian: Tensor) -> Codes:
         CheckpointError: the inputs are not finite.
     """
     padding = -weight.shape[1] % BLOCK
-    weight = nn.functional.pad(weight, (0, padding)).clone()
     hessian = nn.functional.pad(hessian, (0, padding, 0, padding))
     diagonal = torch.diagonal(hessian)
     if not torch.isfinite(diagonal).all():
@@ -216,11 +170,21 @@ def compensate(weight: Tensor, hessian: Tensor) -> Codes:
     hessian = hessian + torch.diag(torch.where(diagonal > 0, DAMPING * diagonal.mean(), 1.0))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
+    parts = [_compensate(nn.functional.pad(rows.clone(), (0, padding)), factor) for rows in torch.split(weight, ROWS)]
+    return Codes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _compensate(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round rows, which it changes; returns what :class:`Codes` has.
+
+    Args:
+        factor: the upper Cholesky factor of the inverse of H.
+    """
     codes, scales, zeros = torch.empty_like(weight, dtype=torch.uint8), [], []
     for first in range(0, weight.shape[1], BLOCK):
         end = first + BLOCK
         block = weight[:, first:end].clone()
-        scale, zero = _grid(block)
+        scale, zero = grid(block)
         errors = torch.empty_like(block)
         for column in range(BLOCK):
             row = factor[first + column, first:end]
@@ -231,12 +195,20 @@ def compensate(weight: Tensor, hessian: Tensor) -> Codes:
         weight[:, end:] -= errors @ factor[first:end, end:]
         scales.append(scale)
         zeros.append(zero)
-    return Codes(codes, torch.stack(scales, 1), torch.stack(zeros, 1).to(torch.uint8))
+    return codes, torch.stack(scales, 1), torch.stack(zeros, 1).to(torch.uint8)
 
 
-def _grid(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point [rows] of a block [rows, 32]: from its least to its largest value, 0 among them."""
+def grid(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point [rows] of a block [rows, 32]: 0 is on the grid, and the errors are least."""
     low, high = block.amin(1).clamp(max=0), block.amax(1).clamp(min=0)
-    scale = (high - low) / LEVELS
-    scale = torch.where(scale > 0, scale, 1.0)
-    return scale, (-low / scale).round()
+    whole = (high - low) / LEVELS
+    whole = torch.where(whole > 0, whole, 1.0)
+    zero = (-low / whole).round()
+    scale, best = whole, torch.full_like(whole, torch.inf)
+    for share in SHARES:
+        tried = whole * share
+        codes = (block / tried[:, None] + zero[:, None]).round_().clamp_(0, LEVELS)
+        error = codes.sub_(zero[:, None]).mul_(tried[:, None]).sub_(block).abs_()
+        loss = (error.square() * error.sqrt()).sum(1)
+        scale, best = torch.where(loss < best, tried, scale), torch.minimum(loss, best)
+    return scale, zero

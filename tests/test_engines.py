@@ -93,7 +93,7 @@ def eager_reference(source: Path, engine: str, form: str, weights: str) -> PreTr
     """Return transformers' model of a checkpoint, with the weights that a bundle of it stores."""
     model = load_reference(source)
     tied = bool(model.config.tie_word_embeddings)
-    apart = not tied or (engine, form) == ("executorch", "inline")
+    apart = not tied or (engine, form) == ("executorch", "inline") or (engine, weights) == ("onnx", "int4")
     with torch.no_grad():
         if tied and apart:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
@@ -106,7 +106,7 @@ def eager_reference(source: Path, engine: str, form: str, weights: str) -> PreTr
 
                     parameter.copy_(executorch_weights.quantise(parameter, "int8").dequantise())
                     continue
-                symmetric = weights == "int8" or embedding or (tied and name.startswith("lm_head"))
+                symmetric = weights == "int8" or embedding
                 parameter.copy_(as_stored(parameter, engine, weights, table=embedding and apart, symmetric=symmetric))
     return model
 

@@ -192,8 +192,7 @@ def _profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -
     from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES
 
     manifest = read_manifest(bundle)
-    weights_bytes = sum(entry["bytes"] for entry in manifest.files.values())
-    budget = kv_budget(load(name), weights_bytes, RUNTIME_OVERHEAD_BYTES)
+    budget = kv_budget(load(name), manifest.weights_bytes(), RUNTIME_OVERHEAD_BYTES)
     if not quiet:
         console.print(f"{name}: {budget}", style="dim", highlight=False)
     return budget.kv_bytes

@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from edgekv import settings
-from edgekv.errors import GateFailed
+from edgekv.errors import GateFailed, UsageError
 from edgekv.tiers import KVMode
 
 from .files import check_writable, read_text, write_text
@@ -26,13 +26,16 @@ Examples:
 
 `edgekv verify llama.edgekv --kv-budget 25% --attend selective:25%`
 
+`edgekv verify llama.edgekv --reference ./Llama-3.2-1B`   what int4 weights and INT8 pages cost against the checkpoint
+
 `edgekv verify llama.edgekv --kv-budget 25% --allow-drop --policy window --gate my_gate.toml --json > report.json`
 """
 
 
 def verify_command(
     bundle: Annotated[Path, argument(settings.BUNDLE, "BUNDLE", help="A folder made by `edgekv export`.")],
-    gate: Annotated[str, option(settings.WORD, "--gate", metavar="strict|standard|FILE", help="What must be kept: a named gate, or a TOML file.")] = "standard",
+    reference: Annotated[str | None, option(settings.WORD, "--reference", metavar="SOURCE", help="Compare with the checkpoint that was exported, in float: what weights and cache cost together. A folder, a GGUF file, a name on the hub, or `demo`, as in `edgekv export`.")] = None,
+    gate: Annotated[str | None, option(settings.WORD, "--gate", metavar="strict|standard|weights|FILE", help="What must be kept: a named gate, or a TOML file. Default: standard; weights with --reference.")] = None,
     text: Annotated[Path | None, option(settings.FILE, "--text", help="What is read. Default: pages of two novels that come with edgekv.")] = None,
     kv: Annotated[KVMode, option(settings.KV, "--kv", help="The configuration, as in `edgekv run`.")] = KVMode.INT8,
     kv_budget: Annotated[str | None, option(settings.KV_BUDGET, "--kv-budget", help="As in `edgekv run`: 64MiB, or 25% of the fp16 cache of the text.")] = None,
@@ -47,14 +50,18 @@ def verify_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     html: Annotated[Path | None, option(settings.FILE, "--html", metavar="FILE", help="Write a page with curves and tables, complete in one file.")] = None,
 ) -> None:  # fmt: skip
-    """Compare a configuration with the full fp16 cache, on your text. Exit code 1 when the gate fails."""
+    """Compare a configuration with the full fp16 cache, or with the checkpoint, on your text. Exit code 1 when the gate fails."""
     from edgekv.runtime.generate import RunOptions, default_threads
+    from edgekv.verify import report
     from edgekv.verify.gate import load_gate
     from edgekv.verify.html import to_html
     from edgekv.verify.judge import QUICK, Settings, verify
-    from edgekv.verify.report import failures, sentences, to_json, to_tables
+    from edgekv.verify.source import SourceVerdict, verify_source
+    from edgekv.verify.verdict import Verdict
 
-    limits = load_gate(gate)
+    if reference is not None and html is not None:
+        raise UsageError("--html is a page about the cache; with --reference there is a table, or --json")
+    limits = load_gate(gate or ("weights" if reference is not None else "standard"))
     options = RunOptions(
         kv=kv, kv_budget=kv_budget, policy=policy, allow_drop=allow_drop, attend=attend, offload=offload,
         threads=threads or default_threads(),
@@ -81,19 +88,30 @@ def verify_command(
                 bars[phase] = progress.add_task(phase, total=total)
             progress.update(bars[phase], completed=done, total=total)  # type: ignore[arg-type]
 
-        verdict = verify(bundle, options, limits, settings, text=content, advance=advance)
+        verdict: Verdict | SourceVerdict
+        if reference is not None:
+            verdict = verify_source(bundle, reference, options, limits, settings, text=content, advance=advance)
+            data, tables, said = (
+                report.source_to_json(verdict),
+                [report.source_table(verdict)],
+                report.source_sentences(verdict),
+            )
+        else:
+            verdict = verify(bundle, options, limits, settings, text=content, advance=advance)
+            data, tables, said = report.to_json(verdict), report.to_tables(verdict), report.sentences(verdict)
+            if html is not None:
+                write_text(html, to_html(verdict), "--html")
     if html is not None:
-        write_text(html, to_html(verdict), "--html")
         errors.print(f"the page is in {html}", highlight=False, soft_wrap=True)
     if as_json:
-        print_json(to_json(verdict))
+        print_json(data)
     else:
         console = stdout()
-        for table in to_tables(verdict):
+        for table in tables:
             console.print(table)
             console.print()
-        for sentence in sentences(verdict):
+        for sentence in said:
             console.print(f"- {sentence}", highlight=False, soft_wrap=True)
     if not verdict.passed:
-        raise GateFailed(failures(verdict))
+        raise GateFailed(report.failures(verdict))
     errors.print(f"the gate '{limits.name}' is passed: {len(verdict.findings)} limits held", style="green")

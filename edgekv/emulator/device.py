@@ -106,7 +106,7 @@ class Device:
         Raises:
             BudgetError: nothing is left.
         """
-        return kv_budget(self.profile, bundle_bytes(manifest), RUNTIME_OVERHEAD_BYTES).kv_bytes
+        return kv_budget(self.profile, manifest.weights_bytes(), RUNTIME_OVERHEAD_BYTES).kv_bytes
 
     @property
     def limit_bytes(self) -> int:
@@ -176,7 +176,7 @@ class Device:
         """Read the weights of a bundle from the drive; the app runs from then on."""
         model = Geometry.from_model(manifest.model)
         cost = StepCost.of(self.profile, model, manifest.engine, manifest.weights, manifest.page_size)
-        self.load_weights(cost, bundle_bytes(manifest))
+        self.load_weights(cost, manifest.weights_bytes())
 
     def load_weights(self, cost: StepCost, size_bytes: int) -> None:
         """Read so many bytes of weights from the drive, of a model whose steps ``cost`` prices."""
@@ -310,11 +310,6 @@ def heated(thermal: Thermal, share: float) -> ThermalState:
     state = ThermalState(thermal)
     state.advance(-thermal.time_constant_s.value * math.log(1 - share) if share < 1 else math.inf)
     return state
-
-
-def bundle_bytes(manifest: Manifest) -> int:
-    """Return the bytes of all files of a bundle: what is mapped or loaded of it at the most."""
-    return sum(int(entry["bytes"]) for entry in manifest.files.values())
 
 
 def _with_limit(profile: DeviceProfile, limit_bytes: int) -> DeviceProfile:

@@ -85,10 +85,8 @@ def _from_bundle(source: Path, engine: str | None, weights: str | None) -> Plann
     geometry = Geometry.from_model(manifest.model)
     same = weights in (None, manifest.weights) and engine in (None, manifest.engine)
     engine, weights = engine or manifest.engine, weights or manifest.weights
-    if same:
-        size = sum(entry["bytes"] for entry in manifest.files.values())
-    else:  # the bundle as it would be with another engine or weights
-        size = weights_bytes(geometry, BITS_PER_WEIGHT[engine][weights])
+    # Otherwise as it would be with another engine or weights.
+    size = manifest.weights_bytes() if same else weights_bytes(geometry, BITS_PER_WEIGHT[engine][weights])
     return PlannedModel(
         str(source), geometry, engine, weights, size, manifest.page_size, exported=same, form=manifest.form,
         chats=manifest.chat_template is not None,

@@ -12,7 +12,7 @@ from msgspec import Meta
 from edgekv.errors import FormatError, UsageError
 from edgekv.schema import checked, one_of, plain_toml, read_whole
 
-NAMED = ("strict", "standard")
+NAMED = ("strict", "standard", "weights")
 IDENTITY = ("always", "promised", "never")
 
 
@@ -104,8 +104,8 @@ def load_gate(name: str) -> Gate:
         data = read_whole(path)
     except OSError as error:
         raise UsageError(
-            f"there is no gate {name!r}, and no such file can be read ({error.strerror}); choose {' or '.join(NAMED)}, or give"
-            " a TOML file as in docs/verify.md"
+            f"there is no gate {name!r}, and no such file can be read ({error.strerror}); choose"
+            f" {', '.join(NAMED[:-1])} or {NAMED[-1]}, or give a TOML file as in docs/verify.md"
         ) from error
     except FormatError as error:
         raise UsageError(f"{path} is no gate: {error}") from error

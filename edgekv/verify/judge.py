@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -17,6 +16,7 @@ from edgekv.settings import parse_attend
 from .baselines import Baseline, all_baselines
 from .controls import Control
 from .divergence import Divergence
+from .facts import bundle_facts, option_facts, shorter_than_asked, text_facts
 from .gate import Gate
 from .lanes import Lane, Schedule, ShortLane, greedy, plan_schedule, reference_options, resident_options, run_lanes
 from .recall import Answers, run_tasks
@@ -77,11 +77,7 @@ def verify(
         available, tokens = len(tokens), tokens[: schedule.n_tokens]
         measured = _Measured(parent, options, schedule, tokens, text, settings, control, advance)
         measured.fidelity()
-        if schedule.n_tokens < settings.tokens:
-            end = "is no longer" if schedule.n_tokens == available else "is longer than the model's context"
-            measured.remarks.append(
-                f"{schedule.n_tokens} tokens were read instead of {settings.tokens}: the text {end}"
-            )
+        measured.remarks += shorter_than_asked(schedule, settings.tokens, available)
         told = measured.greedy()
         answers = measured.tasks()
         scores = dict(zip(measured.with_numbers, answers.others, strict=True))
@@ -89,27 +85,9 @@ def verify(
         partial = rows[0].pages_dropped > 0 or parse_attend(options.attend).selective
         findings = judge(gate, rows[0], measured.identity, partial=partial)
         return Verdict(
-            bundle={
-                "engine": parent.manifest.engine,
-                "form": parent.manifest.form,
-                "weights": parent.manifest.weights,
-                "page_size": parent.manifest.page_size,
-                "architecture": model.architecture,
-                "source_sha256": parent.manifest.source_sha256,
-            },
-            options={
-                "kv": options.kv.value,
-                "kv_budget": options.kv_budget,
-                "policy": options.policy,
-                "allow_drop": options.allow_drop,
-                "attend": options.attend,
-                "offload": options.offload is not None,
-            },
-            text={
-                "sha256": hashlib.sha256(text.encode()).hexdigest(),
-                "tokens": schedule.n_tokens,
-                "in_chunks": schedule.prefill,
-            },
+            bundle=bundle_facts(parent.manifest),
+            options=option_facts(options),
+            text=text_facts(text, schedule),
             gate=gate.name,
             seed=settings.seed,
             partial=partial,

@@ -13,6 +13,7 @@ from edgekv.sizes import format_bytes
 
 from .divergence import Summary
 from .recall import TaskScore
+from .source import SourceVerdict
 from .verdict import Row, Verdict
 
 #: Version of the JSON.
@@ -51,7 +52,7 @@ def _row(row: Row) -> dict[str, Any]:
         "selection": asdict(row.selection) if row.selection is not None else None,
         "whole_text": _summary(row.all),
         "token_by_token": _summary(row.decode),
-        "curve": [{"position": a, "mean_kld": mean, "max_kld": most} for a, mean, most in row.curve],
+        "curve": _curve(row.curve),
         "tasks": [_task(score) for score in row.tasks],
     }
 
@@ -60,6 +61,10 @@ def _summary(summary: Summary | None) -> dict[str, Any] | None:
     if summary is None:
         return None
     return {**asdict(summary), "perplexity_change": summary.perplexity_change}
+
+
+def _curve(curve: list[tuple[int, float, float]]) -> list[dict[str, Any]]:
+    return [{"position": a, "mean_kld": mean, "max_kld": most} for a, mean, most in curve]
 
 
 def _task(score: TaskScore) -> dict[str, Any]:
@@ -151,7 +156,55 @@ def _selective(selection: SelectionStats) -> str:
     )
 
 
-def failures(verdict: Verdict) -> str:
+def source_to_json(verdict: SourceVerdict) -> dict[str, Any]:
+    """Return a comparison with the checkpoint as plain data, numbers rounded to six digits."""
+    data = {
+        "format": FORMAT,
+        "passed": verdict.passed,
+        "gate": verdict.gate,
+        "findings": [asdict(finding) for finding in verdict.findings],
+        "remarks": verdict.remarks,
+        "bundle": verdict.bundle,
+        "options": verdict.options,
+        "text": verdict.text,
+        "whole_text": _summary(verdict.all),
+        "token_by_token": _summary(verdict.decode),
+        "curve": _curve(verdict.curve),
+    }
+    rounded: dict[str, Any] = _rounded(data)
+    return rounded
+
+
+def source_table(verdict: SourceVerdict) -> Table:
+    """Return the table of a comparison with the checkpoint, for a terminal."""
+    headings = ("", "perplexity", "change", "mean KLD", "99 %", "largest", "top-1")
+    checkpoint = ("checkpoint, float32", f"{verdict.all.reference_perplexity:.2f}", *[""] * 5)
+    rows = [
+        (
+            name,
+            f"{part.perplexity:.2f}",
+            f"{part.perplexity_change:+.2%}",
+            f"{part.mean_kld:.2e}",
+            f"{part.p99_kld:.2e}",
+            f"{part.max_kld:.2e}",
+            f"{part.top1:.1%}",
+        )
+        for name, part in (("bundle", verdict.all), ("token by token", verdict.decode))
+    ]
+    return _table(headings, [checkpoint, *rows])
+
+
+def source_sentences(verdict: SourceVerdict) -> list[str]:
+    """Return what that table does not say, a sentence each."""
+    kind = f"{verdict.bundle['weights']} weights on {verdict.bundle['engine']}, {verdict.options['kv']} pages"
+    read = (
+        f"{kind}; {verdict.text['tokens']} tokens, the first {verdict.text['in_chunks']} in chunks, the others one by one;"
+        " compared with the checkpoint that was exported"
+    )
+    return [read, *verdict.remarks]
+
+
+def failures(verdict: Verdict | SourceVerdict) -> str:
     """Return one line that says why the gate failed."""
     failed = [finding for finding in verdict.findings if not finding.passed]
     more = f" (and {len(failed) - 1} more of {len(verdict.findings)} limits)" if len(failed) > 1 else ""

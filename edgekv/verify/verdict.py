@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from edgekv.runtime.attention.select import SelectionStats
 
 from .divergence import Summary
+from .facts import Facts
 from .gate import Finding, Gate, Limits, at_least, at_most
 from .recall import Answers, TaskScore
 
@@ -58,8 +59,8 @@ class Row:
 class Verdict:
     """All that was measured. ``findings``: every limit of the gate; ``remarks``: what a reader should know besides."""
 
-    bundle: dict[str, str | int]
-    options: dict[str, str | int | bool | None]
+    bundle: Facts
+    options: Facts
     text: dict[str, str | int]
     gate: str
     seed: int

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 import edgekv
 from edgekv.contract import GraphSpec
 
-from ..checkpoint import EMBEDDING, HEAD, Checkpoint
+from ..checkpoint import EMBEDDING, Checkpoint
 from ..decoder import parameter_sources
 from ..rounding import Compensator
 from ..weights import Extent, WeightFile, to_half
@@ -67,33 +67,32 @@ class WeightBinder:
         """Store the rows of ``sources`` as ``kind``, by default the export's weight kind."""
         key = (kind or self.weights, sources)
         if key not in self._matrices:
-            symmetric = key[0] == "int8" or sources == (EMBEDDING,)
-            self._matrices[key] = self._store(sources, key[0], symmetric=symmetric)
+            self._matrices[key] = self._store(sources, key[0])
         return self._matrices[key]
 
     def embedding(self) -> StoredMatrix:
-        """Store the embedding. When it is tied it is the output head's own matrix."""
+        """Store the embedding. When it is tied it is the output head's own matrix, but beside int4 products."""
         kind = self.weights
         if kind in BITS and self.checkpoint.config.model.hidden_size % BLOCK:
             kind = "fp16"  # rows that do not fill their blocks cannot be read by offset
-        elif kind == "int4" and not self.checkpoint.config.model.tied_embeddings:
-            kind = "int8"  # only the rows of the step's tokens are ever read: precision is free here
+        elif kind == "int4":
+            kind = "int8"  # only the rows of the step's tokens are ever read: precision takes flash, and no memory
         return self.matrix((EMBEDDING,), kind)
 
     def _read(self, sources: tuple[str, ...]) -> Any:
         return np.concatenate([self.checkpoint.tensor(name).numpy() for name in sources])
 
-    def _store(self, sources: tuple[str, ...], kind: str, *, symmetric: bool) -> StoredMatrix:
+    def _store(self, sources: tuple[str, ...], kind: str) -> StoredMatrix:
         if kind == "fp16":
             half = np.concatenate([to_half(self.checkpoint.tensor(name).numpy(), name) for name in sources])
             return StoredMatrix(kind, half.shape[0], half.shape[1], self.file.put(half))
-        if kind == "int4" and not symmetric and self.compensator is not None and HEAD not in sources:
+        if kind == "int4" and self.compensator is not None:
             columns = self.checkpoint.location[sources[0]].shape[1]
             return self._put(kind, columns, pack(self.compensator.codes(sources)))
         value = self._read(sources)
         rows, columns = value.shape
         if kind in BITS:
-            return self._put(kind, columns, quantise(value, BITS[kind], symmetric=symmetric))
+            return self._put(kind, columns, quantise(value, BITS[kind], symmetric=kind == "int8"))
         return StoredMatrix(kind, rows, columns, self.file.put(value))
 
     def _put(self, kind: str, columns: int, quantised: QuantisedWeight) -> StoredMatrix:
@@ -144,10 +143,9 @@ class GraphBuilder:
         table = self.binder.embedding()
         path, name = "/model/embed_tokens", EMBEDDING
         if table.scales is not None:
-            width = table.columns * BITS[table.kind] // 8
-            rows = self._initializer(f"{name}.rows", table.data, (table.rows, width))
+            rows = self._initializer(f"{name}.rows", table.data, (table.rows, table.columns))
             scales = self._initializer(f"{name}.row_scales", table.scales)
-            piece = look_up(BITS[table.kind], BLOCK, table.columns)
+            piece = look_up(BLOCK, table.columns)
             self.add(piece, path, {"ids": ids, "rows": rows, "scales": scales, "values": output})
             return
         data = self._initializer(f"{name}.{table.kind}", table.data)

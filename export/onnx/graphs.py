@@ -26,7 +26,7 @@ from .pieces import Piece, export_positions, export_segments
 from .seam import Geometry, build_seam
 
 WEIGHT_FILE = "weights.bin"
-_EMBEDDING_DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4"}
+_EMBEDDING_DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 
 Step = Callable[[str], None]
 

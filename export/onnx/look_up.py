@@ -1,4 +1,4 @@
-"""Rows of an embedding table that is stored as codes, looked up with operators that every ONNX Runtime has.
+"""Rows of an embedding table that is stored as INT8 codes, looked up with operators that every ONNX Runtime has.
 
 ``GatherBlockQuantized`` of com.microsoft does it in one, but reads uint8 only from ONNX Runtime 1.23 on.
 """
@@ -12,18 +12,12 @@ from .nodes import Nodes
 from .pieces import Piece
 
 
-def look_up(bits: int, block: int, columns: int) -> Piece:
-    """Return ids [T], rows [vocab, columns * bits / 8] uint8, scales [vocab, columns / block] -> values [T, columns] float32."""
+def look_up(block: int, columns: int) -> Piece:
+    """Return ids [T], rows [vocab, columns] uint8, scales [vocab, columns / block] -> values [T, columns] float32."""
     g = Nodes()
     codes = g("Gather", "rows", "ids")
-    if bits == 4:  # low nibble first
-        low, high = (
-            g("BitwiseAnd", codes, g.constant(np.uint8(15))),
-            g("BitShift", codes, g.constant(np.uint8(4)), direction="RIGHT"),
-        )
-        codes = g("Concat", g("Unsqueeze", low, g.ints(2)), g("Unsqueeze", high, g.ints(2)), axis=2)
     blocks = g("Reshape", g("Cast", codes, to=TensorProto.FLOAT), g.ints(-1, columns // block, block))
-    centred = g("Sub", blocks, g.constant(np.float32(1 << (bits - 1))))
+    centred = g("Sub", blocks, g.constant(np.float32(128)))
     scales = g("Gather", "scales", "ids")
     scaled = g("Mul", centred, g("Reshape", scales, g.ints(-1, columns // block, 1)))
     end = helper.make_node("Reshape", [scaled, g.ints(-1, columns)], ["values"], name="reshape_values")

@@ -5,8 +5,8 @@ a zero point per block of 32 columns: value = (code - zero) * scale.
 
 Measured on the bundled model at int4 (KL divergence from the float32 model, body / head): round to nearest symmetric
 0.0209 / 0.0097, with zero points 0.0184 / 0.0084, ONNX Runtime's k-quant 0.0193 / 0.0085. Its HQQ gives fractional
-zero points, which the fast kernel does not take. So int4 is round to nearest with zero points, which cost no time, and
-symmetric where the output head is also the embedding table.
+zero points, which the fast kernel does not take. So int4 without calibration is round to nearest with zero points, which
+cost no time; with it, :mod:`edgekv.export.rounding`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edgekv.errors import UsageError
-from edgekv.export import export_model
+from edgekv.export import export_model, rounding
 from edgekv.export.checkpoint import open_checkpoint
 from edgekv.export.onnx.matmul_nbits import pack, quantise
 from edgekv.export.rounding import Calibration, Compensator, compensate
@@ -42,9 +42,15 @@ def test_products_come_out_nearer_than_with_each_weight_rounded_to_the_nearest(c
     assert (x @ compensated.T - wanted).norm() < 0.8 * (x @ nearest.T - wanted).norm()
 
 
-def test_codes_of_inputs_that_are_independent_are_those_of_onnx_runtime() -> None:
+def test_codes_of_inputs_that_are_independent_are_those_of_onnx_runtime_but_for_a_finer_grid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight = weights(96)
-    ours, theirs = pack([compensate(weight, torch.eye(96))]), quantise(weight.numpy(), 4, symmetric=False)
+    finer = compensate(weight, torch.eye(96)).values(96)
+    monkeypatch.setattr(rounding, "SHARES", (1.0,))
+    whole = compensate(weight, torch.eye(96))
+    assert (finer - weight).norm() < 0.98 * (whole.values(96) - weight).norm()
+    ours, theirs = pack([whole]), quantise(weight.numpy(), 4, symmetric=False)
     np.testing.assert_array_equal(ours.codes, theirs.codes)
     np.testing.assert_allclose(ours.scales, theirs.scales, rtol=1e-6)
     assert theirs.zeros is not None
@@ -53,6 +59,15 @@ def test_codes_of_inputs_that_are_independent_are_those_of_onnx_runtime() -> Non
     np.testing.assert_array_equal(
         ours.zeros[:, 1] & 15, theirs.zeros[:, 1] & 15
     )  # three blocks: the last half is nobody's
+
+
+def test_a_matrix_of_any_height_is_rounded_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = inputs(64), weights(64)
+    whole = compensate(weight, x.T @ x)
+    monkeypatch.setattr(rounding, "ROWS", 7)
+    parts = compensate(weight, x.T @ x)
+    for name in ("codes", "scales", "zeros"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
 
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:

@@ -133,7 +133,7 @@ def test_mistakes_are_refused_before_anything_is_computed(bundle: Bundle, tmp_pa
     short.write_text("Too short.", encoding="utf-8")
     gate = tmp_path / "gate.toml"
     gate.write_text("[exact]\nmean_kdl = 1\n", encoding="utf-8")
-    refused(cli("verify", bundle("demo"), "--gate", "loose"), 2, "no gate 'loose'", "strict or standard")
+    refused(cli("verify", bundle("demo"), "--gate", "loose"), 2, "no gate 'loose'", "strict, standard or weights")
     refused(cli("verify", bundle("demo"), "--gate", gate), 2, str(gate), "exact.mean_kdl", 'did you mean "mean_kld"?')
     refused(
         cli("verify", bundle("demo"), "--html", tmp_path / "none" / "page.html"), 2, "cannot write --html", "no folder"

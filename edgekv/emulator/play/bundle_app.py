@@ -15,7 +15,7 @@ from edgekv.runtime.options import RunOptions, SessionOptions
 from edgekv.runtime.pages.budget import BudgetPlan
 from edgekv.tiers import KVMode
 
-from ..device import Device, bundle_bytes
+from ..device import Device
 from .result import PageMap, page_map
 from .scenario import AppSettings, Turn
 
@@ -158,7 +158,7 @@ class BundleApp:
             "engine": manifest.engine,
             "form": manifest.form,
             "weights": manifest.weights,
-            "weights_bytes": bundle_bytes(manifest),
+            "weights_bytes": manifest.weights_bytes(),
             "page_size": manifest.page_size,
             "source_sha256": manifest.source_sha256,
             "context": self._options.context,

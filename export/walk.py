@@ -1,0 +1,119 @@
+"""Texts that go through a checkpoint's decoder in float32, segment by segment: memory holds one segment and hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from .checkpoint import EMBEDDING, Checkpoint
+from .decoder import build_segment, load_parameter
+from .positions import Positions
+
+Tensor = torch.Tensor
+#: Queries that attend at a time: their scores fit into memory, however long the text is.
+_QUERIES = 512
+
+
+@dataclass
+class Stream:
+    """Where a text has come to: residual [T, hidden], attention of the last layer [T, heads, head_dim]."""
+
+    residual: Tensor
+    attention: Tensor | None = None
+
+    def rows(self, rows: slice) -> list[Tensor]:
+        """Return what a segment meets in these rows, without cosines and sines."""
+        return [self.residual[rows]] if self.attention is None else [self.residual[rows], self.attention[rows]]
+
+
+class Walk:
+    """Texts on their way through a decoder.
+
+    Attributes:
+        segment: the number of the segment that comes next.
+        streams: the texts, as that segment meets them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, texts: Sequence[Sequence[int]]) -> None:
+        self._checkpoint = checkpoint
+        embedding = checkpoint.tensor(EMBEDDING)
+        self.segment = 0
+        self.streams = [Stream(embedding[list(text)]) for text in texts]
+        self._turned = Positions(checkpoint.config.model).turned(torch.arange(max(map(len, texts))))
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def load(self, *, head: bool = True) -> nn.Module:
+        """Read the segment that comes next; without ``head``, the last one gives what the output head meets."""
+        segment = build_segment(self._checkpoint.config, self.segment)
+        if not head and self.segment == self._checkpoint.config.model.n_layers:
+            segment.head = nn.Identity()
+        segment = segment.to_empty(device="cpu").requires_grad_(False)
+        for name, parameter in segment.named_parameters():
+            parameter.copy_(load_parameter(self._checkpoint, self.segment, name))
+        return segment
+
+    def run(self, segment: nn.Module, stream: Stream) -> tuple[Tensor, ...]:
+        """Return what the segment that comes next makes of a text; the text stays where it is."""
+        model, inputs = self._checkpoint.config.model, stream.rows(slice(None))
+        if self.segment < model.n_layers:
+            inputs += [part[: len(stream.residual)] for part in self._turned[model.rope_of(self.segment)]]
+        outputs = segment(*inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def advance(self, segment: nn.Module) -> None:
+        """Bring the texts through a segment and the attention behind it; there is none behind the last."""
+        if self.segment < self._checkpoint.config.model.n_layers:
+            for stream in self.streams:
+                *residual, q, k, v = self.run(segment, stream)
+                stream.residual = residual[0] if residual else stream.residual
+                stream.attention = self._attend(q, k, v)
+        self.segment += 1
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        model = self._checkpoint.config.model
+        window = model.windows[self.segment] or len(q)
+        k, v = (part.repeat_interleave(model.n_q_heads // model.n_kv_heads, 1).transpose(0, 1) for part in (k, v))
+        parts = []
+        for start in range(0, len(q), _QUERIES):
+            stop = min(start + _QUERIES, len(q))
+            first = max(0, start - window + 1)
+            distance = torch.arange(start, stop)[:, None] - torch.arange(first, stop)[None, :]
+            attended = nn.functional.scaled_dot_product_attention(
+                q[start:stop].transpose(0, 1),
+                k[:, first:stop],
+                v[:, first:stop],
+                attn_mask=(distance >= 0) & (distance < window),
+                scale=model.softmax_scale,
+            )
+            parts.append(attended.transpose(0, 1))
+        return torch.cat(parts)
+
+
+class SourceRun:
+    """One text, read by a checkpoint itself in float32.
+
+    Args:
+        step: called with the layers that are done, and all of them.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, tokens: Sequence[int], step: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        n_layers = checkpoint.config.model.n_layers
+        walk = Walk(checkpoint, [tokens])
+        for index in range(n_layers):
+            walk.advance(walk.load())
+            step(index + 1, n_layers)
+        self._stream, self._last = walk.streams[0], walk.load()
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def logits(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return the logits behind tokens [start, stop), float32 [stop - start, vocab_size]."""
+        logits: NDArray[np.float32] = self._last(*self._stream.rows(slice(start, stop))).numpy()
+        return logits
