@@ -99,6 +99,28 @@ def remembered(generator: Generator, system: str | None) -> list[Message]:
     return messages
 
 
+def retell(generator: Generator) -> None:
+    """Let the last answer of a session's conversation be what its tokens say, after a run that went on there.
+
+    Where the tokens are another text, or the bundle knows no conversations, nothing changes.
+    """
+    session = generator.session
+    if session is None:
+        return
+    kept = _kept(session)
+    asked = kept[:-1] if kept and kept[-1]["role"] == "assistant" else kept
+    if not asked:
+        return
+    try:
+        tokens, sequence = generator.text.encode_chat(asked), generator.sequence
+    except UsageError:  # a bundle without a template, or with another one that refuses them
+        return
+    if sequence[: len(tokens)] == tokens and len(sequence) > len(tokens):
+        answer = generator.text.decode(sequence[len(tokens) :])
+        session.notes["messages"] = [*asked, {"role": "assistant", "content": answer}]
+        session.save_notes()
+
+
 def _kept(session: Session) -> list[Message]:
     try:
         kept = checked(session.notes.get("messages", []), list[_Kept], "messages")

@@ -20,7 +20,7 @@ from edgekv.errors import EdgeKVError, UsageError
 from edgekv.sizes import format_bytes
 from edgekv.tiers import KVMode, PressureMode
 
-from .chat import converse, remembered
+from .chat import converse, remembered, retell
 from .files import check_writable, read_text, write_text
 from .interrupt import Interrupted, Signals
 from .options import argument, option
@@ -177,7 +177,11 @@ def run_command(
                 request = continued(generator, text)
                 before = [] if text else request
             assert request is not None
-            answer(request, max_tokens, [])
+            try:
+                answer(request, max_tokens, [])
+            finally:
+                if resume:
+                    retell(generator)
         if stats is not None:
             write_text(stats, json.dumps(_stats(generator)) + "\n", "--stats")
         if not quiet and not as_json:

@@ -342,6 +342,9 @@ class PageManager:
                 if self.options.allow_drop:
                     kept = f"the first of each layer, its last {self.options.recent_pages}, a marked span"
                     stuck = f"pinned pages are never dropped ({kept})"
+                elif self.store and not self.options.compress:
+                    stuck = "nothing is compressed here (quantization_enabled=False), and only INT8 pages are offloaded"
+                    way_out = "compress_pages() does it, or allow dropping, or raise the budget"
                 elif self.store:
                     stuck = "every page in memory is being filled"
                 else:

@@ -45,6 +45,8 @@ PART_BYTES = 256 * 1024
 OBJECT_BYTES = 4 * 1024 * 1024
 #: Requests in flight for one read. Source: one S3 connection gives 80-100 MB/s at tens of ms per request; several add up.
 REQUESTS = 8
+#: How long a store that failed once is asked to take back what it has.
+LAST_PATIENCE_S = 2.0
 #: Records that lie closer together are read in one request: what is read for nothing takes less than a request more.
 GAP_BYTES = 64 * 1024
 
@@ -245,13 +247,25 @@ class ObjectStore:
 
     def close(self) -> None:
         """Delete the objects of the run; what could not be deleted is logged, since the run's results are right."""
-        names = [f"{self.run}/{held.name}" for held in self._objects if held.live > 0]
+        names = [f"{self.run}/{held.name}" for held in self._objects if held.live > 0] + [f"{self.run}/run.json"]
         self._threads.shutdown()
-        if self._lost or not self._delete([*names, f"{self.run}/run.json"]):
+        if self._lost:  # a request failed: the store may be full, or gone; who asks again soon knows
+            self._store = open_objects(self.url, min(self._patience_s, LAST_PATIENCE_S))
+            names = self._attempted() or names
+        if not self._delete(names):
             _log.warning(
                 "edgekv: %s did not answer: %d objects of this run may be left in %s/%s; remove them with"
-                " edgekv offload rm %s %s", self.url, len(names) + 1, self.url, self.run, self.url, self.run,
+                " edgekv offload rm %s %s", self.url, len(names), self.url, self.run, self.url, self.run,
             )  # fmt: skip
+
+    def _attempted(self) -> list[str]:
+        """Return all objects of the run, also those whose writing failed half way; none where the store does not say."""
+        import obstore
+
+        try:
+            return [entry["path"] for batch in obstore.list(self._store, f"{self.run}/") for entry in batch]
+        except Exception:  # obstore's errors share no base with those of the system
+            return []
 
     def _delete(self, names: list[str]) -> bool:
         """Delete objects that may be gone already; returns whether they are gone."""

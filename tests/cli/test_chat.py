@@ -85,6 +85,24 @@ def test_a_message_whose_answer_fails_does_not_stay_in_the_sessions_text(
     assert contents(session)["tokens"] == before
 
 
+def test_what_continue_adds_to_an_answer_is_part_of_the_conversation(bundle: Bundle, tmp_path: Path) -> None:
+    session = tmp_path / "chat.kv"
+    options = ("--session", str(session))
+    first = chat(bundle("demo"), "Tell me the code\n", *options).stdout.decode().rstrip("\n")
+    command = [sys.executable, "-m", "edgekv", "run", str(bundle("demo")), *options, "--continue", "-n", "9", "-q"]
+    more = subprocess.run(command, capture_output=True, check=True, text=True).stdout.rstrip("\n")
+    assert more
+    assert [m["content"] for m in contents(session)["messages"]] == ["Tell me the code", first + more]
+    again = chat(bundle("demo"), "And again\n", *options, "--json")
+    assert json.loads(again.stdout)["session"]["discarded_tokens"] == 0
+    kept = contents(session)
+    assert kept["messages"][1]["content"] == first + more
+    text = subprocess.run([*command, "-p", " and"], capture_output=True, check=True, text=True).stdout.rstrip("\n")
+    assert contents(session)["messages"][-1]["content"] == kept["messages"][-1]["content"] + " and" + text
+    subprocess.run([*command[:-4], "-p", "Once", "-n", "2", "-q"], capture_output=True, check=True)  # another text
+    assert contents(session)["messages"][1]["content"] == first + more
+
+
 def test_a_terminal_goes_on_after_every_kind_of_line(bundle: Bundle) -> None:
     lines = [LONG[:2001], "/help", "/nonsense", "Who am I?", "/new", "And now?", "/exit"]
     code, shown = typed(bundle("demo"), lines, "--context", "300")

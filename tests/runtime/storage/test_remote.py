@@ -95,6 +95,24 @@ def test_an_object_goes_when_its_last_page_is_freed_and_all_go_with_the_run(stor
     assert list_runs(store.url) == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE as a full disk")
+def test_a_store_that_takes_no_more_gives_back_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import resource
+
+    store = ObjectStore(f"file://{tmp_path}/objects", SPEC, patience_s=2.0)
+    store.write(list(range(MANY)), pages(MANY))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="cannot write to file://"):
+            store.write(list(range(MANY)), pages(MANY))
+        store.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path for path in (tmp_path / "objects").rglob("*") if path.is_file()] == []
+    assert caplog.records == []
+
+
 def test_pages_freed_while_they_wait_do_not_keep_an_object(store: ObjectStore) -> None:
     waiting = store.write([0, 1], pages(2))
     for record in waiting:
