@@ -475,6 +475,8 @@ TO_FOLLOW = Whole("max_tokens", 0, MOST_TOKENS)
 
 PAGE_SIZE = Whole("page_size", 4, 128)
 CONTEXT = Whole("context", 1, MOST_TOKENS)
+#: Of a plan, which recommends a command: a prompt and an answer fit into so much.
+PLANNED_CONTEXT = Whole("context", 64, MOST_TOKENS)
 KV_BUDGET = Budget("kv_budget")
 KV = Mode("kv", KVMode)
 ATTEND = Attend("attend")

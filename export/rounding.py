@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 BLOCK = 32
 LEVELS = 15
 #: Tokens of a calibration sequence, and how many sequences there are at the most.
-SEQUENCE, SEQUENCES = 512, 32
+SEQUENCE, SEQUENCES = 512, 16
 #: What is added to the diagonal of H, as a share of its mean. Source: the paper, section 4.
 DAMPING = 0.01
 #: Grids that are tried for a block, as shares of its range, and the power of the errors that tells the best one: cutting off what

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from edgekv import settings
+from edgekv.errors import GateFailed
 from edgekv.model_config import TEXT_PARTS
 from edgekv.sizes import format_bytes
 
 from .options import argument, option
 from .output import print_json, stderr
+
+if TYPE_CHECKING:
+    from edgekv.verify.source import SourceVerdict
 
 
 def export_command(
@@ -95,6 +99,14 @@ def export_command(
     page_size: Annotated[
         int, option(settings.PAGE_SIZE, "--page-size", metavar="16|32|64|128", help="Tokens per page of the KV cache.")
     ] = 32,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Read 640 tokens with the bundle and with the checkpoint, and say what the weights cost; exit code 1 beyond"
+            " perplexity +3 % or a KL divergence of 0.05. `edgekv verify --reference` says more.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON on stdout.")] = False,
 ) -> None:
@@ -137,9 +149,12 @@ def export_command(
             force=force,
             progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
         )
+        verdict = _check(out, source, bar) if check else None
     warning = slow_on(manifest.engine, form, manifest.weights, manifest.operators)
     if as_json:
-        print_json({**manifest.to_json(), "slow_on": warning})
+        found = {} if verdict is None else {"check": _check_facts(verdict)}
+        print_json({**manifest.to_json(), "slow_on": warning, **found})
+        _hold(verdict)
         return
     model = manifest.model
     size_bytes = sum(entry["bytes"] for entry in manifest.files.values())
@@ -160,3 +175,44 @@ def export_command(
         console.print(escape(f"{manifest.engine}: {reason} (--engine decides)"), soft_wrap=True, highlight=False)
     if warning is not None:
         console.print(escape(f"{manifest.engine}: {warning}"), soft_wrap=True, highlight=False)
+    if verdict is not None:
+        part = verdict.all
+        console.print(
+            f"check: perplexity {part.perplexity_change:+.1%} against the checkpoint in float, mean KLD {part.mean_kld:.3f}, the"
+            f" same most likely token {part.top1:.0%} of the time ({part.tokens} tokens)",
+            soft_wrap=True,
+            highlight=False,
+        )
+    _hold(verdict)
+
+
+def _check(bundle: Path, source: str, bar: Progress) -> SourceVerdict:
+    """Compare a bundle's weights with its checkpoint, with the cache in fp16."""
+    from edgekv.runtime.generate import RunOptions
+    from edgekv.tiers import KVMode
+    from edgekv.verify.gate import load_gate
+    from edgekv.verify.judge import QUICK
+    from edgekv.verify.source import verify_source
+
+    tasks: dict[str, TaskID] = {}
+
+    def advance(phase: str, done: int, total: int) -> None:
+        if phase not in tasks:
+            tasks[phase] = bar.add_task(phase, total=total)
+        bar.update(tasks[phase], completed=done)
+
+    options = RunOptions(kv=KVMode.FP16, own_process=True)
+    return verify_source(bundle, source, options, load_gate("weights"), QUICK, advance=advance)
+
+
+def _check_facts(verdict: SourceVerdict) -> dict[str, object]:
+    from edgekv.verify.report import source_to_json
+
+    return source_to_json(verdict)
+
+
+def _hold(verdict: SourceVerdict | None) -> None:
+    if verdict is not None and not verdict.passed:
+        from edgekv.verify.report import failures
+
+        raise GateFailed(f"the bundle is there, but {failures(verdict)}")

@@ -48,7 +48,7 @@ def plan_command(
     model: Annotated[Path, argument(settings.FILE, "MODEL", help="A bundle, a Hugging Face folder, or a config.json; weights are not read.")],
     profile: Annotated[str | None, option(settings.PROFILE, "--profile", metavar="NAME|FILE", help="The device; see `edgekv profiles`.")] = None,
     all_profiles: Annotated[bool, typer.Option("--all-profiles", help="One line for every device.")] = False,
-    context: Annotated[int | None, option(settings.CONTEXT, "--context", help=f"Tokens in the sequence at the most. Default: {CONTEXT}, or what the model was made for.")] = None,
+    context: Annotated[int | None, option(settings.PLANNED_CONTEXT, "--context", help=f"Tokens in the sequence at the most. Default: {CONTEXT}, or what the model was made for.")] = None,
     prompt: Annotated[int | None, option(settings.PROMPT_TOKENS, "--prompt", help=f"Tokens of it that are read before the first answer. Default: all but {ANSWER}, half at the least.")] = None,
     engine: Annotated[str | None, option(settings.WORD, "--engine", autocompletion=beginning_with(lambda: settings.ENGINE.words), help="onnx or executorch. Default: the bundle's, or onnx.")] = None,
     weights: Annotated[str | None, option(settings.WEIGHTS, "--weights", help="int4, int8, fp16 or fp32. Default: the bundle's, or what `edgekv export` would choose.")] = None,

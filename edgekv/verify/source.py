@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from edgekv.errors import UsageError
+from edgekv.errors import CheckpointError, UsageError
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.settings import parse_attend
 
@@ -79,16 +80,25 @@ def verify_source(
         tokens = parent.text.encode(text)
         schedule = plan_schedule(len(tokens), settings.tokens, settings.decode, model.max_context)
         available, tokens = len(tokens), tokens[: schedule.n_tokens]
-        with opened_source(source, model.max_context) as checkpoint:
+        with contextlib.ExitStack() as stack:
             try:
                 from edgekv.export.walk import SourceRun
+
+                checkpoint = stack.enter_context(opened_source(source, model.max_context))
             except ImportError as error:
                 raise missing(error) from error
+            except CheckpointError:
+                raise
+            except UsageError as error:  # the bundle's own context cannot be had
+                raise UsageError(
+                    f"{folder} was not made from {source}: {error}; give --reference what was exported"
+                ) from error
             advance("reading the checkpoint", 0, 1)
             if checkpoint.sha256() != manifest.source_sha256:
                 raise UsageError(
                     f"{folder} was not made from {source}: the weights are others; give --reference what was exported"
                 )
+            advance("reading the checkpoint", 1, 1)
             reference = SourceRun(
                 checkpoint, tokens, lambda done, total: advance("reading the text with the checkpoint", done, total)
             )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from edgekv.bundle import read_manifest
 from edgekv.cli.main import app
 from edgekv.device_profiles import DeviceProfile, Quantity, load
 from edgekv.errors import BundleError, UsageError
@@ -87,8 +88,11 @@ def test_a_bundle_and_its_checkpoint_have_the_same_shape_and_nearly_the_same_wei
     assert exported.exported
     assert not estimated.exported
     assert exported.geometry == estimated.geometry
-    weights = (bundle(source, weights="int4") / "weights.bin").stat().st_size
-    assert weights == pytest.approx(estimated.weights_bytes, rel=0.1)
+    folder = bundle(source, weights="int4")
+    model, rows = exported.geometry, read_manifest(folder).embedding
+    assert rows is not None
+    kept = (folder / "weights.bin").stat().st_size - rows.table_bytes(model.vocab_size, model.hidden_size)
+    assert kept == pytest.approx(estimated.weights_bytes, rel=0.1)
 
 
 def test_what_fits_stays_in_ram_and_what_does_not_goes_to_flash(config: Path) -> None:
@@ -250,6 +254,12 @@ def test_a_context_beyond_the_model_is_planned_at_what_it_was_made_for(config: P
     assert "--context 131072" in advice.commands[-1]
     with pytest.raises(UsageError, match="above what the model was made for, 131072"):
         command(str(config), "--profile", "galaxy-s24-8gb", "--context", "9999999")
+
+
+def test_a_context_that_no_prompt_and_answer_fit_is_not_planned(config: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", str(config), "--profile", "galaxy-s24-8gb", "--context", "8"])
+    assert result.exit_code == 2
+    assert "must be a whole number from 64" in result.output
 
 
 def test_yarn_in_the_configuration_lengthens_the_context(tmp_path: Path) -> None:
