@@ -109,7 +109,7 @@ class Geometry:
     @classmethod
     def from_model(cls, model: ModelSpec | ModelConfig) -> Geometry:
         """Take the shape of a model that edgekv exports, from its bundle or its configuration."""
-        mlp = 3 * model.hidden_size * model.intermediate_size
+        mlp = model.mlp_matrices * model.hidden_size * model.intermediate_size
         return cls(
             n_layers=model.n_layers,
             hidden_size=model.hidden_size,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.errors import CheckpointError, UsageError
-from edgekv.model_config import ModelConfig, Values, read_json_object, read_model_config
+from edgekv.model_config import ModelConfig, Norms, QKNorms, Values, read_json_object, read_model_config
 from edgekv.spec import ModelSpec
 
 from .rope import fold_rope
@@ -27,14 +27,24 @@ class DecoderConfig:
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     activation: str = "silu"
+    norms: Norms = "before"
+    qk_norms: QKNorms = "none"
     gains_from_one: bool = False
-    sandwich_norms: bool = False
-    qk_norm: bool = False
+    interleaved_rope: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    fused: bool = False
+    fused: tuple[str, ...] = ()
     text_part: bool = False
+
+    @property
+    def qk_norm_widths(self) -> dict[str, int]:
+        """The channels that norms of queries and keys go over, by their names."""
+        if self.qk_norms == "none":
+            return {}
+        heads = (self.model.n_q_heads, self.model.n_kv_heads) if self.qk_norms == "whole" else (1, 1)
+        return {name: count * self.model.head_dim for name, count in zip(("q_norm", "k_norm"), heads, strict=True)}
 
     @property
     def residual_eps(self) -> float:
@@ -94,6 +104,7 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), conte
         sliding_rope=None if sliding_rope == rope else sliding_rope,
         softmax_scale=config.softmax_scale,
         windows=config.windows,
+        mlp_matrices=config.mlp_matrices,
         tied_embeddings=config.tied_embeddings,
         bos_token_id=config.bos_token_id,
         # Some name -1, or a token beyond the vocabulary, to say that there is none.
@@ -107,9 +118,11 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), conte
         residual_scale=config.residual_scale,
         logits_scale=config.logits_scale,
         activation=config.activation,
+        norms=config.norms,
+        qk_norms=config.qk_norms,
         gains_from_one=config.gains_from_one,
-        sandwich_norms=config.sandwich_norms,
-        qk_norm=config.qk_norm,
+        interleaved_rope=config.interleaved_rope,
+        renamed=config.renamed,
         qkv_bias=config.qkv_bias,
         output_bias=config.output_bias,
         mlp_bias=config.mlp_bias,

@@ -10,32 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
 )
-from transformers.models.seed_oss import SeedOssConfig
-from transformers.models.smollm3 import SmolLM3Config
 
-FAMILIES = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "smollm3": SmolLM3Config,
-    "granite": GraniteConfig,
-    "phi3": Phi3Config,
-    "gemma3_text": Gemma3TextConfig,
-    "seed_oss": SeedOssConfig,
-}
 TEXT = (
     "An operating system runs programs larger than memory: it gives them pages, a page table, a resident set,"
     " and a disk to fault from. Naïve café, 東京, Привет, \N{SMILING FACE WITH SUNGLASSES}.\n"
@@ -46,10 +27,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, std: float = 0.05, **changes: Any) -> Path:
+def make_checkpoint(
+    folder: Path, family: str = "llama", *, seed: int = 0, std: float = 0.05, head: float = 1.0, **changes: Any
+) -> Path:
     """Write a random checkpoint of ``family`` into ``folder``; ``changes`` go to its config.
 
-    The weights are wide enough (``std``) that greedy tokens are no near-ties. Returns the folder.
+    The weights are wide enough (``std``) that greedy tokens are no near-ties; an untied head is multiplied by ``head``. Returns
+    the folder.
     """
     settings: dict[str, Any] = {
         "vocab_size": 384,
@@ -68,7 +52,7 @@ def make_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, std: 
         **changes,
     }
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](**settings), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -76,6 +60,8 @@ def make_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, std: 
                 parameter.copy_(torch.empty_like(parameter).uniform_(0.5, 1.5) - float(family.startswith("gemma")))
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.5)
+        if not settings["tie_word_embeddings"]:
+            model.lm_head.weight *= head
     model.save_pretrained(folder)
     make_tokenizer(settings["vocab_size"]).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}), encoding="utf-8")

@@ -15,8 +15,14 @@ from edgekv.model_config.rope import ROPE_TYPES
 
 #: Which layers have a sliding window. ``none``: no layer. ``every``: all of them. ``late``: where ``use_sliding_window`` is
 #: set, those from ``max_window_layers`` on. ``unrotated``: likewise, those without RoPE. ``pattern``: all but every
-#: ``sliding_window_pattern``-th. ``layer_types`` overrides the last three.
+#: ``sliding_window_pattern``-th, or every :attr:`Architecture.window_period`-th where there is no such key. ``layer_types``
+#: overrides the last three.
 Windows = Literal["none", "every", "late", "unrotated", "pattern"]
+#: Where attention and MLP have norms: ``before``: what they read. ``behind``: what they add. ``around``: both.
+Norms = Literal["before", "behind", "around"]
+#: Norms of queries and keys: ``heads``: of each head by itself. ``whole``: of all heads of a token at once.
+#: ``turned``: of each head, behind RoPE.
+QKNorms = Literal["none", "heads", "whole", "turned"]
 
 
 @dataclass(frozen=True)
@@ -27,25 +33,38 @@ class Architecture:
     other keys. ``nullable``: keys that may be null although their default is a number; null then means what None does.
     ``qkv_bias``: queries, keys and values have biases without a key that says so. ``heads_divide_width``: the type insists that
     ``hidden_size`` is a multiple of ``num_attention_heads``. ``partial_rotary``: it heeds ``partial_rotary_factor``.
-    ``rope_types``: those that it takes. ``fused``: its checkpoints hold queries, keys and values as one tensor, gate and up as
-    another. ``sliding_rope``: layers with a window have a rope of their own. ``scaled_embedding``: embedding rows are multiplied
-    by the root of ``hidden_size``. ``gains_from_one``: what is stored of a norm's gain is added to 1. ``sandwich_norms``: what
-    attention and MLP add goes through a norm, too.
+    ``rope_types``: those that it takes. ``fused``: parts of a layer that its checkpoints hold as one tensor.
+    ``sliding_rope``: layers with a window have a rope of their own; ``sliding_theta``: its base where no key says another.
+    ``scaled_embedding``: embedding rows are multiplied by the root of ``hidden_size``. ``gains_from_one``: what is stored of
+    a norm's gain is added to 1. ``interleaved_rope``: channels that are turned together are neighbours in a head. ``gated``:
+    the MLP has a gate. ``output_bias``: the output projection has a bias where queries have one by ``attention_bias``.
+    ``renamed``: what its checkpoints call a part of a layer that has another name here. ``unrotated_full``: layers without a
+    window have no RoPE where there is a ``sliding_window``. ``ends``: tokens that end a text where ``eos_token_id`` is null.
+    ``required``: keys without which transformers builds no such model.
     """
 
     defaults: Mapping[str, object]
     nullable: frozenset[str] = frozenset({"num_key_value_heads"})
     windows: Windows = "none"
+    window_period: int = 0
     heads_divide_width: bool = False
-    qk_norm: bool = False
+    norms: Norms = "before"
+    qk_norms: QKNorms = "none"
     qkv_bias: bool = False
     partial_rotary: bool = False
     rope_types: tuple[str, ...] = ROPE_TYPES
-    fused: bool = False
+    fused: tuple[str, ...] = ()
     sliding_rope: bool = False
+    sliding_theta: float = 0.0
     scaled_embedding: bool = False
     gains_from_one: bool = False
-    sandwich_norms: bool = False
+    interleaved_rope: bool = False
+    gated: bool = True
+    output_bias: bool = True
+    unrotated_full: bool = False
+    ends: tuple[int, ...] = ()
+    required: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 #: What all of them read. ``head_dim`` follows from the width, ``num_key_value_heads`` from the query heads.
@@ -81,6 +100,13 @@ _QWEN: dict[str, object] = {
     "max_window_layers": 28,
     "layer_types": None,
 }
+_OLMO: dict[str, object] = {
+    **_COMMON,
+    "vocab_size": 50304,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "eos_token_id": 50279,
+}
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(
@@ -107,7 +133,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         {**_QWEN, "head_dim": 128, "attention_bias": False},
         nullable=frozenset({"num_key_value_heads", "sliding_window"}),
         windows="late",
-        qk_norm=True,
+        qk_norms="heads",
     ),
     "smollm3": Architecture(
         {
@@ -161,7 +187,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         windows="every",
         partial_rotary=True,
         rope_types=("default", "longrope"),
-        fused=True,
+        fused=("self_attn.qkv_proj", "mlp.gate_up_proj"),
     ),
     "gemma3_text": Architecture(
         {
@@ -192,12 +218,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         nullable=frozenset(),
         windows="pattern",
         heads_divide_width=True,
-        qk_norm=True,
+        qk_norms="heads",
         rope_types=("default", "linear"),
         sliding_rope=True,
         scaled_embedding=True,
         gains_from_one=True,
-        sandwich_norms=True,
+        norms="around",
     ),
     "seed_oss": Architecture(
         {
@@ -216,6 +242,113 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "eos_token_id": 2,
         },
         nullable=frozenset({"num_key_value_heads", "head_dim"}),
+    ),
+    "olmo2": Architecture(_OLMO, norms="behind", qk_norms="whole"),
+    "olmo3": Architecture(
+        {**_OLMO, "rope_theta": 5e5, "sliding_window": 4096, "layer_types": None},
+        nullable=frozenset({"num_key_value_heads", "sliding_window"}),
+        windows="pattern",
+        window_period=4,
+        norms="behind",
+        qk_norms="whole",
+        sliding_rope=True,
+        sliding_theta=5e5,
+    ),
+    "ernie4_5": Architecture(
+        {
+            **_COMMON,
+            "vocab_size": 103424,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "use_bias": False,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        nullable=frozenset({"num_key_value_heads", "head_dim"}),
+        interleaved_rope=True,
+    ),
+    "arcee": Architecture(
+        {
+            **_COMMON,
+            "hidden_size": 2560,
+            "intermediate_size": 18432,
+            "hidden_act": "relu2",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+        },
+        heads_divide_width=True,
+        gated=False,
+    ),
+    "hunyuan_v1_dense": Architecture(
+        {
+            **_COMMON,
+            "vocab_size": 290943,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        qk_norms="turned",
+        rope_types=(*ROPE_TYPES, "dynamic"),
+        required=("head_dim",),
+        renamed=(("self_attn.query_layernorm", "self_attn.q_norm"), ("self_attn.key_layernorm", "self_attn.k_norm")),
+    ),
+    "exaone4": Architecture(
+        {
+            **_COMMON,
+            "vocab_size": 102400,
+            "intermediate_size": 16384,
+            "num_key_value_heads": 32,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "layer_types": None,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
+        nullable=frozenset({"sliding_window"}),
+        windows="pattern",
+        norms="behind",
+        qk_norms="heads",
+        unrotated_full=True,
+    ),
+    "glm4": Architecture(
+        {
+            **_COMMON,
+            "vocab_size": 151552,
+            "intermediate_size": 13696,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1.5625e-7,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+        },
+        nullable=frozenset(),
+        norms="around",
+        partial_rotary=True,
+        interleaved_rope=True,
+        output_bias=False,
+        fused=("mlp.gate_up_proj",),
+        renamed=(
+            ("post_self_attn_layernorm", "post_attention_layernorm"),
+            ("post_attention_layernorm", "pre_feedforward_layernorm"),
+            ("post_mlp_layernorm", "post_feedforward_layernorm"),
+        ),
+        ends=(151329, 151336, 151338),
     ),
 }
 #: Models of which edgekv exports the part that writes text, with that part's type.

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from edgekv.errors import ConfigError
-from edgekv.model_config.architectures import ARCHITECTURES, TEXT_PARTS, Architecture
+from edgekv.model_config.architectures import ARCHITECTURES, TEXT_PARTS, Architecture, Norms, QKNorms
 from edgekv.model_config.rope import RopeSettings, read_rope, read_rope_by_layer_type
 from edgekv.model_config.values import MAX_COUNT, MAX_LAYERS, Values
 from edgekv.schema import shown
 from edgekv.spec import MAX_HEAD_DIM
 
-#: Activations of a gated MLP by their names in transformers.
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+#: Activations by their names in transformers, of an MLP with a gate and of one without.
+_GATED = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_UNGATED = {"relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 #: Scalars that multiply what a model computes: none has one below, or above one over it. Folded, they stay far from the ends of
 #: float32.
@@ -29,8 +31,9 @@ class ModelConfig:
 
     ``max_context``: positions, those that YaRN adds included. ``bos_token_id`` is None where it lies outside the vocabulary.
     ``text_part``: the checkpoint is of a model that does more than write text, this is its decoder. ``rope`` is of all layers, or
-    of those without a window where ``sliding_rope`` is set. ``activation``: ``silu``, or ``gelu_tanh``, its tanh approximation.
-    ``gains_from_one`` and ``sandwich_norms`` are those of the architecture.
+    of those without a window where ``sliding_rope`` is set. ``activation``: ``silu``, ``gelu_tanh`` (GELU in its tanh
+    approximation), or ``relu2`` (the square of what is above 0). ``mlp_matrices``: 3 with a gate, 2 without. ``norms``,
+    ``qk_norms``, ``gains_from_one``, ``interleaved_rope``, ``renamed`` and ``fused`` are those of the architecture.
     ``softmax_scale`` multiplies the scores, ``embedding_scale`` the rows of the embedding, ``residual_scale`` what attention and
     MLP add to the residual stream, ``logits_scale`` the logits.
     """
@@ -54,13 +57,16 @@ class ModelConfig:
     windows: tuple[int, ...]
     rotated: tuple[bool, ...]
     activation: str
-    qk_norm: bool
+    norms: Norms
+    qk_norms: QKNorms
     gains_from_one: bool
-    sandwich_norms: bool
+    interleaved_rope: bool
+    renamed: tuple[tuple[str, str], ...]
+    mlp_matrices: Literal[3, 2]
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-    fused: bool
+    fused: tuple[str, ...]
     text_part: bool
     tied_embeddings: bool
     bos_token_id: int | None
@@ -96,7 +102,10 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
     everything = _text_part(outer, TEXT_PARTS[kind]) if kind in TEXT_PARTS else outer
     source = everything.source
     values = Values(everything.config, source, page.defaults)
-    activation = _activation(values, "hidden_act" if "hidden_act" in page.defaults else "hidden_activation")
+    missing = next((key for key in page.required if values.get(key) is None), None)
+    if missing is not None:
+        raise values.refusal(missing, "this model type needs it")
+    activation = _activation(values, page)
     _refuse_what_changes_scores(values)
     n_layers = values.count("num_hidden_layers", most=MAX_LAYERS)
     hidden, n_heads = values.count("hidden_size"), values.count("num_attention_heads")
@@ -116,13 +125,18 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         _optional_count(values, page, "original_max_position_embeddings")
     sliding_rope = None
     if page.sliding_rope:
-        rope, sliding_rope = read_rope_by_layer_type(values, head_dim, max_context, page.rope_types)
+        rope, sliding_rope = read_rope_by_layer_type(values, head_dim, max_context, page.rope_types, page.sliding_theta)
     else:
         rope = read_rope(values, head_dim, max_context, partial=page.partial_rotary, types=page.rope_types)
     if rope.kind == "yarn":  # many configurations state the length before the scaling
         max_context = max(max_context, min(int(rope.original_context * rope.factor), MAX_COUNT))
     bos = None if values.get("bos_token_id") is None else values.whole("bos_token_id")
-    attention_bias = values.flag("attention_bias")
+    windows = _windows(values, everything, page, rotated)
+    if page.unrotated_full and values.get("sliding_window") is not None:
+        rotated = tuple(window > 0 for window in windows)
+    ends = outer if outer.states("eos_token_id") else values
+    use_bias = values.flag("use_bias")
+    attention_bias = use_bias or values.flag("attention_bias")
     return ModelConfig(
         architecture=kind,
         n_layers=n_layers,
@@ -140,20 +154,23 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         embedding_scale=hidden**0.5 if page.scaled_embedding else _scale(values, page, "embedding_multiplier"),
         residual_scale=_scale(values, page, "residual_multiplier"),
         logits_scale=1 / _scale(values, page, "logits_scaling"),
-        windows=_windows(values, everything, page, rotated),
+        windows=windows,
         rotated=rotated,
         activation=activation,
-        qk_norm=page.qk_norm,
+        norms=page.norms,
+        qk_norms=page.qk_norms,
         gains_from_one=page.gains_from_one,
-        sandwich_norms=page.sandwich_norms,
+        interleaved_rope=page.interleaved_rope,
+        renamed=page.renamed,
+        mlp_matrices=3 if page.gated else 2,
         qkv_bias=page.qkv_bias or attention_bias,
-        output_bias=values.flag("attention_out_bias", default=attention_bias),
-        mlp_bias=values.flag("mlp_bias"),
+        output_bias=values.flag("attention_out_bias", default=attention_bias and page.output_bias),
+        mlp_bias=use_bias or values.flag("mlp_bias"),
         fused=page.fused,
         text_part=kind in TEXT_PARTS,
         tied_embeddings=values.flag("tie_word_embeddings"),
         bos_token_id=bos if bos is not None and 0 <= bos < vocab_size else None,
-        eos_token_ids=(outer if outer.states("eos_token_id") else values).token_ids("eos_token_id"),
+        eos_token_ids=page.ends if ends.get("eos_token_id") is None else ends.token_ids("eos_token_id"),
     )
 
 
@@ -172,11 +189,12 @@ def _text_part(outer: Values, kind: str) -> Values:
     return part
 
 
-def _activation(values: Values, key: str) -> str:
-    name = values.get(key)
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise values.refusal(key, f"this activation is not supported, edgekv exports {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+def _activation(values: Values, page: Architecture) -> str:
+    key = "hidden_act" if "hidden_act" in page.defaults else "hidden_activation"
+    name, known = values.get(key), _GATED if page.gated else _UNGATED
+    if not isinstance(name, str) or name not in known:
+        raise values.refusal(key, f"this activation is not supported, edgekv exports {', '.join(known)}")
+    return known[name]
 
 
 def _refuse_what_changes_scores(values: Values) -> None:
@@ -245,11 +263,12 @@ def _windows(values: Values, everything: Values, page: Architecture, rotated: Se
     size = 0
     if page.windows in ("every", "pattern") or (by_switch and values.flag("use_sliding_window")):
         size = _optional_count(values, page, "sliding_window") or 0
+    kinds = everything.words("layer_types")
     if page.windows == "late":
         first = values.whole("max_window_layers")
         windows = tuple(size if layer >= first else 0 for layer in range(len(rotated)))
-    elif page.windows == "pattern":
-        every = values.whole("sliding_window_pattern")
+    elif page.windows == "pattern" and kinds is None:
+        every = page.window_period or values.whole("sliding_window_pattern")
         if every == 0:
             raise values.refusal("sliding_window_pattern", "it must not be 0")
         windows = tuple(size if (layer + 1) % every else 0 for layer in range(len(rotated)))
@@ -257,8 +276,9 @@ def _windows(values: Values, everything: Values, page: Architecture, rotated: Se
         windows = tuple(0 if turned else size for turned in rotated)
     else:
         windows = (size,) * len(rotated)
-    kinds = everything.words("layer_types")
     if kinds is None:
+        if page.windows == "pattern" and not size:
+            raise values.refusal("sliding_window", "layer_types must say then that no layer has a window")
         return windows
     if len(kinds) != len(rotated) or set(kinds) - set(_LAYER_TYPES):
         raise everything.refusal(

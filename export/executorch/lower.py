@@ -190,12 +190,21 @@ def _whole_delegates() -> Iterator[None]:
         return F.silu(gate) * up
 
     def geglu(gate: Tensor, up: Tensor) -> Tensor:
+        return gelu_tanh(gate) * up
+
+    def gelu_tanh(x: Tensor) -> Tensor:
         # gelu by tanh is a sigmoid: x (1 + tanh(u)) / 2 = x sigmoid(2 u), with u = sqrt(2 / pi) (x + 0.044715 x ** 3).
         twice = math.sqrt(8 / math.pi)
-        return gate * torch.sigmoid(gate * (gate * gate * (0.044715 * twice) + twice)) * up
+        return x * torch.sigmoid(x * (x * x * (0.044715 * twice) + twice))
 
     with mock.patch.multiple(
-        ops, rms_norm=rms_norm, add_rms_norm=add_rms_norm, rotary=rotary, swiglu=swiglu, geglu=geglu
+        ops,
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        rotary=rotary,
+        swiglu=swiglu,
+        geglu=geglu,
+        gelu_tanh=gelu_tanh,
     ):
         yield
 

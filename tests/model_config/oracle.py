@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from edgekv.export.checkpoint import HEAD, expected_shapes
 from edgekv.export.config import decoder_config
-from edgekv.model_config import read_model_config
+from edgekv.model_config import ARCHITECTURES, read_model_config
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Meaning:
 ACTIVATIONS = {
     "silu": float(F.silu(torch.ones(1))),
     "gelu_tanh": float(F.gelu(torch.ones(1), approximate="tanh")),
+    "relu2": 1.0,
 }
 
 
@@ -85,7 +87,7 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
     return Meaning(
         shapes=shapes,
         windows=_windows(model),
-        rotated=tuple(bool(getattr(attention, "use_rope", True)) for attention in attentions),
+        rotated=tuple(_rotates(attention) for attention in attentions),
         ropes=tuple(
             (tuple(getattr(rope, f"{kind}inv_freq").tolist()), float(getattr(rope, f"{kind}attention_scaling")))
             for kind in kinds
@@ -102,12 +104,21 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
     )
 
 
+def _rotates(attention: Any) -> bool:
+    if type(attention).__name__ == "Exaone4Attention":
+        return attention.sliding_window is None or bool(attention.is_sliding)
+    return bool(getattr(attention, "use_rope", True))
+
+
 def _apart(shapes: dict[str, tuple[int, ...]], config: Any) -> dict[str, tuple[int, ...]]:
-    """Name the parts of tensors that Phi-3 has as one."""
+    """Name the parts of tensors that are one, and those that have other names in most model types."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     result: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
+    renamed = dict(ARCHITECTURES[config.model_type].renamed)
+    for stored, shape in shapes.items():
+        part = re.match(r"(model\.layers\.\d+\.)(.+)(\.\w+)$", stored)
+        name = f"{part[1]}{renamed.get(part[2], part[2])}{part[3]}" if part else stored
         parts = {name: shape}
         if ".qkv_proj." in name:
             parts = {
@@ -147,6 +158,7 @@ def _windows(model: Any) -> tuple[int, ...]:
             setattr(module, name, function)
     # Eager attention heeds the mask alone; an attention that says otherwise would differ between implementations.
     for block, window in zip(model.model.layers, seen, strict=True):
-        own = getattr(block.self_attn, "sliding_window", window)
+        says = getattr(block.self_attn, "is_sliding", True) and hasattr(block.self_attn, "sliding_window")
+        own = block.self_attn.sliding_window if says else window
         assert type(model).__name__.startswith("Mistral") or (own or 0) == window, "transformers disagrees with itself"
     return tuple(seen)
