@@ -26,6 +26,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_scale: float = 1.0
+    logits_cap: float = 0.0
     activation: str = "silu"
     norms: Norms = "before"
     qk_norms: QKNorms = "none"
@@ -104,6 +105,7 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), conte
         sliding_rope=None if sliding_rope == rope else sliding_rope,
         softmax_scale=config.softmax_scale,
         windows=config.windows,
+        softcap=config.softcap,
         mlp_matrices=config.mlp_matrices,
         tied_embeddings=config.tied_embeddings,
         bos_token_id=config.bos_token_id,
@@ -117,6 +119,7 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), conte
         embedding_scale=config.embedding_scale,
         residual_scale=config.residual_scale,
         logits_scale=config.logits_scale,
+        logits_cap=config.logits_cap,
         activation=config.activation,
         norms=config.norms,
         qk_norms=config.qk_norms,

@@ -171,6 +171,7 @@ class LastSegment(nn.Module):
         self.eps = config.residual_eps
         self.exit = Exit(config)
         self.norm = Norm(config.model.hidden_size)
+        self.cap = config.logits_cap
         self.head = Projection(config.model.vocab_size, config.model.hidden_size, bias=False)
 
     def forward(self, residual: Tensor, attention: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ class LastSegment(nn.Module):
         delta, residual = self.exit(residual, attention)
         x, _ = ops.add_rms_norm(delta, residual, self.norm.weight, self.eps)
         logits: Tensor = self.head(x)
-        return logits
+        return torch.tanh(logits) * self.cap if self.cap else logits
 
 
 def segment_kind(config: DecoderConfig, index: int) -> str:

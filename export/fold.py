@@ -4,7 +4,8 @@ A decoder whose embedding rows ``e`` are multiplied by ``m`` has a residual stre
 what its layers add. Everything reads ``r`` through an RMSNorm, and ``norm(r, eps) = norm(r / m, eps / m ** 2)``: the stream is
 kept in units of the embedding, ``r / m = e + (s / m) * d[0] + ...``. So rows are looked up as they are stored, a tied head has
 the same bytes, and ``s / m`` goes into what writes to the stream: the projections, or the norms behind them (for epsilon see
-:attr:`~edgekv.export.config.DecoderConfig.residual_eps`). What multiplies the logits goes into the last norm's gain.
+:attr:`~edgekv.export.config.DecoderConfig.residual_eps`). What multiplies the logits goes into the last norm's gain, and so does what
+divides them before their tanh.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ def fold_scales(config: DecoderConfig, location: Mapping[str, Stored]) -> dict[s
     writers = _PROJECTIONS if config.norms == "before" else _NORMS
     assert config.norms != "behind" or config.embedding_scale == 1, "projections read the stream itself"
     written = config.residual_scale / config.embedding_scale
+    scaled = config.logits_scale / (config.logits_cap or 1.0)
     folded = {}
     for name, stored in location.items():
         if config.interleaved_rope and _TURNED.fullmatch(name):
             stored = replace(stored, read=functools.partial(_halves_apart, stored, config.model))
         offset = float(config.gains_from_one and name.endswith("norm.weight"))
-        scale = config.logits_scale if name == FINAL_NORM else written if name.endswith(writers) else 1.0
+        scale = scaled if name == FINAL_NORM else written if name.endswith(writers) else 1.0
         same = (offset, scale) == (0, 1)
         folded[name] = stored if same else replace(stored, read=functools.partial(_read, stored, offset, scale))
     return folded

@@ -176,13 +176,12 @@ class Compensator:
         model = self._checkpoint.config.model
         group = model.n_q_heads // model.n_kv_heads
         seen = (self._distance >= 0) & (self._distance < (window or len(q)))
-        attended = nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1),
-            k.repeat_interleave(group, 1).transpose(0, 1),
-            v.repeat_interleave(group, 1).transpose(0, 1),
-            attn_mask=seen,
-            scale=model.softmax_scale,
-        )
+        q, k, v = q.transpose(0, 1), *(part.repeat_interleave(group, 1).transpose(0, 1) for part in (k, v))
+        if model.softcap:
+            scores = model.softcap * torch.tanh(q @ k.transpose(1, 2) * (model.softmax_scale / model.softcap))
+            attended = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1) @ v
+        else:
+            attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=model.softmax_scale)
         return attended.transpose(0, 1)
 
 

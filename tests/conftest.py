@@ -186,6 +186,17 @@ MODEL_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
         "exaone4",
         {"std": 0.08, "head": 0.5, "num_hidden_layers": 4, "sliding_window": 12, "sliding_window_pattern": 2},
     ),
+    "gemma": ("gemma", {"tie_word_embeddings": False}),
+    "gemma2": (
+        "gemma2",
+        {
+            "tie_word_embeddings": False,
+            "query_pre_attn_scalar": 48,
+            "sliding_window": 12,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.5,
+        },
+    ),
     "glm4": ("glm4", {"std": 0.06, "seed": 2}),
 }
 #: All of them, for tests that export for an engine.

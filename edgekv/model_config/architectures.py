@@ -40,6 +40,7 @@ class Architecture:
     the MLP has a gate. ``output_bias``: the output projection has a bias where queries have one by ``attention_bias``.
     ``renamed``: what its checkpoints call a part of a layer that has another name here. ``unrotated_full``: layers without a
     window have no RoPE where there is a ``sliding_window``. ``ends``: tokens that end a text where ``eos_token_id`` is null.
+    ``tanh_gelu``: an activation called ``gelu`` means its tanh approximation.
     ``required``: keys without which transformers builds no such model.
     """
 
@@ -61,6 +62,7 @@ class Architecture:
     interleaved_rope: bool = False
     gated: bool = True
     output_bias: bool = True
+    tanh_gelu: bool = False
     unrotated_full: bool = False
     ends: tuple[int, ...] = ()
     required: tuple[str, ...] = ()
@@ -106,6 +108,23 @@ _OLMO: dict[str, object] = {
     "rms_norm_eps": 1e-5,
     "attention_bias": False,
     "eos_token_id": 50279,
+}
+_GEMMA: dict[str, object] = {
+    **{key: value for key, value in _COMMON.items() if key not in _NOT_OF_GEMMA},
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "use_bidirectional_attention": None,
 }
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -221,6 +240,38 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         qk_norms="heads",
         rope_types=("default", "linear"),
         sliding_rope=True,
+        scaled_embedding=True,
+        gains_from_one=True,
+        norms="around",
+    ),
+    "gemma": Architecture(
+        {
+            **{key: value for key, value in _GEMMA.items() if key != "hidden_activation"},
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 3072,
+            "intermediate_size": 24576,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+        },
+        nullable=frozenset(),
+        scaled_embedding=True,
+        gains_from_one=True,
+        tanh_gelu=True,
+    ),
+    "gemma2": Architecture(
+        {
+            **_GEMMA,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "layer_types": None,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        nullable=frozenset(),
+        windows="pattern",
+        window_period=2,
+        heads_divide_width=True,
         scaled_embedding=True,
         gains_from_one=True,
         norms="around",

@@ -35,7 +35,8 @@ class ModelConfig:
     approximation), or ``relu2`` (the square of what is above 0). ``mlp_matrices``: 3 with a gate, 2 without. ``norms``,
     ``qk_norms``, ``gains_from_one``, ``interleaved_rope``, ``renamed`` and ``fused`` are those of the architecture.
     ``softmax_scale`` multiplies the scores, ``embedding_scale`` the rows of the embedding, ``residual_scale`` what attention and
-    MLP add to the residual stream, ``logits_scale`` the logits.
+    MLP add to the residual stream, ``logits_scale`` the logits. ``softcap`` and ``logits_cap``: what the tanh of scores and logits
+    leads to; 0: they go through none.
     """
 
     architecture: str
@@ -54,6 +55,8 @@ class ModelConfig:
     embedding_scale: float
     residual_scale: float
     logits_scale: float
+    softcap: float
+    logits_cap: float
     windows: tuple[int, ...]
     rotated: tuple[bool, ...]
     activation: str
@@ -106,7 +109,7 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
     if missing is not None:
         raise values.refusal(missing, "this model type needs it")
     activation = _activation(values, page)
-    _refuse_what_changes_scores(values)
+    _refuse_later_tokens(values)
     n_layers = values.count("num_hidden_layers", most=MAX_LAYERS)
     hidden, n_heads = values.count("hidden_size"), values.count("num_attention_heads")
     if page.heads_divide_width and hidden % n_heads:
@@ -154,6 +157,8 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         embedding_scale=hidden**0.5 if page.scaled_embedding else _scale(values, page, "embedding_multiplier"),
         residual_scale=_scale(values, page, "residual_multiplier"),
         logits_scale=1 / _scale(values, page, "logits_scaling"),
+        softcap=_cap(values, "attn_logit_softcapping"),
+        logits_cap=_cap(values, "final_logit_softcapping"),
         windows=windows,
         rotated=rotated,
         activation=activation,
@@ -192,15 +197,24 @@ def _text_part(outer: Values, kind: str) -> Values:
 def _activation(values: Values, page: Architecture) -> str:
     key = "hidden_act" if "hidden_act" in page.defaults else "hidden_activation"
     name, known = values.get(key), _GATED if page.gated else _UNGATED
+    if page.tanh_gelu and name == "gelu":
+        name = "gelu_pytorch_tanh"
     if not isinstance(name, str) or name not in known:
         raise values.refusal(key, f"this activation is not supported, edgekv exports {', '.join(known)}")
     return known[name]
 
 
-def _refuse_what_changes_scores(values: Values) -> None:
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if values.get(key) is not None:
-            raise values.refusal(key, "edgekv exports decoders without a cap on scores or logits")
+def _cap(values: Values, key: str) -> float:
+    """Return what a tanh leads to; 0: there is none."""
+    if values.get(key) is None:
+        return 0.0
+    cap = values.number(key, above=0)
+    if not _LEAST_SCALE <= cap <= 1 / _LEAST_SCALE:
+        raise values.refusal(key, f"edgekv exports caps from {_LEAST_SCALE:g} to {1 / _LEAST_SCALE:g}")
+    return cap
+
+
+def _refuse_later_tokens(values: Values) -> None:
     if values.get("use_bidirectional_attention") is not None and values.flag("use_bidirectional_attention"):
         raise values.refusal("use_bidirectional_attention", "edgekv exports decoders that see no later tokens")
 

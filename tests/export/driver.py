@@ -98,7 +98,8 @@ class SplitDriver:
             pages.append(PageView(keys.transpose(1, 0, 2), values.transpose(1, 0, 2), np.ones(size, bool), old))
             start += size
         model = self.model
-        out, _ = paged_attention(q, k, v, pages, positions, scale=model.softmax_scale, window=model.windows[layer])
+        scale, softcap, window = model.softmax_scale, model.softcap, model.windows[layer]
+        out, _ = paged_attention(q, k, v, pages, positions, scale=scale, softcap=softcap, window=window)
         self.keys[layer].append(k)
         self.values[layer].append(v)
         return out

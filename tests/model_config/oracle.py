@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import re
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Meaning:
     embedding_scale: float
     residual_scale: float
     logits_scale: float
+    softcap: float
+    logits_cap: float
     rms_eps: float
     bos: int | None
     eos: tuple[int, ...]
@@ -60,6 +63,8 @@ def read_by_edgekv(config: dict[str, Any]) -> Meaning:
         embedding_scale=read.embedding_scale,
         residual_scale=read.residual_scale,
         logits_scale=read.logits_scale,
+        softcap=model.softcap,
+        logits_cap=read.logits_cap,
         rms_eps=read.rms_eps,
         bos=model.bos_token_id,
         eos=model.eos_token_ids,
@@ -97,11 +102,18 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
         embedding_scale=getattr(model.model, "embedding_multiplier", getattr(embedding, "scalar_embed_scale", 1.0)),
         residual_scale=getattr(model.model.layers[0], "residual_multiplier", 1.0),
         # Read by the model with the head, which keeps no copy; a class without the key has it as a stray one.
-        logits_scale=1 / config.logits_scaling if hasattr(CONFIG_MAPPING[kind](), "logits_scaling") else 1.0,
+        logits_scale=1 / config.logits_scaling if _has(kind, "logits_scaling") else 1.0,
+        softcap=getattr(attentions[0], "attn_logit_softcapping", None) or 0.0,
+        logits_cap=(config.final_logit_softcapping or 0.0) if _has(kind, "final_logit_softcapping") else 0.0,
         rms_eps=norm.eps if hasattr(norm, "eps") else norm.variance_epsilon,
         bos=config.bos_token_id if config.bos_token_id in vocabulary else None,
         eos=tuple(token for token in ends if token in vocabulary),
     )
+
+
+def _has(kind: str, key: str) -> bool:
+    """Whether the configuration class has a key: any other becomes an attribute of its object, too."""
+    return key in {field.name for field in dataclasses.fields(CONFIG_MAPPING[kind])}
 
 
 def _rotates(attention: Any) -> bool:
