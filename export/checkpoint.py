@@ -20,6 +20,7 @@ from edgekv.errors import CheckpointError
 
 from .config import DecoderConfig, read_config
 from .fold import FINAL_NORM as FINAL_NORM
+from .fold import FINAL_NORM_BIAS as FINAL_NORM_BIAS
 from .fold import fold_scales
 from .tokenizer import TokenizerFiles, read_tokenizer
 from .weight_files import Stored, decoder_alone, locate_tensors
@@ -33,6 +34,7 @@ _NORMS = {
     "around": (
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
     ),
+    "shared": ("input_layernorm",),
 }  # fmt: skip
 #: What checkpoints of some model types hold as one tensor, row below row.
 _FUSED = {
@@ -159,6 +161,8 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     hidden, inner, vocab = model.hidden_size, model.intermediate_size, model.vocab_size
     q_width, kv_width = model.n_q_heads * model.head_dim, model.n_kv_heads * model.head_dim
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab, hidden), FINAL_NORM: (hidden,)}
+    if config.norm_kind == "biased":
+        shapes[FINAL_NORM_BIAS] = (hidden,)
     if not model.tied_embeddings:
         shapes[HEAD] = (vocab, hidden)
     linears = (
@@ -178,6 +182,8 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"{prefix}{name}.bias"] = (rows,)
         for name in _NORMS[config.norms]:
             shapes[f"{prefix}{name}.weight"] = (hidden,)
+            if config.norm_kind == "biased":
+                shapes[f"{prefix}{name}.bias"] = (hidden,)
         for name, width in config.qk_norm_widths.items():
             shapes[f"{prefix}self_attn.{name}.weight"] = (width,)
     return shapes

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.errors import CheckpointError, UsageError
-from edgekv.model_config import ModelConfig, Norms, QKNorms, Values, read_json_object, read_model_config
+from edgekv.model_config import ModelConfig, NormKind, Norms, QKNorms, Values, read_json_object, read_model_config
 from edgekv.spec import ModelSpec
 
 from .rope import fold_rope
@@ -29,6 +29,7 @@ class DecoderConfig:
     logits_cap: float = 0.0
     activation: str = "silu"
     norms: Norms = "before"
+    norm_kind: NormKind = "rms"
     qk_norms: QKNorms = "none"
     gains_from_one: bool = False
     interleaved_rope: bool = False
@@ -122,6 +123,7 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), conte
         logits_cap=config.logits_cap,
         activation=config.activation,
         norms=config.norms,
+        norm_kind=config.norm_kind,
         qk_norms=config.qk_norms,
         gains_from_one=config.gains_from_one,
         interleaved_rope=config.interleaved_rope,

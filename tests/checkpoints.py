@@ -55,7 +55,9 @@ def make_checkpoint(
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name and name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            elif "norm" in name:
                 # Gemma stores what is added to 1.
                 parameter.copy_(torch.empty_like(parameter).uniform_(0.5, 1.5) - float(family.startswith("gemma")))
             elif name.endswith("bias"):

@@ -186,6 +186,29 @@ MODEL_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
         "exaone4",
         {"std": 0.08, "head": 0.5, "num_hidden_layers": 4, "sliding_window": 12, "sliding_window_pattern": 2},
     ),
+    "cohere2": (
+        "cohere2",
+        {
+            "std": 0.06,
+            "seed": 1,
+            "tie_word_embeddings": False,
+            "num_hidden_layers": 4,
+            "sliding_window": 12,
+            "sliding_window_pattern": 2,
+            "logit_scale": 0.25,
+        },
+    ),
+    "starcoder2": ("starcoder2", {"std": 0.1, "hidden_act": "gelu_pytorch_tanh", "sliding_window": 20}),
+    "stablelm": ("stablelm", {"std": 0.06, "use_qkv_bias": True}),
+    "stablelm-parallel": ("stablelm", {"std": 0.06, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
+    "ministral": (
+        "ministral",
+        {
+            "seed": 1,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "gemma": ("gemma", {"tie_word_embeddings": False}),
     "gemma2": (
         "gemma2",

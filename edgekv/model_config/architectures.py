@@ -13,13 +13,17 @@ from typing import Literal
 
 from edgekv.model_config.rope import ROPE_TYPES
 
-#: Which layers have a sliding window. ``none``: no layer. ``every``: all of them. ``late``: where ``use_sliding_window`` is
-#: set, those from ``max_window_layers`` on. ``unrotated``: likewise, those without RoPE. ``pattern``: all but every
-#: ``sliding_window_pattern``-th, or every :attr:`Architecture.window_period`-th where there is no such key. ``layer_types``
-#: overrides the last three.
-Windows = Literal["none", "every", "late", "unrotated", "pattern"]
-#: Where attention and MLP have norms: ``before``: what they read. ``behind``: what they add. ``around``: both.
-Norms = Literal["before", "behind", "around"]
+#: Which layers have a sliding window. ``none``: no layer. ``every``: all of them. ``any``: likewise. ``late``: where
+#: ``use_sliding_window`` is set, those from ``max_window_layers`` on. ``unrotated``: likewise, those without RoPE.
+#: ``pattern``: all but every ``sliding_window_pattern``-th, or every :attr:`Architecture.window_period`-th where there is no
+#: such key. ``layer_types`` overrides the last four.
+Windows = Literal["none", "every", "any", "late", "unrotated", "pattern"]
+#: Where attention and MLP have norms: ``before``: what they read. ``behind``: what they add. ``around``: both. ``shared``: both
+#: read the stream through one norm, and what they add is added at once.
+Norms = Literal["before", "behind", "around", "shared"]
+#: Norms of the residual stream: ``rms``: by the root of the mean square. ``layer``: of what differs from the mean. ``biased``:
+#: likewise, and a bias is added.
+NormKind = Literal["rms", "layer", "biased"]
 #: Norms of queries and keys: ``heads``: of each head by itself. ``whole``: of all heads of a token at once.
 #: ``turned``: of each head, behind RoPE.
 QKNorms = Literal["none", "heads", "whole", "turned"]
@@ -31,17 +35,17 @@ class Architecture:
 
     ``defaults``: the keys that it reads, each with the value of one that is left out; None: there is none, or it follows from
     other keys. ``nullable``: keys that may be null although their default is a number; null then means what None does.
-    ``qkv_bias``: queries, keys and values have biases without a key that says so. ``heads_divide_width``: the type insists that
-    ``hidden_size`` is a multiple of ``num_attention_heads``. ``partial_rotary``: it heeds ``partial_rotary_factor``.
-    ``rope_types``: those that it takes. ``fused``: parts of a layer that its checkpoints hold as one tensor.
-    ``sliding_rope``: layers with a window have a rope of their own; ``sliding_theta``: its base where no key says another.
-    ``scaled_embedding``: embedding rows are multiplied by the root of ``hidden_size``. ``gains_from_one``: what is stored of
-    a norm's gain is added to 1. ``interleaved_rope``: channels that are turned together are neighbours in a head. ``gated``:
-    the MLP has a gate. ``output_bias``: the output projection has a bias where queries have one by ``attention_bias``.
-    ``renamed``: what its checkpoints call a part of a layer that has another name here. ``unrotated_full``: layers without a
-    window have no RoPE where there is a ``sliding_window``. ``ends``: tokens that end a text where ``eos_token_id`` is null.
-    ``tanh_gelu``: an activation called ``gelu`` means its tanh approximation.
-    ``required``: keys without which transformers builds no such model.
+    ``qkv_bias``: queries, keys and values have biases without a key that says so. ``heads_divide_width``: the type insists
+    that ``hidden_size`` is a multiple of ``num_attention_heads``, and ``heads_fill_width`` that query heads are as wide as it
+    together. ``partial_rotary``: it heeds ``partial_rotary_factor``. ``rope_types``: those that it takes. ``fused``: parts of
+    a layer that its checkpoints hold as one tensor. ``sliding_rope``: layers with a window have a rope of their own;
+    ``sliding_theta``: its base where no key says another. ``scaled_embedding``: embedding rows are multiplied by the root of
+    ``hidden_size``. ``gains_from_one``: what is stored of a norm's gain is added to 1. ``interleaved_rope``: channels that
+    are turned together are neighbours in a head. ``gated``: the MLP has a gate. ``output_bias``: the output projection has a
+    bias where queries have one by ``attention_bias``. ``renamed``: what its checkpoints call a part of a layer that has
+    another name here. ``unrotated_full``: layers without a window have no RoPE where there is a ``sliding_window``. ``ends``:
+    tokens that end a text where ``eos_token_id`` is null. ``tanh_gelu``: an activation called ``gelu`` means its tanh
+    approximation. ``required``: keys without which transformers builds no such model.
     """
 
     defaults: Mapping[str, object]
@@ -49,7 +53,9 @@ class Architecture:
     windows: Windows = "none"
     window_period: int = 0
     heads_divide_width: bool = False
+    heads_fill_width: bool = False
     norms: Norms = "before"
+    norm_kind: NormKind = "rms"
     qk_norms: QKNorms = "none"
     qkv_bias: bool = False
     partial_rotary: bool = False
@@ -102,6 +108,7 @@ _QWEN: dict[str, object] = {
     "max_window_layers": 28,
     "layer_types": None,
 }
+_LAYER_NORMED: dict[str, object] = {key: value for key, value in _COMMON.items() if key != "rms_norm_eps"}
 _OLMO: dict[str, object] = {
     **_COMMON,
     "vocab_size": 50304,
@@ -276,6 +283,92 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         gains_from_one=True,
         norms="around",
     ),
+    "cohere2": Architecture(
+        {
+            **_LAYER_NORMED,
+            "vocab_size": 256000,
+            "hidden_size": 8192,
+            "intermediate_size": 22528,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 64,
+            "max_position_embeddings": 8192,
+            "layer_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "layer_types": None,
+            "attention_bias": False,
+            "logit_scale": 0.0625,
+            "tie_word_embeddings": True,
+            "bos_token_id": 5,
+            "eos_token_id": 255001,
+        },
+        windows="pattern",
+        norms="shared",
+        norm_kind="layer",
+        interleaved_rope=True,
+        unrotated_full=True,
+    ),
+    "starcoder2": Architecture(
+        {
+            **_LAYER_NORMED,
+            "vocab_size": 49152,
+            "hidden_size": 3072,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 2,
+            "hidden_act": "gelu_pytorch_tanh",
+            "max_position_embeddings": 4096,
+            "norm_epsilon": 1e-5,
+            "sliding_window": None,
+            "use_bias": True,
+            "tie_word_embeddings": True,
+            "bos_token_id": 50256,
+            "eos_token_id": 50256,
+        },
+        nullable=frozenset(),
+        windows="every",
+        norm_kind="biased",
+        gated=False,
+        renamed=(("mlp.c_fc", "mlp.up_proj"), ("mlp.c_proj", "mlp.down_proj")),
+    ),
+    "stablelm": Architecture(
+        {
+            **_LAYER_NORMED,
+            "vocab_size": 50304,
+            "hidden_size": 2560,
+            "intermediate_size": 6912,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 4096,
+            "layer_norm_eps": 1e-5,
+            "partial_rotary_factor": 0.25,
+            "use_qkv_bias": False,
+            "qk_layernorm": False,
+            "use_parallel_residual": False,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+        nullable=frozenset(),
+        heads_divide_width=True,
+        heads_fill_width=True,
+        norm_kind="biased",
+        partial_rotary=True,
+    ),
+    "ministral": Architecture(
+        {
+            **_COMMON,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "layer_types": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        nullable=frozenset(),
+        windows="any",
+        required=("head_dim",),
+    ),
     "seed_oss": Architecture(
         {
             **_COMMON,
@@ -297,7 +390,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmo2": Architecture(_OLMO, norms="behind", qk_norms="whole"),
     "olmo3": Architecture(
         {**_OLMO, "rope_theta": 5e5, "sliding_window": 4096, "layer_types": None},
-        nullable=frozenset({"num_key_value_heads", "sliding_window"}),
         windows="pattern",
         window_period=4,
         norms="behind",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgekv.errors import ConfigError
-from edgekv.model_config.architectures import ARCHITECTURES, TEXT_PARTS, Architecture, Norms, QKNorms
+from edgekv.model_config.architectures import ARCHITECTURES, TEXT_PARTS, Architecture, NormKind, Norms, QKNorms
 from edgekv.model_config.rope import RopeSettings, read_rope, read_rope_by_layer_type
 from edgekv.model_config.values import MAX_COUNT, MAX_LAYERS, Values
 from edgekv.schema import shown
@@ -19,6 +19,8 @@ from edgekv.spec import MAX_HEAD_DIM
 #: Activations by their names in transformers, of an MLP with a gate and of one without.
 _GATED = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _UNGATED = {"relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
+#: The names that model types have for the epsilon of their norms.
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 #: Scalars that multiply what a model computes: none has one below, or above one over it. Folded, they stay far from the ends of
 #: float32.
@@ -30,13 +32,13 @@ class ModelConfig:
     """What a configuration says of a decoder. ``windows[l]`` is 0 for full attention in layer l; ``rotated[l]`` False: no RoPE.
 
     ``max_context``: positions, those that YaRN adds included. ``bos_token_id`` is None where it lies outside the vocabulary.
-    ``text_part``: the checkpoint is of a model that does more than write text, this is its decoder. ``rope`` is of all layers, or
-    of those without a window where ``sliding_rope`` is set. ``activation``: ``silu``, ``gelu_tanh`` (GELU in its tanh
-    approximation), or ``relu2`` (the square of what is above 0). ``mlp_matrices``: 3 with a gate, 2 without. ``norms``,
-    ``qk_norms``, ``gains_from_one``, ``interleaved_rope``, ``renamed`` and ``fused`` are those of the architecture.
-    ``softmax_scale`` multiplies the scores, ``embedding_scale`` the rows of the embedding, ``residual_scale`` what attention and
-    MLP add to the residual stream, ``logits_scale`` the logits. ``softcap`` and ``logits_cap``: what the tanh of scores and logits
-    leads to; 0: they go through none.
+    ``text_part``: the checkpoint is of a model that does more than write text, this is its decoder. ``rope`` is of all
+    layers, or of those without a window where ``sliding_rope`` is set. ``activation``: ``silu``, ``gelu_tanh`` (GELU in its
+    tanh approximation), or ``relu2`` (the square of what is above 0). ``mlp_matrices``: 3 with a gate, 2 without. ``norms``,
+    ``norm_kind``, ``qk_norms``, ``gains_from_one``, ``interleaved_rope``, ``renamed`` and ``fused`` are those of the
+    architecture. ``softmax_scale`` multiplies the scores, ``embedding_scale`` the rows of the embedding, ``residual_scale``
+    what attention and MLP add to the residual stream, ``logits_scale`` the logits. ``softcap`` and ``logits_cap``: what the
+    tanh of scores and logits leads to; 0: they go through none.
     """
 
     architecture: str
@@ -61,6 +63,7 @@ class ModelConfig:
     rotated: tuple[bool, ...]
     activation: str
     norms: Norms
+    norm_kind: NormKind
     qk_norms: QKNorms
     gains_from_one: bool
     interleaved_rope: bool
@@ -110,6 +113,8 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         raise values.refusal(missing, "this model type needs it")
     activation = _activation(values, page)
     _refuse_later_tokens(values)
+    if values.flag("qk_layernorm"):
+        raise values.refusal("qk_layernorm", "edgekv exports decoders of this type without norms of queries and keys")
     n_layers = values.count("num_hidden_layers", most=MAX_LAYERS)
     hidden, n_heads = values.count("hidden_size"), values.count("num_attention_heads")
     if page.heads_divide_width and hidden % n_heads:
@@ -118,6 +123,8 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
     if n_heads % n_kv_heads:
         raise values.refusal("num_key_value_heads", f"it must divide num_attention_heads ({n_heads})")
     head_dim = _optional_count(values, page, "head_dim") or hidden // n_heads
+    if page.heads_fill_width and head_dim * n_heads != hidden:
+        raise values.refusal("head_dim", f"hidden_size {hidden} and num_attention_heads {n_heads} say otherwise")
     if head_dim % 4 or not 4 <= head_dim <= MAX_HEAD_DIM:
         raise ConfigError(
             f"{source}: head_dim {head_dim} is not supported; pages need a multiple of 4, at most {MAX_HEAD_DIM}"
@@ -150,25 +157,26 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         intermediate_size=values.count("intermediate_size"),
         vocab_size=vocab_size,
         max_context=max_context,
-        rms_eps=values.number("rms_norm_eps", above=0),
+        rms_eps=values.number(next(key for key in _EPSILONS if key in page.defaults), above=0),
         rope=rope,
         sliding_rope=sliding_rope,
         softmax_scale=_softmax_scale(values, page, head_dim),
         embedding_scale=hidden**0.5 if page.scaled_embedding else _scale(values, page, "embedding_multiplier"),
         residual_scale=_scale(values, page, "residual_multiplier"),
-        logits_scale=1 / _scale(values, page, "logits_scaling"),
+        logits_scale=_scale(values, page, "logit_scale") / _scale(values, page, "logits_scaling"),
         softcap=_cap(values, "attn_logit_softcapping"),
         logits_cap=_cap(values, "final_logit_softcapping"),
         windows=windows,
         rotated=rotated,
         activation=activation,
-        norms=page.norms,
+        norms="shared" if values.flag("use_parallel_residual") else page.norms,
+        norm_kind=page.norm_kind,
         qk_norms=page.qk_norms,
         gains_from_one=page.gains_from_one,
         interleaved_rope=page.interleaved_rope,
         renamed=page.renamed,
         mlp_matrices=3 if page.gated else 2,
-        qkv_bias=page.qkv_bias or attention_bias,
+        qkv_bias=page.qkv_bias or attention_bias or values.flag("use_qkv_bias"),
         output_bias=values.flag("attention_out_bias", default=attention_bias and page.output_bias),
         mlp_bias=use_bias or values.flag("mlp_bias"),
         fused=page.fused,
@@ -275,7 +283,7 @@ def _rotated(values: Values, page: Architecture, n_layers: int) -> tuple[bool, .
 def _windows(values: Values, everything: Values, page: Architecture, rotated: Sequence[bool]) -> tuple[int, ...]:
     by_switch, by_type = page.windows in ("late", "unrotated"), page.windows not in ("none", "every")
     size = 0
-    if page.windows in ("every", "pattern") or (by_switch and values.flag("use_sliding_window")):
+    if page.windows in ("every", "any", "pattern") or (by_switch and values.flag("use_sliding_window")):
         size = _optional_count(values, page, "sliding_window") or 0
     kinds = everything.words("layer_types")
     if page.windows == "late":

@@ -329,7 +329,7 @@ def _with_few(g: Nodes, shape: Geometry, keys: str, cached_values: str) -> onnx.
 
 
 def _counted_scores(g: Nodes, shape: Geometry, queries: str, keys: str) -> str:
-    """Return queries times keys. Where scores are capped, the two channels that count from the least are a product of their own."""
+    """Return queries times keys; where scores are capped, the two channels that count from the least are a product apart."""
     if not shape.softcap:
         return g("MatMul", queries, keys)
     start, dim, end = g.ints(0), g.ints(shape.head_dim), g.ints(_END)

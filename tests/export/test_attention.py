@@ -105,10 +105,9 @@ def test_capped_scores_are_those_of_the_seam(seam: Open, window: int, n_new: int
     case = make_case(3, n_new, n_pages, n_recent, 0.7, window)
     case.feeds["q"] *= 5
     out, mass = seam(window, 1.5).run(None, case.feeds)
-    given = [case.feeds[name] for name in ("q", "k", "v")]
-    expected, expected_mass = paged_attention(
-        *given, case.views, case.feeds["position_ids"], scale=SCALE, window=window, softcap=1.5
-    )
+    q, k, v, positions = (case.feeds[name] for name in ("q", "k", "v", "position_ids"))
+    shape = {"scale": SCALE, "softcap": 1.5}
+    expected, expected_mass = paged_attention(q, k, v, case.views, positions, window=window, **shape)
     np.testing.assert_allclose(out, expected, atol=2e-5)
     np.testing.assert_allclose(mass, expected_mass[:n_pages], atol=1e-6)
 

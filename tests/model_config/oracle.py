@@ -80,7 +80,7 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     attentions = [layer.self_attn for layer in model.model.layers]
     mlp = model.model.layers[0].mlp
-    activation = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
+    activation = next(getattr(mlp, name) for name in ("activation_fn", "act_fn", "act") if hasattr(mlp, name))
     shapes = _apart({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, config)
     if model.lm_head.weight is model.model.embed_tokens.weight:
         del shapes[HEAD]
@@ -102,7 +102,7 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
         embedding_scale=getattr(model.model, "embedding_multiplier", getattr(embedding, "scalar_embed_scale", 1.0)),
         residual_scale=getattr(model.model.layers[0], "residual_multiplier", 1.0),
         # Read by the model with the head, which keeps no copy; a class without the key has it as a stray one.
-        logits_scale=1 / config.logits_scaling if _has(kind, "logits_scaling") else 1.0,
+        logits_scale=_logits_scale(kind, config),
         softcap=getattr(attentions[0], "attn_logit_softcapping", None) or 0.0,
         logits_cap=(config.final_logit_softcapping or 0.0) if _has(kind, "final_logit_softcapping") else 0.0,
         rms_eps=norm.eps if hasattr(norm, "eps") else norm.variance_epsilon,
@@ -111,12 +111,20 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
     )
 
 
+def _logits_scale(kind: str, config: Any) -> float:
+    if _has(kind, "logit_scale"):
+        return float(config.logit_scale)
+    return 1 / config.logits_scaling if _has(kind, "logits_scaling") else 1.0
+
+
 def _has(kind: str, key: str) -> bool:
     """Whether the configuration class has a key: any other becomes an attribute of its object, too."""
     return key in {field.name for field in dataclasses.fields(CONFIG_MAPPING[kind])}
 
 
 def _rotates(attention: Any) -> bool:
+    if type(attention).__name__ == "Cohere2Attention":
+        return attention.sliding_window is not None
     if type(attention).__name__ == "Exaone4Attention":
         return attention.sliding_window is None or bool(attention.is_sliding)
     return bool(getattr(attention, "use_rope", True))

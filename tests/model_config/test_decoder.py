@@ -20,8 +20,12 @@ from edgekv.model_config import ARCHITECTURES, TEXT_PARTS, read_model_config
 from tests.conftest import MODEL_TYPES
 from tests.model_config.oracle import built_by_transformers, read_by_edgekv
 
-#: Activations of the model types whose MLP has no gate.
-UNGATED = {"arcee": "relu2"}
+#: What makes sense for a model type instead of what is in FULL.
+OWN: dict[str, dict[str, Any]] = {
+    "arcee": {"hidden_act": "relu2"},
+    "starcoder2": {"hidden_act": "gelu_pytorch_tanh"},
+    "stablelm": {"head_dim": 8},
+}
 #: Every key stated, with values that are no defaults.
 FULL: dict[str, Any] = {
     "vocab_size": 40,
@@ -42,6 +46,11 @@ FULL: dict[str, Any] = {
     "attention_out_bias": True,
     "mlp_bias": True,
     "use_bias": True,
+    "use_qkv_bias": True,
+    "use_parallel_residual": True,
+    "logit_scale": 0.5,
+    "layer_norm_eps": 1e-4,
+    "norm_epsilon": 1e-4,
     "use_sliding_window": True,
     "sliding_window": 6,
     "max_window_layers": 1,
@@ -88,6 +97,12 @@ CHANGES: dict[str, list[Any]] = {
     "attention_out_bias": [False],
     "mlp_bias": [False],
     "use_bias": [False],
+    "use_qkv_bias": [False],
+    "qk_layernorm": [True],
+    "use_parallel_residual": [False],
+    "logit_scale": [0.25, -1.0],
+    "layer_norm_eps": [1e-6, 0.5],
+    "norm_epsilon": [1e-6, 0.5],
     "use_sliding_window": [False],
     "sliding_window": [3, 4096],
     "max_window_layers": [0, 2, 3, 28, -1],
@@ -174,8 +189,12 @@ NONSENSE: list[Any] = [
 
 #: A null that means "left out" here, on which classes of transformers fall over.
 NULL_BREAKS_TRANSFORMERS = [
-    *((kind, "head_dim", None) for kind in ("qwen2", "smollm3", "granite", "phi3", "olmo2", "olmo3", "exaone4")),
+    *(
+        (kind, "head_dim", None)
+        for kind in ("qwen2", "smollm3", "granite", "phi3", "olmo2", "olmo3", "exaone4", "cohere2")
+    ),
     ("phi3", "partial_rotary_factor", None),
+    ("stablelm", "partial_rotary_factor", None),
 ]
 
 _FURTHER = {kind for kind, _ in MODEL_TYPES.values()}
@@ -185,7 +204,7 @@ EVERY_KEY = [pytest.param(kind, marks=pytest.mark.slow if kind in _FURTHER else 
 
 def full(kind: str) -> dict[str, Any]:
     """Return a configuration that states every key, those that the model type ignores included."""
-    return {"model_type": kind, **FULL, "hidden_act": UNGATED.get(kind, FULL["hidden_act"])}
+    return {"model_type": kind, **FULL, **OWN.get(kind, {})}
 
 
 def assert_same_or_refused_by_name(config: dict[str, Any], *keys: str) -> None:
