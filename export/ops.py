@@ -170,6 +170,7 @@ def _contrib(domain: str, name: str, n_inputs: int, n_outputs: int, **attributes
 _FLOAT, _INT = OpSchema.AttrType.FLOAT, OpSchema.AttrType.INT
 _norm = _contrib("", "SimplifiedLayerNormalization", 2, 1, axis=_INT, epsilon=_FLOAT)
 _skip_norm = _contrib("com.microsoft", "SkipSimplifiedLayerNormalization", 3, 4, epsilon=_FLOAT)
+_whole_norm = _contrib("", "LayerNormalization", 3, 1, axis=_INT, epsilon=_FLOAT)
 _skip_layer_norm = _contrib("com.microsoft", "SkipLayerNormalization", 5, 4, epsilon=_FLOAT)
 _rotate = _contrib("com.microsoft", "RotaryEmbedding", 4, 1, num_heads=_INT, rotary_embedding_dim=_INT)
 _silu = _contrib("com.microsoft", "QuickGelu", 1, 1, alpha=_FLOAT)
@@ -190,7 +191,7 @@ def _onnx_add_rms_norm(x: Any, residual: Any, weight: Any, eps: float) -> Any:
 
 
 def _onnx_layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
-    return op.LayerNormalization(x, weight, bias, axis=-1, epsilon=eps)
+    return _whole_norm(x, weight, bias, axis=-1, epsilon=eps)
 
 
 def _onnx_add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> Any:

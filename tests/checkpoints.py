@@ -12,8 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
+    AutoModelForImageTextToText,
     PreTrainedModel,
 )
 
@@ -70,8 +69,12 @@ def make_checkpoint(
     return folder
 
 
-def make_image_reader(folder: Path, prefix: str) -> PreTrainedModel:
-    """Write a random Gemma 3 that reads images, its decoder's tensors under ``prefix``; returns it."""
+def make_image_reader(folder: Path, prefix: str, family: str = "gemma3", **changes: Any) -> PreTrainedModel:
+    """Write a random model that reads images, its decoder's tensors under ``prefix``; returns it.
+
+    Args:
+        changes: go to the decoder's configuration.
+    """
     text = {
         "vocab_size": 384,
         "hidden_size": 128,
@@ -82,6 +85,7 @@ def make_image_reader(folder: Path, prefix: str) -> PreTrainedModel:
         "head_dim": 32,
         "sliding_window": 12,
         "sliding_window_pattern": 3,
+        **changes,
     }
     vision = {
         "hidden_size": 32,
@@ -89,10 +93,13 @@ def make_image_reader(folder: Path, prefix: str) -> PreTrainedModel:
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "image_size": 56,
+        **({"model_type": "pixtral"} if family == "mistral3" else {}),
     }
     torch.manual_seed(0)
-    config = Gemma3Config(text_config=text, vision_config=vision, eos_token_id=[1, 257], image_token_index=380)
-    model = Gemma3ForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    config = CONFIG_MAPPING[family](
+        text_config=text, vision_config=vision, eos_token_id=[1, 257], image_token_index=380
+    )
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     folder.mkdir()
     config.save_pretrained(folder)
     tensors = {

@@ -176,7 +176,7 @@ MODEL_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "ernie4_5": ("ernie4_5", {"std": 0.06, "seed": 1}),
+    "ernie4_5": ("ernie4_5", {"std": 0.06, "seed": 1, "head": 0.5}),
     "arcee": ("arcee", {"std": 0.06, "seed": 2}),
     "hunyuan_v1_dense": (
         "hunyuan_v1_dense",
@@ -207,6 +207,20 @@ MODEL_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
             "seed": 1,
             "sliding_window": 12,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+                "llama_4_scaling_beta": 0.1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
         },
     ),
     "gemma": ("gemma", {"tie_word_embeddings": False}),

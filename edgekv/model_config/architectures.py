@@ -45,7 +45,8 @@ class Architecture:
     bias where queries have one by ``attention_bias``. ``renamed``: what its checkpoints call a part of a layer that has
     another name here. ``unrotated_full``: layers without a window have no RoPE where there is a ``sliding_window``. ``ends``:
     tokens that end a text where ``eos_token_id`` is null. ``tanh_gelu``: an activation called ``gelu`` means its tanh
-    approximation. ``required``: keys without which transformers builds no such model.
+    approximation. ``required``: keys without which transformers builds no such model. ``growing_queries``: behind the
+    original context queries grow with their positions (``llama_4_scaling_beta``).
     """
 
     defaults: Mapping[str, object]
@@ -72,6 +73,7 @@ class Architecture:
     unrotated_full: bool = False
     ends: tuple[int, ...] = ()
     required: tuple[str, ...] = ()
+    growing_queries: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
 
 
@@ -369,6 +371,35 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         windows="any",
         required=("head_dim",),
     ),
+    "ministral3": Architecture(
+        {
+            **_COMMON,
+            "vocab_size": 131072,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 34,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "type": "yarn",
+                "rope_theta": 1000000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        nullable=frozenset(),
+        windows="every",
+        growing_queries=True,
+    ),
     "seed_oss": Architecture(
         {
             **_COMMON,
@@ -494,5 +525,5 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ends=(151329, 151336, 151338),
     ),
 }
-#: Models of which edgekv exports the part that writes text, with that part's type.
-TEXT_PARTS: Mapping[str, str] = {"gemma3": "gemma3_text"}
+#: Models of which edgekv exports the part that writes text, with the types that this part may have.
+TEXT_PARTS: Mapping[str, tuple[str, ...]] = {"gemma3": ("gemma3_text",), "mistral3": ("mistral", "ministral3")}

@@ -11,7 +11,7 @@ from typing import Literal
 
 from edgekv.errors import ConfigError
 from edgekv.model_config.architectures import ARCHITECTURES, TEXT_PARTS, Architecture, NormKind, Norms, QKNorms
-from edgekv.model_config.rope import RopeSettings, read_rope, read_rope_by_layer_type
+from edgekv.model_config.rope import RopeSettings, read_rope, read_rope_by_layer_type, read_steady_context
 from edgekv.model_config.values import MAX_COUNT, MAX_LAYERS, Values
 from edgekv.schema import shown
 from edgekv.spec import MAX_HEAD_DIM
@@ -104,8 +104,8 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
     if not isinstance(kind, str) or kind not in known:
         raise ConfigError(f"{source}: unknown architecture {shown(kind)}; edgekv exports {', '.join(known)}")
     _refuse_what_is_not_decoded(outer)
-    page = ARCHITECTURES[TEXT_PARTS.get(kind, kind)]
-    everything = _text_part(outer, TEXT_PARTS[kind]) if kind in TEXT_PARTS else outer
+    everything, inner = _text_part(outer, TEXT_PARTS[kind]) if kind in TEXT_PARTS else (outer, kind)
+    page = ARCHITECTURES[inner]
     source = everything.source
     values = Values(everything.config, source, page.defaults)
     missing = next((key for key in page.required if values.get(key) is None), None)
@@ -140,6 +140,8 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         rope = read_rope(values, head_dim, max_context, partial=page.partial_rotary, types=page.rope_types)
     if rope.kind == "yarn":  # many configurations state the length before the scaling
         max_context = max(max_context, min(int(rope.original_context * rope.factor), MAX_COUNT))
+    if page.growing_queries:
+        max_context = min(max_context, read_steady_context(values) or max_context)
     bos = None if values.get("bos_token_id") is None else values.whole("bos_token_id")
     windows = _windows(values, everything, page, rotated)
     if page.unrotated_full and values.get("sliding_window") is not None:
@@ -181,25 +183,30 @@ def read_model_config(config: object, source: str = "config.json") -> ModelConfi
         mlp_bias=use_bias or values.flag("mlp_bias"),
         fused=page.fused,
         text_part=kind in TEXT_PARTS,
-        tied_embeddings=values.flag("tie_word_embeddings"),
+        # Of several models in one, the outer configuration says it, and it is true where that says nothing.
+        tied_embeddings=(outer if kind in TEXT_PARTS else values).flag(
+            "tie_word_embeddings", default=kind in TEXT_PARTS
+        ),
         bos_token_id=bos if bos is not None and 0 <= bos < vocab_size else None,
         eos_token_ids=page.ends if ends.get("eos_token_id") is None else ends.token_ids("eos_token_id"),
     )
 
 
-def _text_part(outer: Values, kind: str) -> Values:
-    """Return the settings of the decoder in a model that does more than write text."""
+def _text_part(outer: Values, kinds: Sequence[str]) -> tuple[Values, str]:
+    """Return the settings of the decoder in a model that does more than write text, and its type, one of ``kinds``."""
     part = outer.part("text_config")
     if part is None:
         raise ConfigError(f"{outer.source} lacks text_config; a model of this type has its decoder there")
-    if part.states("model_type") and part.get("model_type") != kind:
-        raise part.refusal("model_type", f"edgekv knows {kind} here")
+    kind = part.get("model_type") if part.states("model_type") or len(kinds) > 1 else kinds[0]
+    if not isinstance(kind, str) or kind not in kinds:
+        raise part.refusal("model_type", f"edgekv knows {' and '.join(kinds)} here")
     _refuse_what_is_not_decoded(part)
-    tied, otherwise = "tie_word_embeddings", ARCHITECTURES[kind].defaults["tie_word_embeddings"]
-    inner = part.get(tied) if part.states(tied) else otherwise
-    if (outer.get(tied) if outer.states(tied) else otherwise) != inner:
+    tied = "tie_word_embeddings"
+    inner = part.get(tied) if part.states(tied) else ARCHITECTURES[kind].defaults[tied]
+    # Mistral 3 writes False here beside the True that counts.
+    if len(kinds) == 1 and (outer.get(tied) if outer.states(tied) else True) != inner:
         raise outer.refusal(tied, f"text_config says {shown(inner)}")
-    return part
+    return part, kind
 
 
 def _activation(values: Values, page: Architecture) -> str:

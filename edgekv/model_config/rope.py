@@ -12,9 +12,10 @@ from edgekv.schema import shown
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 #: What the settings of any type hold; transformers ignores what the chosen one does not read.
 _KEYS = {
-    "alpha", "attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor", "long_factor",
-    "low_freq_factor", "mscale", "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor",
-    "rope_theta", "rope_type", "short_factor", "truncate", "type",
+    "alpha", "attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor",
+    "llama_4_scaling_beta", "long_factor", "low_freq_factor", "max_position_embeddings", "mscale", "mscale_all_dim",
+    "original_max_position_embeddings", "partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "truncate",
+    "type",
 }  # fmt: skip
 
 
@@ -57,6 +58,23 @@ def read_rope(
     """
     settings = values.part("rope_scaling" if values.get("rope_scaling") else "rope_parameters")
     return _read(_or_none(settings, values), values, head_dim, max_context, "rope_theta", partial, types)
+
+
+def read_steady_context(values: Values) -> int:
+    """Return the tokens behind which queries grow with their positions; 0: they never do.
+
+    Source: transformers multiplies queries by ``1 + beta * log(1 + floor(position / original context))``, as Llama 4 does.
+
+    Raises:
+        ConfigError: the rope settings do not say it.
+    """
+    settings = values.part("rope_scaling" if values.get("rope_scaling") else "rope_parameters")
+    assert settings is not None, "there is a default"
+    for key in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+        if not settings.states(key):
+            raise ConfigError(f"{settings.source}: this model type needs {key!r} and it is missing")
+    original = settings.count("original_max_position_embeddings")
+    return original if settings.number("llama_4_scaling_beta") else 0
 
 
 def read_rope_by_layer_type(

@@ -149,6 +149,8 @@ CHANGES: dict[str, list[Any]] = {
         {**YARN, "mscale": 0.7},
         {**YARN, "truncate": False},
         {**YARN, "rope_theta": 1.0},
+        {**YARN, "llama_4_scaling_beta": 0.1},
+        {**YARN, "llama_4_scaling_beta": 0, "rope_theta": 3e4},
         {"rope_type": "dynamic", "factor": 2.0},
         {"rope_type": "dynamic", "factor": 1.0, "alpha": 100.0},
         {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6},
