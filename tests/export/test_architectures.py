@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from edgekv.export.checkpoint import open_checkpoint
-from tests.checkpoints import load_reference, make_image_reader
+from tests.checkpoints import load_reference
 from tests.conftest import MODEL_TYPES
 from tests.export.driver import EagerDriver
 
@@ -36,17 +36,6 @@ def test_a_prompt_in_chunks_and_greedy_tokens_give_the_logits_of_transformers(
     assert expected[39:-1].argmax(axis=1).tolist() == tokens[40:]
     assert len(set(tokens[40:])) > 1, "so small a model says one token again and again"
     assert np.abs(np.concatenate(rows) - expected).max() <= TOLERANCE
-
-
-def test_of_mistral_3_the_part_that_writes_text_is_decoded(tmp_path: Path) -> None:
-    model = make_image_reader(
-        tmp_path / "source", "language_model.model.", "mistral3", model_type="mistral", sliding_window=None
-    )
-    driver = EagerDriver(tmp_path / "source")
-    rows = np.concatenate([driver.step(PROMPT[:25]), driver.step(PROMPT[25:])])
-    with torch.no_grad():
-        expected = model(torch.tensor([PROMPT])).logits[0].numpy()
-    assert np.abs(rows - expected).max() <= TOLERANCE
 
 
 def test_a_model_whose_queries_grow_with_their_positions_is_for_texts_in_which_they_do_not(

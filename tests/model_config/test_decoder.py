@@ -338,6 +338,20 @@ def test_a_model_that_reads_images_means_the_decoder_in_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "tied"), [({}, True), ({"tie_word_embeddings": False}, False), ({"tie_word_embeddings": True}, True)]
+)
+def test_the_decoder_of_mistral_3_is_of_the_type_that_it_states_and_tied_as_the_outer_configuration_says(
+    changes: dict[str, Any], tied: bool
+) -> None:
+    for kind in ("mistral", "ministral3"):
+        config = {"model_type": "mistral3", "text_config": {**full(kind), "tie_word_embeddings": False}, **changes}
+        read = read_model_config(config)
+        assert (read.text_part, read.tied_embeddings, read.head_dim) == (True, tied, FULL["head_dim"])
+    with pytest.raises(ConfigError, match=r"model_type is left out.*edgekv knows mistral and ministral3 here"):
+        read_model_config({"model_type": "mistral3", "text_config": {}})
+
+
+@pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"text_config": None}, "lacks text_config"),
