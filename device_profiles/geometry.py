@@ -13,10 +13,10 @@ from edgekv.spec import ModelSpec
 
 #: Architectures whose MLP has two matrices; all others have three (gate, up, down).
 _UNGATED = (
-    "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt", "opt", "phi", "starcoder2",
+    "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt", "opt", "phi",
 )  # fmt: skip
 #: Architectures whose output head is the embedding unless the configuration says otherwise.
-_TIED = ("bloom", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "mpt", "opt")
+_TIED = ("bloom", "gpt2", "mpt", "opt")
 #: Architectures whose sliding window is off unless ``use_sliding_window`` says otherwise.
 _WINDOW_BY_SWITCH = ("qwen2_moe", "qwen3_moe")
 
@@ -109,7 +109,7 @@ class Geometry:
     @classmethod
     def from_model(cls, model: ModelSpec | ModelConfig) -> Geometry:
         """Take the shape of a model that edgekv exports, from its bundle or its configuration."""
-        mlp = 3 * model.hidden_size * model.intermediate_size
+        mlp = model.mlp_matrices * model.hidden_size * model.intermediate_size
         return cls(
             n_layers=model.n_layers,
             hidden_size=model.hidden_size,
@@ -181,7 +181,5 @@ def _windows(values: Values, n_layers: int) -> tuple[int, ...]:
     kinds = values.words("layer_types")
     if kinds:
         return tuple(window if kind == "sliding_attention" else 0 for kind in kinds if kind != "linear_attention")
-    # Gemma: every n-th layer sees the whole context (2 in Gemma 2, 6 in Gemma 3).
-    usual = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}.get(str(kind), 0)
-    every = values.count("sliding_window_pattern", default=usual)
+    every = values.count("sliding_window_pattern", default=0)
     return tuple(0 if every and (layer + 1) % every == 0 else window for layer in range(n_layers))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -148,6 +148,11 @@ class ModelSpec:
     sliding_rope: Annotated[
         RopeSpec | None, Meta(description="that of layers with a window; null: `rope` is of all layers")
     ] = None
+    softcap: Annotated[
+        Annotated[float, Meta(ge=0)],
+        Meta(description="scores become `softcap * tanh(score / softcap)`; 0: they do not"),
+    ] = 0.0
+    mlp_matrices: Annotated[Literal[3, 2], Meta(description="of an MLP: 3 with a gate, 2 without")] = 3
     tied_embeddings: Annotated[bool, Meta(description="whether embedding and output head are one matrix")] = False
     bos_token_id: Annotated[Natural | None, Meta(description="the token that begins a text")] = None
     eos_token_ids: Annotated[

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,21 +20,29 @@ from edgekv.errors import CheckpointError
 
 from .config import DecoderConfig, read_config
 from .fold import FINAL_NORM as FINAL_NORM
+from .fold import FINAL_NORM_BIAS as FINAL_NORM_BIAS
 from .fold import fold_scales
 from .tokenizer import TokenizerFiles, read_tokenizer
 from .weight_files import Stored, decoder_alone, locate_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-#: The norms of a layer; the last two are those of a layer whose MLP has one on each side.
-_SANDWICH = (
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
-)  # fmt: skip
+#: The norms of a layer, by where they are.
+_NORMS = {
+    "before": ("input_layernorm", "post_attention_layernorm"),
+    "behind": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "around": (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    ),
+    "shared": ("input_layernorm",),
+}  # fmt: skip
 #: What checkpoints of some model types hold as one tensor, row below row.
 _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
+#: Where the name of a tensor of a layer says which part of the layer it is of.
+_PART = re.compile(r"^(model\.layers\.\d+\.)(.+)\.(?=\w+$)")
 #: As safetensors files name them.
 _FLOATS = {"F32", "F16", "BF16"}
 #: Tensors of old checkpoints that follow from config.json: caches of the rotary embedding.
@@ -127,11 +136,12 @@ def assemble(source: Path, config: DecoderConfig, location: dict[str, Stored], t
     Raises:
         CheckpointError: a tensor is missing, has another shape than the decoder's, or would be left out.
     """
+    location = _renamed(config, location)
     if config.fused:
         location = _cut(source, config, location)
     config = _untie(config, location)
     expected = expected_shapes(config)
-    _check_shapes(source, location, expected)
+    _check_shapes(source, location, expected, {new: old for old, new in config.renamed})
     _refuse_leftovers(source, location, expected)
     tensors = fold_scales(config, {name: location[name] for name in expected})
     return Checkpoint(source, _with_ends(config, tokenizer), tensors, tokenizer)
@@ -151,6 +161,8 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     hidden, inner, vocab = model.hidden_size, model.intermediate_size, model.vocab_size
     q_width, kv_width = model.n_q_heads * model.head_dim, model.n_kv_heads * model.head_dim
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab, hidden), FINAL_NORM: (hidden,)}
+    if config.norm_kind == "biased":
+        shapes[FINAL_NORM_BIAS] = (hidden,)
     if not model.tied_embeddings:
         shapes[HEAD] = (vocab, hidden)
     linears = (
@@ -158,7 +170,7 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         ("self_attn.k_proj", kv_width, hidden, config.qkv_bias),
         ("self_attn.v_proj", kv_width, hidden, config.qkv_bias),
         ("self_attn.o_proj", hidden, q_width, config.output_bias),
-        ("mlp.gate_proj", inner, hidden, config.mlp_bias),
+        *[("mlp.gate_proj", inner, hidden, config.mlp_bias)] * (model.mlp_matrices == 3),
         ("mlp.up_proj", inner, hidden, config.mlp_bias),
         ("mlp.down_proj", hidden, inner, config.mlp_bias),
     )
@@ -168,11 +180,12 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{name}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (rows,)
-        for name in _SANDWICH if config.sandwich_norms else _SANDWICH[:2]:
+        for name in _NORMS[config.norms]:
             shapes[f"{prefix}{name}.weight"] = (hidden,)
-        if config.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                shapes[f"{prefix}self_attn.{name}.weight"] = (model.head_dim,)
+            if config.norm_kind == "biased":
+                shapes[f"{prefix}{name}.bias"] = (hidden,)
+        for name, width in config.qk_norm_widths.items():
+            shapes[f"{prefix}self_attn.{name}.weight"] = (width,)
     return shapes
 
 
@@ -183,15 +196,24 @@ def _elements(shape: tuple[int, ...]) -> int:
     return count
 
 
+def _renamed(config: DecoderConfig, location: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Return tensors under the names that the parts of a layer have in most model types."""
+    names = dict(config.renamed)
+    return {
+        _PART.sub(lambda found: f"{found[1]}{names.get(found[2], found[2])}.", name): location[name]
+        for name in location
+    }
+
+
 def _cut(source: Path, config: DecoderConfig, location: Mapping[str, Stored]) -> dict[str, Stored]:
     """Return fused tensors as the rows that the decoder's own are; the others as they are."""
     shapes, cut = expected_shapes(config), dict(location)
     for layer in range(config.model.n_layers):
-        for fused, names in _FUSED.items():
+        for fused in config.fused:
             prefix = f"model.layers.{layer}."
-            parts = {f"{prefix}{name}.weight": shapes[f"{prefix}{name}.weight"] for name in names}
+            parts = {f"{prefix}{name}.weight": shapes[f"{prefix}{name}.weight"] for name in _FUSED[fused]}
             rows, columns = sum(shape[0] for shape in parts.values()), next(iter(parts.values()))[1]
-            _check_shapes(source, location, {f"{prefix}{fused}.weight": (rows, columns)})
+            _check_shapes(source, location, {f"{prefix}{fused}.weight": (rows, columns)}, {})
             whole, first = cut.pop(f"{prefix}{fused}.weight"), 0
             for name, shape in parts.items():
                 read = functools.partial(_rows, whole, first, first + shape[0])
@@ -217,9 +239,13 @@ def _untie(config: DecoderConfig, location: dict[str, Stored]) -> DecoderConfig:
     return config
 
 
-def _check_shapes(source: Path, location: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    source: Path, location: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], names: Mapping[str, str]
+) -> None:
+    """Hold tensors against the decoder's. ``names``: what the checkpoint calls parts of a layer that have other names here."""
     for name, shape in expected.items():
         stored = location.get(name)
+        name = _PART.sub(lambda found: f"{found[1]}{names.get(found[2], found[2])}.", name)
         if stored is None:
             raise CheckpointError(
                 f"{source}: tensor {name} is missing; download the checkpoint again, or check its configuration"

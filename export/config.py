@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.errors import CheckpointError, UsageError
-from edgekv.model_config import ModelConfig, Values, read_json_object, read_model_config
+from edgekv.model_config import ModelConfig, NormKind, Norms, QKNorms, Values, read_json_object, read_model_config
 from edgekv.spec import ModelSpec
 
 from .rope import fold_rope
@@ -26,15 +26,27 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_scale: float = 1.0
+    logits_cap: float = 0.0
     activation: str = "silu"
+    norms: Norms = "before"
+    norm_kind: NormKind = "rms"
+    qk_norms: QKNorms = "none"
     gains_from_one: bool = False
-    sandwich_norms: bool = False
-    qk_norm: bool = False
+    interleaved_rope: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    fused: bool = False
+    fused: tuple[str, ...] = ()
     text_part: bool = False
+
+    @property
+    def qk_norm_widths(self) -> dict[str, int]:
+        """The channels that norms of queries and keys go over, by their names."""
+        if self.qk_norms == "none":
+            return {}
+        heads = (self.model.n_q_heads, self.model.n_kv_heads) if self.qk_norms == "whole" else (1, 1)
+        return {name: count * self.model.head_dim for name, count in zip(("q_norm", "k_norm"), heads, strict=True)}
 
     @property
     def residual_eps(self) -> float:
@@ -94,6 +106,8 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), conte
         sliding_rope=None if sliding_rope == rope else sliding_rope,
         softmax_scale=config.softmax_scale,
         windows=config.windows,
+        softcap=config.softcap,
+        mlp_matrices=config.mlp_matrices,
         tied_embeddings=config.tied_embeddings,
         bos_token_id=config.bos_token_id,
         # Some name -1, or a token beyond the vocabulary, to say that there is none.
@@ -106,10 +120,14 @@ def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), conte
         embedding_scale=config.embedding_scale,
         residual_scale=config.residual_scale,
         logits_scale=config.logits_scale,
+        logits_cap=config.logits_cap,
         activation=config.activation,
+        norms=config.norms,
+        norm_kind=config.norm_kind,
+        qk_norms=config.qk_norms,
         gains_from_one=config.gains_from_one,
-        sandwich_norms=config.sandwich_norms,
-        qk_norm=config.qk_norm,
+        interleaved_rope=config.interleaved_rope,
+        renamed=config.renamed,
         qkv_bias=config.qkv_bias,
         output_bias=config.output_bias,
         mlp_bias=config.mlp_bias,

@@ -40,6 +40,17 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
     return _rms_norm(total, weight, eps), total
 
 
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _layer_norm(total, weight, bias, eps), total
+
+
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     cos, sin = cos[:, None, :], sin[:, None, :]
@@ -55,12 +66,28 @@ def _geglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+def _relu2(x: Tensor) -> Tensor:
+    above = F.relu(x)
+    return above * above
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 _define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear)
 _define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm)
 _define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)", _add_rms_norm)
+_define("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor", _layer_norm)
+_define(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    _add_layer_norm,
+)
 _define("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor", _rotary)
 _define("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu)
 _define("geglu(Tensor gate, Tensor up) -> Tensor", _geglu)
+_define("relu2(Tensor x) -> Tensor", _relu2)
+_define("gelu_tanh(Tensor x) -> Tensor", _gelu_tanh)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,6 +105,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the norm of x + residual, and x + residual itself; all [T, K]."""
     normed, total = torch.ops.edgekv.add_rms_norm(x, residual, weight, eps)
+    return normed, total
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Scale what of x [..., K] differs from the mean to unit variance, then by weight [K], and add bias [K]."""
+    result: Tensor = torch.ops.edgekv.layer_norm(x, weight, bias, eps)
+    return result
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the norm of x + residual, and x + residual itself; all [T, K]."""
+    normed, total = torch.ops.edgekv.add_layer_norm(x, residual, weight, bias, eps)
     return normed, total
 
 
@@ -99,6 +140,18 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     return result
 
 
+def relu2(x: Tensor) -> Tensor:
+    """Return the square of what is above 0 of x [T, K], and 0 for the rest."""
+    result: Tensor = torch.ops.edgekv.relu2(x)
+    return result
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Return gelu(x) of x [T, K] in its tanh approximation."""
+    result: Tensor = torch.ops.edgekv.gelu_tanh(x)
+    return result
+
+
 def _contrib(domain: str, name: str, n_inputs: int, n_outputs: int, **attributes: OpSchema.AttrType) -> Op:
     """Describe an ONNX Runtime operator that the onnx package does not know."""
     optional = OpSchema.FormalParameterOption.Optional
@@ -117,9 +170,11 @@ def _contrib(domain: str, name: str, n_inputs: int, n_outputs: int, **attributes
 _FLOAT, _INT = OpSchema.AttrType.FLOAT, OpSchema.AttrType.INT
 _norm = _contrib("", "SimplifiedLayerNormalization", 2, 1, axis=_INT, epsilon=_FLOAT)
 _skip_norm = _contrib("com.microsoft", "SkipSimplifiedLayerNormalization", 3, 4, epsilon=_FLOAT)
+_whole_norm = _contrib("", "LayerNormalization", 3, 1, axis=_INT, epsilon=_FLOAT)
+_skip_layer_norm = _contrib("com.microsoft", "SkipLayerNormalization", 5, 4, epsilon=_FLOAT)
 _rotate = _contrib("com.microsoft", "RotaryEmbedding", 4, 1, num_heads=_INT, rotary_embedding_dim=_INT)
 _silu = _contrib("com.microsoft", "QuickGelu", 1, 1, alpha=_FLOAT)
-_gelu_tanh = _contrib("com.microsoft", "FastGelu", 1, 1)
+_fast_gelu = _contrib("com.microsoft", "FastGelu", 1, 1)
 
 
 def _onnx_linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -132,6 +187,15 @@ def _onnx_rms_norm(x: Any, weight: Any, eps: float) -> Any:
 
 def _onnx_add_rms_norm(x: Any, residual: Any, weight: Any, eps: float) -> Any:
     normed, _, _, total = _skip_norm(x, residual, weight, epsilon=eps)
+    return normed, total
+
+
+def _onnx_layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    return _whole_norm(x, weight, bias, axis=-1, epsilon=eps)
+
+
+def _onnx_add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> Any:
+    normed, _, _, total = _skip_layer_norm(x, residual, weight, bias, None, epsilon=eps)
     return normed, total
 
 
@@ -148,14 +212,27 @@ def _onnx_swiglu(gate: Any, up: Any) -> Any:
 
 
 def _onnx_geglu(gate: Any, up: Any) -> Any:
-    return op.Mul(_gelu_tanh(gate), up)
+    return op.Mul(_fast_gelu(gate), up)
+
+
+def _onnx_relu2(x: Any) -> Any:
+    above = op.Relu(x)
+    return op.Mul(above, above)
+
+
+def _onnx_gelu_tanh(x: Any) -> Any:
+    return _fast_gelu(x)
 
 
 ONNX_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.edgekv.linear.default: _onnx_linear,
     torch.ops.edgekv.rms_norm.default: _onnx_rms_norm,
     torch.ops.edgekv.add_rms_norm.default: _onnx_add_rms_norm,
+    torch.ops.edgekv.layer_norm.default: _onnx_layer_norm,
+    torch.ops.edgekv.add_layer_norm.default: _onnx_add_layer_norm,
     torch.ops.edgekv.rotary.default: _onnx_rotary,
     torch.ops.edgekv.swiglu.default: _onnx_swiglu,
     torch.ops.edgekv.geglu.default: _onnx_geglu,
+    torch.ops.edgekv.relu2.default: _onnx_relu2,
+    torch.ops.edgekv.gelu_tanh.default: _onnx_gelu_tanh,
 }

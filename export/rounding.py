@@ -115,7 +115,7 @@ class Compensator:
         assert index <= n_layers, "the decoder has no such product"
         segment = self._walk.load(head=False)
         projections = {path: module for path, module in segment.named_modules() if isinstance(module, Projection)}
-        groups = [group for group in _GROUPS if group[0] in projections]
+        groups = [here for group in _GROUPS if (here := [path for path in group if path in projections])]
         hessians = self._hessians(segment, [projections[group[0]] for group in groups])
         for group, hessian in zip(groups, hessians, strict=True):
             for path in group:

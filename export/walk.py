@@ -84,13 +84,17 @@ class Walk:
             stop = min(start + _QUERIES, len(q))
             first = max(0, start - window + 1)
             distance = torch.arange(start, stop)[:, None] - torch.arange(first, stop)[None, :]
-            attended = nn.functional.scaled_dot_product_attention(
-                q[start:stop].transpose(0, 1),
-                k[:, first:stop],
-                v[:, first:stop],
-                attn_mask=(distance >= 0) & (distance < window),
-                scale=model.softmax_scale,
-            )
+            seen = (distance >= 0) & (distance < window)
+            asked, keys, values = q[start:stop].transpose(0, 1), k[:, first:stop], v[:, first:stop]
+            if model.softcap:
+                scores = model.softcap * torch.tanh(
+                    asked @ keys.transpose(1, 2) * (model.softmax_scale / model.softcap)
+                )
+                attended = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1) @ values
+            else:
+                attended = nn.functional.scaled_dot_product_attention(
+                    asked, keys, values, attn_mask=seen, scale=model.softmax_scale
+                )
             parts.append(attended.transpose(0, 1))
         return torch.cat(parts)
 

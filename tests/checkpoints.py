@@ -10,32 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
+    AutoModelForImageTextToText,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
 )
-from transformers.models.seed_oss import SeedOssConfig
-from transformers.models.smollm3 import SmolLM3Config
 
-FAMILIES = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "smollm3": SmolLM3Config,
-    "granite": GraniteConfig,
-    "phi3": Phi3Config,
-    "gemma3_text": Gemma3TextConfig,
-    "seed_oss": SeedOssConfig,
-}
 TEXT = (
     "An operating system runs programs larger than memory: it gives them pages, a page table, a resident set,"
     " and a disk to fault from. Naïve café, 東京, Привет, \N{SMILING FACE WITH SUNGLASSES}.\n"
@@ -46,10 +26,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, std: float = 0.05, **changes: Any) -> Path:
+def make_checkpoint(
+    folder: Path, family: str = "llama", *, seed: int = 0, std: float = 0.05, head: float = 1.0, **changes: Any
+) -> Path:
     """Write a random checkpoint of ``family`` into ``folder``; ``changes`` go to its config.
 
-    The weights are wide enough (``std``) that greedy tokens are no near-ties. Returns the folder.
+    The weights are wide enough (``std``) that greedy tokens are no near-ties; an untied head is multiplied by ``head``. Returns
+    the folder.
     """
     settings: dict[str, Any] = {
         "vocab_size": 384,
@@ -68,22 +51,30 @@ def make_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, std: 
         **changes,
     }
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](**settings), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name and name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            elif "norm" in name:
                 # Gemma stores what is added to 1.
                 parameter.copy_(torch.empty_like(parameter).uniform_(0.5, 1.5) - float(family.startswith("gemma")))
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.5)
+        if not settings["tie_word_embeddings"]:
+            model.lm_head.weight *= head
     model.save_pretrained(folder)
     make_tokenizer(settings["vocab_size"]).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}), encoding="utf-8")
     return folder
 
 
-def make_image_reader(folder: Path, prefix: str) -> PreTrainedModel:
-    """Write a random Gemma 3 that reads images, its decoder's tensors under ``prefix``; returns it."""
+def make_image_reader(folder: Path, prefix: str, family: str = "gemma3", **changes: Any) -> PreTrainedModel:
+    """Write a random model that reads images, its decoder's tensors under ``prefix``; returns it.
+
+    Args:
+        changes: go to the decoder's configuration.
+    """
     text = {
         "vocab_size": 384,
         "hidden_size": 128,
@@ -94,6 +85,7 @@ def make_image_reader(folder: Path, prefix: str) -> PreTrainedModel:
         "head_dim": 32,
         "sliding_window": 12,
         "sliding_window_pattern": 3,
+        **changes,
     }
     vision = {
         "hidden_size": 32,
@@ -101,10 +93,13 @@ def make_image_reader(folder: Path, prefix: str) -> PreTrainedModel:
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "image_size": 56,
+        **({"model_type": "pixtral"} if family == "mistral3" else {}),
     }
     torch.manual_seed(0)
-    config = Gemma3Config(text_config=text, vision_config=vision, eos_token_id=[1, 257], image_token_index=380)
-    model = Gemma3ForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    config = CONFIG_MAPPING[family](
+        text_config=text, vision_config=vision, eos_token_id=[1, 257], image_token_index=380
+    )
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     folder.mkdir()
     config.save_pretrained(folder)
     tensors = {

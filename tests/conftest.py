@@ -153,6 +153,91 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
 }
+#: Further model types, one way each in which they are no Llama. Tests of every run take them through the modules that exporters
+#: trace; what engines make of them is slow.
+MODEL_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmo2": ("olmo2", {"num_key_value_heads": 1}),
+    "olmo3": (
+        "olmo3",
+        {
+            "std": 0.05,
+            "seed": 2,
+            "head": 0.5,
+            "num_hidden_layers": 4,
+            "sliding_window": 12,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 5e5,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 256,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        },
+    ),
+    "ernie4_5": ("ernie4_5", {"std": 0.06, "seed": 1, "head": 0.5}),
+    "arcee": ("arcee", {"std": 0.06, "seed": 2}),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0}},
+    ),
+    "exaone4": (
+        "exaone4",
+        {"std": 0.08, "head": 0.5, "num_hidden_layers": 4, "sliding_window": 12, "sliding_window_pattern": 2},
+    ),
+    "cohere2": (
+        "cohere2",
+        {
+            "std": 0.06,
+            "seed": 1,
+            "tie_word_embeddings": False,
+            "num_hidden_layers": 4,
+            "sliding_window": 12,
+            "sliding_window_pattern": 2,
+            "logit_scale": 0.25,
+        },
+    ),
+    "starcoder2": ("starcoder2", {"std": 0.1, "hidden_act": "gelu_pytorch_tanh", "sliding_window": 20}),
+    "stablelm": ("stablelm", {"std": 0.06, "use_qkv_bias": True}),
+    "stablelm-parallel": ("stablelm", {"std": 0.06, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
+    "ministral": (
+        "ministral",
+        {
+            "seed": 1,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+                "llama_4_scaling_beta": 0.1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+    ),
+    "gemma": ("gemma", {"tie_word_embeddings": False}),
+    "gemma2": (
+        "gemma2",
+        {
+            "tie_word_embeddings": False,
+            "query_pre_attn_scalar": 48,
+            "sliding_window": 12,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.5,
+        },
+    ),
+    "glm4": ("glm4", {"std": 0.06, "seed": 2}),
+}
+#: All of them, for tests that export for an engine.
+EXPORTED = [*VARIANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MODEL_TYPES)]
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +245,7 @@ def checkpoint(once: Once) -> Callable[[str], Path]:
     """Return a function that makes the checkpoint of a variant, to be read and not to be changed."""
 
     def get(variant: str) -> Path:
-        family, changes = VARIANTS[variant]
-        return once(variant, lambda folder: make_checkpoint(folder, family, std=0.04, **changes))
+        family, changes = (VARIANTS | MODEL_TYPES)[variant]
+        return once(variant, lambda folder: make_checkpoint(folder, family, **{"std": 0.04, **changes}))
 
     return get

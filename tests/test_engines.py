@@ -21,7 +21,7 @@ from edgekv.contract import ENGINES, FORMS, WEIGHTS
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.tiers import KVMode
 from tests.checkpoints import load_reference
-from tests.conftest import VARIANTS
+from tests.conftest import MODEL_TYPES, VARIANTS
 
 Bundle = Callable[..., Path]
 #: Root mean square of the logit error over that of the logits; stated in docs/executorch.md.
@@ -41,20 +41,24 @@ OFTEN = {
 
 
 def cases() -> Iterator[Any]:
-    for architecture, engine, form, weights in itertools.product(VARIANTS, ENGINES, FORMS, WEIGHTS):
+    for architecture, engine, form, weights in itertools.product([*VARIANTS, *MODEL_TYPES], ENGINES, FORMS, WEIGHTS):
         if engine == "executorch" and weights == "fp16":
             continue  # refused at export: XNNPACK would compute in float32
         if (engine, form) == ("executorch", "inline") and weights != "fp32" and architecture != ALWAYS:
             continue  # a minute each; the split form takes the same weights through every architecture
         if engine == "onnx":
-            marks = [] if weights == "fp32" or architecture == ALWAYS else [pytest.mark.slow]
+            often = architecture == ALWAYS or (weights == "fp32" and architecture in VARIANTS)
+            marks = [] if often else [pytest.mark.slow]
             yield pytest.param(engine, form, weights, None, architecture, marks=marks)
             continue
         missing = [name for name in ("executorch", "torchao") if importlib.util.find_spec(name) is None]
         needs = pytest.mark.skipif(bool(missing), reason="the extra `executorch` is not installed")
-        seldom = pytest.mark.slow if (form, weights, architecture) in OFTEN else pytest.mark.exhaustive
+        further = architecture in MODEL_TYPES and (form, weights) == ("split", "fp32")
+        often = further or (form, weights, architecture) in OFTEN
+        seldom = pytest.mark.slow if often else pytest.mark.exhaustive
         yield pytest.param(engine, form, weights, None, architecture, marks=[needs, seldom])
         if (form, weights) == ("split", "int4"):
+            seldom = pytest.mark.slow if architecture in MODEL_TYPES else seldom
             marks = [needs] if architecture == ALWAYS else [needs, seldom]
             yield pytest.param(engine, form, weights, "edgekv", architecture, marks=marks)
 

@@ -6,6 +6,9 @@ names the key.
 
 from edgekv.model_config.architectures import ARCHITECTURES as ARCHITECTURES
 from edgekv.model_config.architectures import TEXT_PARTS as TEXT_PARTS
+from edgekv.model_config.architectures import NormKind as NormKind
+from edgekv.model_config.architectures import Norms as Norms
+from edgekv.model_config.architectures import QKNorms as QKNorms
 from edgekv.model_config.cache_shape import CacheShape as CacheShape
 from edgekv.model_config.cache_shape import read_cache_shape as read_cache_shape
 from edgekv.model_config.decoder import ModelConfig as ModelConfig

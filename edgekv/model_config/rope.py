@@ -12,9 +12,10 @@ from edgekv.schema import shown
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 #: What the settings of any type hold; transformers ignores what the chosen one does not read.
 _KEYS = {
-    "attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor", "long_factor", "low_freq_factor",
-    "mscale", "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor", "rope_theta", "rope_type",
-    "short_factor", "truncate", "type",
+    "alpha", "attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor",
+    "llama_4_scaling_beta", "long_factor", "low_freq_factor", "max_position_embeddings", "mscale", "mscale_all_dim",
+    "original_max_position_embeddings", "partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "truncate",
+    "type",
 }  # fmt: skip
 
 
@@ -59,13 +60,30 @@ def read_rope(
     return _read(_or_none(settings, values), values, head_dim, max_context, "rope_theta", partial, types)
 
 
+def read_steady_context(values: Values) -> int:
+    """Return the tokens behind which queries grow with their positions; 0: they never do.
+
+    Source: transformers multiplies queries by ``1 + beta * log(1 + floor(position / original context))``, as Llama 4 does.
+
+    Raises:
+        ConfigError: the rope settings do not say it.
+    """
+    settings = values.part("rope_scaling" if values.get("rope_scaling") else "rope_parameters")
+    assert settings is not None, "there is a default"
+    for key in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+        if not settings.states(key):
+            raise ConfigError(f"{settings.source}: this model type needs {key!r} and it is missing")
+    original = settings.count("original_max_position_embeddings")
+    return original if settings.number("llama_4_scaling_beta") else 0
+
+
 def read_rope_by_layer_type(
-    values: Values, head_dim: int, max_context: int, types: Sequence[str]
+    values: Values, head_dim: int, max_context: int, types: Sequence[str], sliding_theta: float
 ) -> tuple[RopeSettings, RopeSettings]:
     """Read the rotary settings of layers that see all tokens, and of those with a window.
 
     ``rope_parameters`` holds settings per layer type. Without it ``rope_scaling`` and ``rope_theta`` are of the former,
-    ``rope_local_base_freq`` of the latter.
+    ``rope_local_base_freq`` of the latter, or ``sliding_theta`` where the model type has no such key.
 
     Raises:
         ConfigError: a rope type or a setting that edgekv does not decode, or one that is missing.
@@ -82,7 +100,7 @@ def read_rope_by_layer_type(
     sliding = _or_none(by_type.part("sliding_attention"), values)
     return (
         _read(whole, values, head_dim, max_context, "rope_theta", False, types),
-        _read(sliding, values, head_dim, max_context, "rope_local_base_freq", False, types),
+        _read(sliding, values, head_dim, max_context, sliding_theta or "rope_local_base_freq", False, types),
     )
 
 
@@ -95,7 +113,7 @@ def _read(
     values: Values,
     head_dim: int,
     max_context: int,
-    theta_key: str,
+    base: str | float,
     partial: bool,
     types: Sequence[str],
 ) -> RopeSettings:
@@ -115,14 +133,16 @@ def _read(
     for key in _NEEDED[kind]:
         if not settings.states(key):
             raise ConfigError(f"{settings.source}: rope type {kind!r} needs {key!r} and it is missing")
-    own_theta = settings.states("rope_theta")
-    where, theta_key = (settings, "rope_theta") if own_theta else (values, theta_key)
-    theta = where.number(theta_key, above=0)
+    # ``base``: its key beside the settings, or itself.
+    where, key = (settings, "rope_theta") if settings.states("rope_theta") else (values, str(base))
+    theta = where.number(key, above=0) if where is settings or isinstance(base, str) else base
     if kind == "yarn" and theta == 1:
-        raise where.refusal(theta_key, "yarn needs another base than 1")
+        raise where.refusal(key, "yarn needs another base than 1")
     dim = _rotated_channels(settings, values, head_dim, partial=partial, whole=kind == "default")
     if kind == "default":
         return RopeSettings(kind, theta, dim)
+    if kind == "dynamic":  # with an alpha, which stretches the base once and for all
+        return RopeSettings("default", theta * settings.number("alpha", above=0) ** (dim / (dim - 2)), dim)
     if kind == "linear":
         return RopeSettings(kind, theta, dim, settings.number("factor", above=0))
     original_key = "original_max_position_embeddings"
@@ -146,6 +166,7 @@ def _read(
 
 _NEEDED = {
     "default": (),
+    "dynamic": ("alpha",),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),

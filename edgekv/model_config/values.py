@@ -115,8 +115,10 @@ class Values:
         return tuple(self.wholes(key) or ()) if isinstance(value, list | tuple) else (self.whole(key),)
 
     def part(self, key: str) -> Values | None:
-        """Return the settings that a key holds, or None."""
+        """Return the settings that a key holds, its default where it is null, or None."""
         value = self.get(key)
+        if value is None:
+            value = (self._defaults or {}).get(key)
         if value is None:
             return None
         if isinstance(self.config, Mapping) and not isinstance(value, Mapping):

@@ -55,6 +55,8 @@ std::string Model::compatibility_key() const {
   }
   for (int64_t window : windows) attention.push_back(static_cast<double>(window));
   attention.push_back(model.at("softmax_scale").number());
+  const Json& softcap = model.get("softcap");
+  if (!softcap.is_null() && softcap.number() > 0) attention.push_back(softcap.number());
   std::string geometry = model.at("n_layers").text + " layers, " + model.at("n_q_heads").text + "/" +
                          model.at("n_kv_heads").text + " heads of " + model.at("head_dim").text;
   return "{\"checkpoint\": " + quoted(manifest.at("source_sha256").string()) +

@@ -118,6 +118,7 @@ class Session:
 def compatibility_key(manifest: dict[str, Any]) -> dict[str, Any]:
     """What the keys and values of a bundle depend on."""
     model = manifest["model"]
+    capped = [model["softcap"]] if model.get("softcap") else []
     ropes = [model[name] for name in ("rope", "sliding_rope") if model.get(name) is not None]
 
     def short(numbers: list[float]) -> str:
@@ -129,7 +130,7 @@ def compatibility_key(manifest: dict[str, Any]) -> dict[str, Any]:
         "tokenizer": manifest["tokenizer_sha256"],
         "geometry": f"{model['n_layers']} layers, {model['n_q_heads']}/{model['n_kv_heads']} heads of {model['head_dim']}",
         "rope": short([number for rope in ropes for number in (*rope["inv_freq"], rope["attention_scaling"])]),
-        "attention": short([*model["windows"], model["softmax_scale"]]),
+        "attention": short([*model["windows"], model["softmax_scale"], *capped]),
         "page_size": manifest["page_size"],
         "codec": 1,
     }

@@ -168,16 +168,29 @@ def _whole_delegates() -> Iterator[None]:
     """
     means: dict[int, Tensor] = {}
 
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def mean(x: Tensor) -> Tensor:
         width = x.shape[-1]
         if width not in means:
             with torch._subclasses.fake_tensor.unset_fake_temporarily():
                 means[width] = torch.full((1, width), 1.0 / width)
-        return x * torch.rsqrt(F.linear(x * x, means[width]) + eps) * weight
+        return F.linear(x, means[width])
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return x * torch.rsqrt(mean(x * x) + eps) * weight
 
     def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total = x + residual
         return rms_norm(total, weight, eps), total
+
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        normed = rms_norm(x - mean(x), weight, eps)
+        return normed if bias is None else normed + bias
+
+    def add_layer_norm(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return layer_norm(total, weight, bias, eps), total
 
     def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         half = cos.shape[-1]
@@ -190,12 +203,23 @@ def _whole_delegates() -> Iterator[None]:
         return F.silu(gate) * up
 
     def geglu(gate: Tensor, up: Tensor) -> Tensor:
+        return gelu_tanh(gate) * up
+
+    def gelu_tanh(x: Tensor) -> Tensor:
         # gelu by tanh is a sigmoid: x (1 + tanh(u)) / 2 = x sigmoid(2 u), with u = sqrt(2 / pi) (x + 0.044715 x ** 3).
         twice = math.sqrt(8 / math.pi)
-        return gate * torch.sigmoid(gate * (gate * gate * (0.044715 * twice) + twice)) * up
+        return x * torch.sigmoid(x * (x * x * (0.044715 * twice) + twice))
 
     with mock.patch.multiple(
-        ops, rms_norm=rms_norm, add_rms_norm=add_rms_norm, rotary=rotary, swiglu=swiglu, geglu=geglu
+        ops,
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        layer_norm=layer_norm,
+        add_layer_norm=add_layer_norm,
+        rotary=rotary,
+        swiglu=swiglu,
+        geglu=geglu,
+        gelu_tanh=gelu_tanh,
     ):
         yield
 

@@ -78,10 +78,23 @@ class Int4Linear(nn.Module):
 def device_operations() -> Iterator[None]:
     """Make the decoder's operations those of the device while it is traced."""
     device = torch.ops.edgekv_device
+
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        normed: Tensor = device.rms_norm(x - x.mean(-1, keepdim=True), weight, eps)
+        return normed if bias is None else normed + bias
+
+    def add_layer_norm(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return layer_norm(total, weight, bias, eps), total
+
     with mock.patch.multiple(
         ops,
         rms_norm=device.rms_norm,
         add_rms_norm=device.add_rms_norm,
+        layer_norm=layer_norm,
+        add_layer_norm=add_layer_norm,
         rotary=device.rotary,
         swiglu=device.swiglu,
         geglu=device.geglu,

@@ -59,7 +59,7 @@ class Seam(nn.Module):
     def __init__(self, model: ModelSpec, window: int) -> None:
         super().__init__()
         self.kv, self.dim, self.group = model.n_kv_heads, model.head_dim, model.n_q_heads // model.n_kv_heads
-        self.scale, self.window = model.softmax_scale, window
+        self.scale, self.softcap, self.window = model.softmax_scale, model.softcap, window
 
     def prepare(self, k: Tensor, v: Tensor, cache: Cache, position_ids: Tensor) -> _Prepared:
         """Return what both ways read."""
@@ -77,6 +77,10 @@ class Seam(nn.Module):
             torch.cat([_rows(cache.recent_values, order), v]),
             torch.where(seen, 0.0, MASKED),
         )
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Return scores as the model caps them."""
+        return self.softcap * torch.tanh(scores * (1 / self.softcap)) if self.softcap else scores
 
     def mass(self, weights: Tensor, cache: Cache) -> Tensor:
         """Return page_mass from the mean weights [n_pages * page_size] of the slots of pages."""
@@ -101,7 +105,7 @@ class DecodeSeam(Seam):
         scores = scores.reshape(self.kv, self.group, n_slots)
         tail = torch.bmm(query, ready.tail_keys.permute(1, 2, 0))
         bias = torch.cat([ready.bias, torch.zeros(1, 1)], dim=1)
-        weights = torch.softmax(torch.cat([scores, tail], dim=2) + bias, dim=-1)
+        weights = torch.softmax(self.capped(torch.cat([scores, tail], dim=2)) + bias, dim=-1)
         paged, rest = weights[..., :n_slots], weights[..., n_slots:]
         shares = paged.reshape(self.kv, self.group, n_pages, page_size).permute(2, 0, 1, 3)
         shares = (shares * ready.value_scales.unsqueeze(2)).flatten(0, 1)
@@ -131,7 +135,7 @@ class PrefillSeam(Seam):
         own = torch.where(causal, 0.0, MASKED)
         bias = torch.cat([ready.bias.expand(n_new, -1), own], dim=1)
         scores = torch.bmm(query, keys).reshape(kv, group, n_new, keys.shape[2])
-        weights = torch.softmax(scores + bias, dim=-1)
+        weights = torch.softmax(self.capped(scores) + bias, dim=-1)
         attention = torch.bmm(weights.reshape(kv, group * n_new, keys.shape[2]), values)
         attention = attention.reshape(kv, group, n_new, dim).permute(2, 0, 1, 3).reshape(n_new, kv * group, dim)
         return attention, self.mass(weights.mean(dim=(0, 1, 2))[:n_slots], cache)

@@ -32,6 +32,11 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+#: Norms that some architectures name by where they are.
+_NORMS = {
+    "olmo2": {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
+    "seed_oss": {"post_attention_norm": "post_attention_layernorm"},
+}
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 #: Architectures whose converter reorders the rows of queries and keys, so that channels that are rotated together are neighbours.
 _REORDERED = ("llama", "smollm3")
@@ -58,14 +63,15 @@ def open_gguf(path: Path, context: int | None = None) -> Checkpoint:
 
 def _located(file: GgufFile, config: DecoderConfig) -> dict[str, Stored]:
     location: dict[str, Stored] = {}
+    parts = _LAYER | _NORMS.get(str(file.metadata["general.architecture"]), {})
     for name, stored in file.tensors.items():
         if name == ROPE_FACTORS:
             continue  # part of the configuration
         block = _BLOCK.fullmatch(name)
         if name in _WHOLE:
             location[_WHOLE[name]] = stored
-        elif block is not None and block[2] in _LAYER:
-            location[f"model.layers.{block[1]}.{_LAYER[block[2]]}.{block[3]}"] = _in_order(
+        elif block is not None and block[2] in parts:
+            location[f"model.layers.{block[1]}.{parts[block[2]]}.{block[3]}"] = _in_order(
                 file, config, block[2], stored
             )
         else:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from edgekv.errors import CheckpointError, ConfigError
+from edgekv.model_config import ARCHITECTURES as MODEL_TYPES
 from edgekv.model_config import read_model_config
 from edgekv.schema import shown
 from edgekv.spec import RopeSpec
@@ -21,7 +22,16 @@ from ..config import DecoderConfig, decoder_config
 from .file import GgufFile
 
 #: Model types by their name in GGUF. (Mistral is written as llama.)
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+    "seed_oss": "seed_oss",
+    "olmo2": "olmo2",
+}
+#: Biases, of which the metadata says nothing: by their key in config.json, the tensor that is there if they are.
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "attention_out_bias": "blk.0.attn_output.bias"}
 #: Factors of the rotary frequencies, where a model scales them one by one (Llama 3.1 and later).
 ROPE_FACTORS = "rope_freqs.weight"
 #: Tokens that end a text, by key; the first is the end token proper.
@@ -98,8 +108,8 @@ def read_gguf_config(file: GgufFile, context: int | None = None) -> DecoderConfi
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
     }
-    if model_type == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    read = MODEL_TYPES[model_type].defaults
+    config |= {key: tensor in file.tensors for key, tensor in _BIASES.items() if key in read}
     further = tuple(file.metadata[key] for end in _ENDS if (key := f"tokenizer.ggml.{end}") in file.metadata)
     decoder = decoder_config(read_model_config(config, str(file.path)), further, context)
     factors = file.tensors.get(ROPE_FACTORS)

@@ -68,7 +68,9 @@ def _structure(config: DecoderConfig, *, rotated: bool) -> DecoderConfig:
         bos_token_id=None,
         eos_token_ids=(),
     )
-    return dataclasses.replace(config, model=model, rotated=(rotated, rotated))
+    return dataclasses.replace(
+        config, model=model, rotated=(rotated, rotated), interleaved_rope=False, renamed=(), fused=()
+    )
 
 
 @functools.lru_cache(maxsize=32)

@@ -45,7 +45,7 @@ _END = np.iinfo(np.int64).max
 
 @dataclass(frozen=True)
 class Geometry:
-    """The numbers of a seam; ``window`` 0 sees all."""
+    """The numbers of a seam; ``window`` 0 sees all, ``softcap`` 0 leaves scores as they are."""
 
     n_q_heads: int
     n_kv_heads: int
@@ -53,11 +53,13 @@ class Geometry:
     page_size: int
     scale: float
     window: int
+    softcap: float = 0.0
 
     @classmethod
     def of(cls, model: ModelSpec, page_size: int, window: int) -> Geometry:
         """Return the seam of the layers of a model that have this window."""
-        return cls(model.n_q_heads, model.n_kv_heads, model.head_dim, page_size, model.softmax_scale, window)
+        heads = (model.n_q_heads, model.n_kv_heads, model.head_dim)
+        return cls(*heads, page_size, model.softmax_scale, window, model.softcap)
 
     @property
     def few_tokens(self) -> int:
@@ -154,7 +156,7 @@ def _decode(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
     seen = g("And", values.held, values.in_window) if shape.window else g("Unsqueeze", values.held, g.ints(0))
     bias = g("Where", seen, g.constant(np.float32(0)), g.constant(MASKED))
     bias = g("Concat", bias, g.constant(np.zeros((1, 1), np.float32)), axis=1)
-    weights = _softmax(g, g("Add", g("Concat", paged, tail, axis=2), bias))
+    weights = _softmax(g, g("Add", _capped(g, shape, g("Concat", paged, tail, axis=2)), bias))
 
     n_slots, end = g("Shape", paged, start=2, end=3), g.ints(_END)
     on_pages = g("Slice", weights, g.ints(0), n_slots, g.ints(2))
@@ -235,7 +237,7 @@ def _prefill(g: Nodes, shape: Geometry, values: _Values) -> tuple[str, str]:
     kv, group, dim = shape.n_kv_heads, shape.group, shape.head_dim
     n_new = g("Shape", "k", start=0, end=1)
     q = g("Reshape", g("Transpose", values.q, perm=(1, 0, 2, 3)), g.ints(kv, -1, dim))
-    among = g("MatMul", q, g("Transpose", "k", perm=(1, 2, 0)))
+    among = _capped(g, shape, g("MatMul", q, g("Transpose", "k", perm=(1, 2, 0))))
     among = g("Reshape", among, g("Concat", g.ints(kv, -1, group), n_new, axis=0))
     unseen = g("Where", "causal", g.constant(np.float32(0)), g.constant(MASKED))
     among = g("Add", among, g("Unsqueeze", unseen, g.ints(1)))
@@ -304,7 +306,7 @@ def _with_few(g: Nodes, shape: Geometry, keys: str, cached_values: str) -> onnx.
     """Return what is done with each part of the rows."""
     kv, group = shape.n_kv_heads, shape.group
     sums, queries, peak, kept = (f"{g.scope}{name}" for name in ("sums_before", "queries", "peak", "kept"))
-    scores = g("MatMul", queries, keys)
+    scores = _counted_scores(g, shape, queries, keys)
     last = g("Shape", scores, start=2, end=3)
     if shape.window:
         by_head = g("Reshape", scores, g("Concat", g.ints(kv, -1, group), last, axis=0))
@@ -324,6 +326,26 @@ def _with_few(g: Nodes, shape: Geometry, keys: str, cached_values: str) -> onnx.
     inputs = [(sums, TensorProto.FLOAT), (queries, TensorProto.FLOAT), (peak, TensorProto.FLOAT)]
     inputs += [(kept, TensorProto.BOOL)] * bool(shape.window)
     return g.as_graph((g("Add", sums, added), 1), (read, 3), (left, 3), inputs=inputs)
+
+
+def _counted_scores(g: Nodes, shape: Geometry, queries: str, keys: str) -> str:
+    """Return queries times keys; where scores are capped, the two channels that count from the least are a product apart."""
+    if not shape.softcap:
+        return g("MatMul", queries, keys)
+    start, dim, end = g.ints(0), g.ints(shape.head_dim), g.ints(_END)
+    own, counted = (
+        g("MatMul", g("Slice", queries, *span, g.ints(2)), g("Slice", keys, *span, g.ints(1)))
+        for span in ((start, dim), (dim, end))
+    )
+    return g("Add", _capped(g, shape, own), counted)
+
+
+def _capped(g: Nodes, shape: Geometry, scores: str) -> str:
+    """Return scores as the model caps them."""
+    if not shape.softcap:
+        return scores
+    within = g("Tanh", g("Mul", scores, g.constant(np.float32(1 / shape.softcap))))
+    return g("Mul", within, g.constant(np.float32(shape.softcap)))
 
 
 def _decoded_keys(g: Nodes, shape: Geometry, values: _Values) -> str:

@@ -78,6 +78,7 @@ class Attender:
             model.head_dim,
             cache.spec.page_size,
             model.softmax_scale,
+            softcap=model.softcap,
             max_tokens=max_tokens,
         )
         self._piece_pages = piece_pages

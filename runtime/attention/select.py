@@ -67,13 +67,14 @@ class Selector:
         options: AttendOptions,
         *,
         scale: float,
+        softcap: float,
         capacity: int,
         recent: int,
     ) -> None:
         self.options = options
         self.summaries = summaries
         self._table = table
-        self._scale = scale
+        self._scale, self._softcap = scale, softcap
         self._capacity = capacity
         self._recent = recent
         self._guess = np.zeros(table.spec.n_layers, np.int64)
@@ -102,6 +103,11 @@ class Selector:
         refs, tiers = table.refs[layer, :n_pages], table.tier[layer, :n_pages]
         self._summarise(layer, n_pages)
         bounds, likely, slack = self.summaries.scores(layer, q, n_pages, self._scale)
+        if self._softcap:  # it keeps order and bounds; pages of which nothing is known stay without a bound
+            bounds, likely = (
+                np.where(np.isinf(part), part, np.float32(self._softcap) * np.tanh(part / np.float32(self._softcap)))
+                for part in (bounds, likely)
+            )
         live = np.bitwise_count(refs["mask"]).sum(axis=1, dtype=np.int64)
         if window:
             live[refs["position"] + page_size <= position - window + 1] = 0
@@ -186,7 +192,13 @@ def make_selector(model: ModelSpec, cache: KVCache, kernels: Kernels, options: A
     capacity = 2 * (manager.arena.n_frames - spec.n_layers - 1) // spec.n_layers + 1
     recent = manager.options.recent_pages
     return Selector(
-        cache.table, manager.summaries, options, scale=model.softmax_scale, capacity=max(1, capacity), recent=recent
+        cache.table,
+        manager.summaries,
+        options,
+        scale=model.softmax_scale,
+        softcap=model.softcap,
+        capacity=max(1, capacity),
+        recent=recent,
     )
 
 

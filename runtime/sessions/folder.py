@@ -262,7 +262,7 @@ def session_key(manifest: Manifest, version: int = FORMAT) -> dict[str, str | in
         "tokenizer": manifest.tokenizer_sha256,
         "geometry": f"{model.n_layers} layers, {model.n_q_heads}/{model.n_kv_heads} heads of {model.head_dim}",
         "rope": hashed(*(number for rope in model.ropes for number in (*rope.inv_freq, rope.attention_scaling))),
-        "attention": hashed(*model.windows, model.softmax_scale),
+        "attention": hashed(*model.windows, model.softmax_scale, *([model.softcap] if model.softcap else [])),
         "page_size": manifest.page_size,
         "codec": CODEC_VERSION,
     }

@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 from numpy.typing import NDArray
 
 from edgekv.bundle import EmbeddingSpec, Manifest, read_manifest
 from edgekv.codec import quantise_keys, quantise_values
+from edgekv.contract import segment_spec
+from edgekv.export.checkpoint import EMBEDDING, open_checkpoint
+from edgekv.export.decoder import build_segment, load_parameter
 from edgekv.seam import PageView, paged_attention
 from edgekv.spec import RopeSpec
 from tests.sessions import session_options
@@ -53,6 +57,10 @@ class SplitDriver:
         self.manifest: Manifest = read_manifest(folder)
         self.folder, self.model = folder, self.manifest.model
         self.segments = [open_session(folder / name) for name in self.manifest.graphs]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
         self.keys: list[list[Float]] = [[] for _ in range(self.model.n_layers)]
         self.values: list[list[Float]] = [[] for _ in range(self.model.n_layers)]
         self.length = 0
@@ -62,21 +70,25 @@ class SplitDriver:
         model, ids = self.model, np.array(tokens, np.int64)
         positions = np.arange(self.length, self.length + ids.size)
         tables = [rope_tables(rope, positions) for rope in model.ropes]
-        assert self.manifest.embedding is not None
-        feed: dict[str, Any] = {
-            "residual": embedding_rows(self.folder, self.manifest.embedding, model.vocab_size, model.hidden_size, ids),
-        }
+        feed: dict[str, Any] = {"residual": self._rows(ids)}
         for layer in range(model.n_layers):
             feed["cos"], feed["sin"] = tables[model.rope_of(layer)]
-            wanted = [i.name for i in self.segments[layer].get_inputs()]
-            names = [o.name for o in self.segments[layer].get_outputs()]
-            got = dict(zip(names, self.segments[layer].run(names, {n: feed[n] for n in wanted}), strict=True))
+            got = self._run(layer, feed)
             feed["residual"] = got.get("next_residual", feed["residual"])
             feed["attention"] = self._attend(layer, got["q"], got["k"], got["v"], positions)
         self.length += ids.size
-        last = {name: feed[name] for name in ("residual", "attention")}
-        logits: Float = self.segments[-1].run(["logits"], last)[0]
-        return logits
+        return self._run(model.n_layers, feed)["logits"]
+
+    def _rows(self, ids: NDArray[np.int64]) -> Float:
+        assert self.manifest.embedding is not None
+        model = self.model
+        return embedding_rows(self.folder, self.manifest.embedding, model.vocab_size, model.hidden_size, ids)
+
+    def _run(self, index: int, feed: dict[str, Any]) -> dict[str, Float]:
+        segment = self.segments[index]
+        names = [output.name for output in segment.get_outputs()]
+        inputs = {value.name: feed[value.name] for value in segment.get_inputs()}
+        return dict(zip(names, segment.run(names, inputs), strict=True))
 
     def _attend(self, layer: int, q: Float, k: Float, v: Float, positions: NDArray[np.int64]) -> Float:
         pages, start = [], 0
@@ -86,10 +98,36 @@ class SplitDriver:
             pages.append(PageView(keys.transpose(1, 0, 2), values.transpose(1, 0, 2), np.ones(size, bool), old))
             start += size
         model = self.model
-        out, _ = paged_attention(q, k, v, pages, positions, scale=model.softmax_scale, window=model.windows[layer])
+        scale, softcap, window = model.softmax_scale, model.softcap, model.windows[layer]
+        out, _ = paged_attention(q, k, v, pages, positions, scale=scale, softcap=softcap, window=window)
         self.keys[layer].append(k)
         self.values[layer].append(v)
         return out
+
+
+class EagerDriver(SplitDriver):
+    """The split form without an engine: the modules that exporters trace, run by torch."""
+
+    def __init__(self, source: Path) -> None:
+        checkpoint = open_checkpoint(source)
+        self.model, self.table = checkpoint.config.model, checkpoint.tensor(EMBEDDING)
+        self.modules = []
+        for index in range(self.model.n_layers + 1):
+            module = build_segment(checkpoint.config, index).to_empty(device="cpu").requires_grad_(False)
+            for name, parameter in module.named_parameters():
+                parameter.copy_(load_parameter(checkpoint, index, name))
+            self.modules.append(module)
+        self.reset()
+
+    def _rows(self, ids: NDArray[np.int64]) -> Float:
+        rows: Float = self.table[torch.from_numpy(ids)].numpy()
+        return rows
+
+    def _run(self, index: int, feed: dict[str, Any]) -> dict[str, Float]:
+        spec = segment_spec(self.model, index)
+        results = self.modules[index](*(torch.from_numpy(feed[tensor.name]) for tensor in spec.inputs))
+        results = results if isinstance(results, tuple) else (results,)
+        return {tensor.name: result.numpy() for tensor, result in zip(spec.outputs, results, strict=True)}
 
 
 class InlineDriver:

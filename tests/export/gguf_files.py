@@ -19,15 +19,20 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
 }  # fmt: skip
+#: Where architectures name norms by where they are.
+NORMS = {
+    "olmo2": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"},
+    "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
+}
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str) -> str:
     """Return the name in GGUF of a tensor of a checkpoint."""
     owner, leaf = name.removeprefix("model.").rsplit(".", 1)
     if not owner.startswith("layers."):
         return f"{NAMES[owner]}.{leaf}"
     _, layer, rest = owner.split(".", 2)
-    return f"blk.{layer}.{NAMES[rest]}.{leaf}"
+    return f"blk.{layer}.{(NAMES | NORMS.get(architecture, {}))[rest]}.{leaf}"
 
 
 def side_by_side(rows: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -76,7 +81,7 @@ def tensors(folder: Path, architecture: str) -> dict[str, NDArray[np.float32]]:
     """Return the tensors of a checkpoint in the names and the order of rows of GGUF."""
     config = json.loads((folder / "config.json").read_text())
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    result = {gguf_name(name): value for name, value in load_file(folder / "model.safetensors").items()}
+    result = {gguf_name(name, architecture): value for name, value in load_file(folder / "model.safetensors").items()}
     for name, value in result.items():
         kind = name.split(".")[-2]
         if architecture in ("llama", "smollm3") and kind in heads:

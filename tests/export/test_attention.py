@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from .cached_layer import Shape, make_layer
 Q_HEADS, KV_HEADS, DIM, PAGE = 4, 2, 32, 16
 SCALE = DIM**-0.5
 MODEL = ModelSpec("", 1, 1, Q_HEADS, KV_HEADS, DIM, 1, 1, 1, RopeSpec((0.0,)), SCALE, (0,))
-Open = Callable[[int], ort.InferenceSession]
+Open = Callable[..., ort.InferenceSession]
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def seam(tmp_path_factory: pytest.TempPathFactory) -> Open:
         TensorSpec("page_mass", "float32", ("N",), ""),
     )
 
-    def get(window: int) -> ort.InferenceSession:
-        if window not in made:
+    def get(window: int, softcap: float = 0.0) -> ort.InferenceSession:
+        if (window, softcap) not in made:
             builder = GraphBuilder(None)  # type: ignore[arg-type]  # no weights
-            builder.add(build_seam(Geometry.of(MODEL, PAGE, window)), "/seam", {})
-            path = folder / f"seam_{window}.onnx"
+            builder.add(build_seam(Geometry.of(replace(MODEL, softcap=softcap), PAGE, window)), "/seam", {})
+            path = folder / f"seam_{window}_{softcap}.onnx"
             builder.save(GraphSpec("seam", tuple(inputs), outputs), path)
-            made[window] = ort.InferenceSession(path, session_options())
-        return made[window]
+            made[window, softcap] = ort.InferenceSession(path, session_options())
+        return made[window, softcap]
 
     return get
 
@@ -97,6 +97,19 @@ def test_inline_attention_equals_the_seam(
     expected, expected_mass = paged_attention(q, k, v, case.views, positions, scale=SCALE, window=window)
     np.testing.assert_allclose(out, expected, atol=2e-5)
     np.testing.assert_allclose(mass, expected_mass[: case.n_pages], atol=1e-6)
+
+
+@pytest.mark.parametrize(("n_new", "n_pages", "n_recent"), [(1, 3, 7), (33, 3, 7), (5, 0, 4), (2, 2, 0)])
+@pytest.mark.parametrize("window", [0, 20])
+def test_capped_scores_are_those_of_the_seam(seam: Open, window: int, n_new: int, n_pages: int, n_recent: int) -> None:
+    case = make_case(3, n_new, n_pages, n_recent, 0.7, window)
+    case.feeds["q"] *= 5
+    out, mass = seam(window, 1.5).run(None, case.feeds)
+    q, k, v, positions = (case.feeds[name] for name in ("q", "k", "v", "position_ids"))
+    shape = {"scale": SCALE, "softcap": 1.5}
+    expected, expected_mass = paged_attention(q, k, v, case.views, positions, window=window, **shape)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    np.testing.assert_allclose(mass, expected_mass[:n_pages], atol=1e-6)
 
 
 @pytest.mark.parametrize("n_new", [1, 3])

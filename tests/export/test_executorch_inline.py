@@ -64,8 +64,16 @@ class Reference:
             *stream, q, k, v = self.segments[layer](*given)
             residual = stream[0] if stream else residual
             query, keys, values = (part.numpy() for part in (q, k, v))
-            scale = self.model.softmax_scale
-            out, mass = paged_attention(query, keys, values, views[layer], positions, scale=scale, window=window)
+            out, mass = paged_attention(
+                query,
+                keys,
+                values,
+                views[layer],
+                positions,
+                scale=self.model.softmax_scale,
+                softcap=self.model.softcap,
+                window=window,
+            )
             results |= {f"new_keys.{layer}": keys, f"new_values.{layer}": values}
             results[f"page_mass.{layer}"] = mass[:-1]
             given = (residual, torch.from_numpy(out), *given[-2:])

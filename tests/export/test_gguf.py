@@ -28,7 +28,7 @@ from tests.checkpoints import TEXT, load_reference, make_checkpoint, make_tokeni
 from .gguf_files import convert, metadata, tensors, vocabulary, write_gguf
 
 Kind = GGMLQuantizationType
-FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3"}
+FAMILIES = {name: name for name in ("llama", "qwen2", "qwen3", "smollm3", "seed_oss", "olmo2")}
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,

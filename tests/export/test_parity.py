@@ -18,7 +18,7 @@ from edgekv.errors import UsageError
 from edgekv.export import export_model
 from edgekv.model_config import ARCHITECTURES
 from tests.checkpoints import load_reference, make_checkpoint, make_image_reader
-from tests.conftest import VARIANTS
+from tests.conftest import EXPORTED
 from tests.export.driver import Float, InlineDriver, SplitDriver
 
 TOLERANCE = 1e-3
@@ -35,6 +35,11 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "seed-oss": ("seed_oss", {"head_dim": 48, "attention_bias": True, "mlp_bias": True}),
     "one-layer": ("llama", {"num_hidden_layers": 1}),
 }  # fmt: skip
+#: Models that read images, by their type, with what their decoder's configuration says.
+IMAGE_READERS: dict[str, dict[str, Any]] = {
+    "gemma3": {},
+    "mistral3": {"model_type": "mistral", "sliding_window": None},
+}
 
 
 def prompt(count: int) -> list[int]:
@@ -48,7 +53,7 @@ def logits_of(model: PreTrainedModel, tokens: list[int]) -> Float:
     return rows
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EXPORTED)
 def test_logits_and_64_greedy_tokens_equal_those_of_transformers(
     variant: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
@@ -86,13 +91,22 @@ def test_further_variants_give_the_logits_of_transformers(
     assert np.abs(rows - logits_of(load_reference(source), tokens)).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
-def test_of_a_model_that_reads_images_the_part_that_writes_text_is_exported(prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [
+        ("gemma3", "model.language_model."),
+        ("gemma3", "language_model.model."),
+        pytest.param("mistral3", "language_model.model.", marks=pytest.mark.slow),
+    ],
+)
+def test_of_a_model_that_reads_images_the_part_that_writes_text_is_exported(
+    kind: str, prefix: str, tmp_path: Path
+) -> None:
     source, tokens = tmp_path / "source", prompt(40)
-    model = make_image_reader(source, prefix)
+    model = make_image_reader(source, prefix, kind, **IMAGE_READERS[kind])
     export_model(source, tmp_path / "out", engine="onnx", weights="fp32")
     driver = SplitDriver(tmp_path / "out")
-    assert driver.model.architecture == "gemma3"
+    assert driver.model.architecture == kind
     rows = np.concatenate([driver.step(tokens[:25]), driver.step(tokens[25:])])
     assert np.abs(rows - logits_of(model, tokens)).max() <= TOLERANCE
 

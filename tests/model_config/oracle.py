@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from edgekv.export.checkpoint import HEAD, expected_shapes
 from edgekv.export.config import decoder_config
-from edgekv.model_config import read_model_config
+from edgekv.model_config import ARCHITECTURES, read_model_config
 
 
 @dataclass
@@ -32,6 +34,8 @@ class Meaning:
     embedding_scale: float
     residual_scale: float
     logits_scale: float
+    softcap: float
+    logits_cap: float
     rms_eps: float
     bos: int | None
     eos: tuple[int, ...]
@@ -40,6 +44,7 @@ class Meaning:
 ACTIVATIONS = {
     "silu": float(F.silu(torch.ones(1))),
     "gelu_tanh": float(F.gelu(torch.ones(1), approximate="tanh")),
+    "relu2": 1.0,
 }
 
 
@@ -58,6 +63,8 @@ def read_by_edgekv(config: dict[str, Any]) -> Meaning:
         embedding_scale=read.embedding_scale,
         residual_scale=read.residual_scale,
         logits_scale=read.logits_scale,
+        softcap=model.softcap,
+        logits_cap=read.logits_cap,
         rms_eps=read.rms_eps,
         bos=model.bos_token_id,
         eos=model.eos_token_ids,
@@ -73,7 +80,7 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     attentions = [layer.self_attn for layer in model.model.layers]
     mlp = model.model.layers[0].mlp
-    activation = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
+    activation = next(getattr(mlp, name) for name in ("activation_fn", "act_fn", "act") if hasattr(mlp, name))
     shapes = _apart({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, config)
     if model.lm_head.weight is model.model.embed_tokens.weight:
         del shapes[HEAD]
@@ -85,7 +92,7 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
     return Meaning(
         shapes=shapes,
         windows=_windows(model),
-        rotated=tuple(bool(getattr(attention, "use_rope", True)) for attention in attentions),
+        rotated=tuple(_rotates(attention) for attention in attentions),
         ropes=tuple(
             (tuple(getattr(rope, f"{kind}inv_freq").tolist()), float(getattr(rope, f"{kind}attention_scaling")))
             for kind in kinds
@@ -95,19 +102,43 @@ def built_by_transformers(given: dict[str, Any]) -> Meaning:
         embedding_scale=getattr(model.model, "embedding_multiplier", getattr(embedding, "scalar_embed_scale", 1.0)),
         residual_scale=getattr(model.model.layers[0], "residual_multiplier", 1.0),
         # Read by the model with the head, which keeps no copy; a class without the key has it as a stray one.
-        logits_scale=1 / config.logits_scaling if hasattr(CONFIG_MAPPING[kind](), "logits_scaling") else 1.0,
+        logits_scale=_logits_scale(kind, config),
+        softcap=getattr(attentions[0], "attn_logit_softcapping", None) or 0.0,
+        logits_cap=(config.final_logit_softcapping or 0.0) if _has(kind, "final_logit_softcapping") else 0.0,
         rms_eps=norm.eps if hasattr(norm, "eps") else norm.variance_epsilon,
         bos=config.bos_token_id if config.bos_token_id in vocabulary else None,
         eos=tuple(token for token in ends if token in vocabulary),
     )
 
 
+def _logits_scale(kind: str, config: Any) -> float:
+    if _has(kind, "logit_scale"):
+        return float(config.logit_scale)
+    return 1 / config.logits_scaling if _has(kind, "logits_scaling") else 1.0
+
+
+def _has(kind: str, key: str) -> bool:
+    """Whether the configuration class has a key: any other becomes an attribute of its object, too."""
+    return key in {field.name for field in dataclasses.fields(CONFIG_MAPPING[kind])}
+
+
+def _rotates(attention: Any) -> bool:
+    if type(attention).__name__ == "Cohere2Attention":
+        return attention.sliding_window is not None
+    if type(attention).__name__ == "Exaone4Attention":
+        return attention.sliding_window is None or bool(attention.is_sliding)
+    return bool(getattr(attention, "use_rope", True))
+
+
 def _apart(shapes: dict[str, tuple[int, ...]], config: Any) -> dict[str, tuple[int, ...]]:
-    """Name the parts of tensors that Phi-3 has as one."""
+    """Name the parts of tensors that are one, and those that have other names in most model types."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     result: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
+    renamed = dict(ARCHITECTURES[config.model_type].renamed)
+    for stored, shape in shapes.items():
+        part = re.match(r"(model\.layers\.\d+\.)(.+)(\.\w+)$", stored)
+        name = f"{part[1]}{renamed.get(part[2], part[2])}{part[3]}" if part else stored
         parts = {name: shape}
         if ".qkv_proj." in name:
             parts = {
@@ -147,6 +178,7 @@ def _windows(model: Any) -> tuple[int, ...]:
             setattr(module, name, function)
     # Eager attention heeds the mask alone; an attention that says otherwise would differ between implementations.
     for block, window in zip(model.model.layers, seen, strict=True):
-        own = getattr(block.self_attn, "sliding_window", window)
+        says = getattr(block.self_attn, "is_sliding", True) and hasattr(block.self_attn, "sliding_window")
+        own = block.self_attn.sliding_window if says else window
         assert type(model).__name__.startswith("Mistral") or (own or 0) == window, "transformers disagrees with itself"
     return tuple(seen)

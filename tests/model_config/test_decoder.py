@@ -16,9 +16,16 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from edgekv.errors import ConfigError, UsageError
 from edgekv.export.config import decoder_config
-from edgekv.model_config import ARCHITECTURES, read_model_config
+from edgekv.model_config import ARCHITECTURES, TEXT_PARTS, read_model_config
+from tests.conftest import MODEL_TYPES
 from tests.model_config.oracle import built_by_transformers, read_by_edgekv
 
+#: What makes sense for a model type instead of what is in FULL.
+OWN: dict[str, dict[str, Any]] = {
+    "arcee": {"hidden_act": "relu2"},
+    "starcoder2": {"hidden_act": "gelu_pytorch_tanh"},
+    "stablelm": {"head_dim": 8},
+}
 #: Every key stated, with values that are no defaults.
 FULL: dict[str, Any] = {
     "vocab_size": 40,
@@ -38,6 +45,12 @@ FULL: dict[str, Any] = {
     "attention_bias": True,
     "attention_out_bias": True,
     "mlp_bias": True,
+    "use_bias": True,
+    "use_qkv_bias": True,
+    "use_parallel_residual": True,
+    "logit_scale": 0.5,
+    "layer_norm_eps": 1e-4,
+    "norm_epsilon": 1e-4,
     "use_sliding_window": True,
     "sliding_window": 6,
     "max_window_layers": 1,
@@ -73,7 +86,7 @@ CHANGES: dict[str, list[Any]] = {
     "num_key_value_heads": [1, 4, 3, 8],
     "head_dim": [8, 16, 6, 10],
     "max_position_embeddings": [64],
-    "hidden_act": ["swish", "gelu", "gelu_pytorch_tanh", "relu", "nonsense"],
+    "hidden_act": ["swish", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "nonsense"],
     "hidden_activation": ["silu", "gelu", "relu"],
     "rms_norm_eps": [1e-6, 0.5],
     "rope_theta": [1e6, 10000],
@@ -83,6 +96,13 @@ CHANGES: dict[str, list[Any]] = {
     "attention_bias": [False],
     "attention_out_bias": [False],
     "mlp_bias": [False],
+    "use_bias": [False],
+    "use_qkv_bias": [False],
+    "qk_layernorm": [True],
+    "use_parallel_residual": [False],
+    "logit_scale": [0.25, -1.0],
+    "layer_norm_eps": [1e-6, 0.5],
+    "norm_epsilon": [1e-6, 0.5],
     "use_sliding_window": [False],
     "sliding_window": [3, 4096],
     "max_window_layers": [0, 2, 3, 28, -1],
@@ -101,9 +121,9 @@ CHANGES: dict[str, list[Any]] = {
     "logits_scaling": [4, 0.5, 1e9],
     "rope_local_base_freq": [2e4],
     "query_pre_attn_scalar": [12, 256],
-    "sliding_window_pattern": [1, 3, -2, 0],
-    "attn_logit_softcapping": [50.0],
-    "final_logit_softcapping": [30.0],
+    "sliding_window_pattern": [1, 3, -2, 0, "LLG"],
+    "attn_logit_softcapping": [50.0, 20.0, None],
+    "final_logit_softcapping": [30.0, 15.0, None],
     "use_bidirectional_attention": [True],
     "partial_rotary_factor": [0.5, 1.0],
     "original_max_position_embeddings": [64],
@@ -129,7 +149,10 @@ CHANGES: dict[str, list[Any]] = {
         {**YARN, "mscale": 0.7},
         {**YARN, "truncate": False},
         {**YARN, "rope_theta": 1.0},
+        {**YARN, "llama_4_scaling_beta": 0.1},
+        {**YARN, "llama_4_scaling_beta": 0, "rope_theta": 3e4},
         {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 1.0, "alpha": 100.0},
         {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6},
         {"rope_type": "nonsense"},
         {"rope_type": "default", "mrope_section": [1, 2, 3]},
@@ -168,14 +191,22 @@ NONSENSE: list[Any] = [
 
 #: A null that means "left out" here, on which classes of transformers fall over.
 NULL_BREAKS_TRANSFORMERS = [
-    *((kind, "head_dim", None) for kind in ("qwen2", "smollm3", "granite", "phi3")),
+    *(
+        (kind, "head_dim", None)
+        for kind in ("qwen2", "smollm3", "granite", "phi3", "olmo2", "olmo3", "exaone4", "cohere2")
+    ),
     ("phi3", "partial_rotary_factor", None),
+    ("stablelm", "partial_rotary_factor", None),
 ]
+
+_FURTHER = {kind for kind, _ in MODEL_TYPES.values()}
+#: Of the further model types every key is changed in slow tests: seconds each.
+EVERY_KEY = [pytest.param(kind, marks=pytest.mark.slow if kind in _FURTHER else []) for kind in ARCHITECTURES]
 
 
 def full(kind: str) -> dict[str, Any]:
     """Return a configuration that states every key, those that the model type ignores included."""
-    return {"model_type": kind, **FULL}
+    return {"model_type": kind, **FULL, **OWN.get(kind, {})}
 
 
 def assert_same_or_refused_by_name(config: dict[str, Any], *keys: str) -> None:
@@ -194,11 +225,12 @@ def assert_same_or_refused_by_name(config: dict[str, Any], *keys: str) -> None:
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_configuration_means_what_transformers_builds_with_every_key_and_with_none(kind: str) -> None:
-    for config in (full(kind), {"model_type": kind}):
+    required = {key: FULL[key] for key in ARCHITECTURES[kind].required}
+    for config in (full(kind), {"model_type": kind, **required}):
         assert read_by_edgekv(config) == built_by_transformers(config)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", EVERY_KEY)
 def test_a_key_left_out_or_changed_means_what_it_means_to_transformers_or_is_refused_by_name(kind: str) -> None:
     assert set(ARCHITECTURES[kind].defaults) <= set(CHANGES), "a key that no test changes"
     for key, values in CHANGES.items():
@@ -207,7 +239,7 @@ def test_a_key_left_out_or_changed_means_what_it_means_to_transformers_or_is_ref
             assert_same_or_refused_by_name({**full(kind), key: value}, key)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", EVERY_KEY)
 def test_a_value_of_the_wrong_kind_is_refused_in_one_line_unless_transformers_takes_it_too(kind: str) -> None:
     for key in ARCHITECTURES[kind].defaults:
         for value in NONSENSE:
@@ -231,16 +263,14 @@ def test_keys_that_change_together_mean_what_they_mean_to_transformers_or_are_re
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"model_type": None}, {"model_type": ["llama"]}, {"model_type": "gemma2"}, [], 7]
+    "config", [{}, {"model_type": None}, {"model_type": ["llama"]}, {"model_type": "gemma3n"}, [], 7]
 )
 def test_a_model_type_that_edgekv_does_not_decode_is_named_with_those_that_it_does(config: object) -> None:
     kind = config.get("model_type") if isinstance(config, dict) else None
     with pytest.raises(ConfigError) as caught:
         read_model_config(config)
-    assert str(caught.value) == (
-        f"config.json: unknown architecture {kind!r}; edgekv exports llama, mistral, qwen2, qwen3, smollm3, granite, phi3,"
-        " gemma3_text, seed_oss, gemma3"
-    )
+    known = ", ".join([*ARCHITECTURES, *TEXT_PARTS])
+    assert str(caught.value) == f"config.json: unknown architecture {kind!r}; edgekv exports {known}"
 
 
 LONGROPE = {
@@ -305,6 +335,20 @@ def test_a_model_that_reads_images_means_the_decoder_in_it() -> None:
     assert (inside.architecture, inside.text_part, alone.text_part) == ("gemma3", True, False)
     assert replace(inside, architecture=alone.architecture, text_part=False, eos_token_ids=(4,)) == alone
     assert inside.eos_token_ids == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tied"), [({}, True), ({"tie_word_embeddings": False}, False), ({"tie_word_embeddings": True}, True)]
+)
+def test_the_decoder_of_mistral_3_is_of_the_type_that_it_states_and_tied_as_the_outer_configuration_says(
+    changes: dict[str, Any], tied: bool
+) -> None:
+    for kind in ("mistral", "ministral3"):
+        config = {"model_type": "mistral3", "text_config": {**full(kind), "tie_word_embeddings": False}, **changes}
+        read = read_model_config(config)
+        assert (read.text_part, read.tied_embeddings, read.head_dim) == (True, tied, FULL["head_dim"])
+    with pytest.raises(ConfigError, match=r"model_type is left out.*edgekv knows mistral and ministral3 here"):
+        read_model_config({"model_type": "mistral3", "text_config": {}})
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ KEY = {
     "tokenizer": "`tokenizer_sha256` of the manifest",
     "geometry": "the text `{n_layers} layers, {n_q_heads}/{n_kv_heads} heads of {head_dim}`",
     "rope": "hash of `model.rope.inv_freq`, then `model.rope.attention_scaling`; then of `model.sliding_rope`, if it is set",
-    "attention": "hash of `model.windows`, then `model.softmax_scale`",
+    "attention": "hash of `model.windows`, then `model.softmax_scale`; then `model.softcap`, if it is not 0",
     "page_size": "`page_size` of the manifest, a number",
     "codec": f"the number {session_key(MANIFEST)['codec']}: the version of the INT8 codec",
 }

@@ -21,7 +21,7 @@ from edgekv.runtime.sampling import SamplingOptions
 from edgekv.runtime.storage.flash import FlashStore
 from edgekv.tiers import KVMode, Tier
 from tests.checkpoints import load_reference
-from tests.conftest import VARIANTS
+from tests.conftest import EXPORTED
 
 Bundle = Callable[..., Path]
 
@@ -37,7 +37,7 @@ def generate(folder: Path, tokens: list[int], count: int, **options: object) -> 
 
 
 @pytest.mark.parametrize("form", ["split", "inline"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EXPORTED)
 def test_logits_and_greedy_tokens_equal_those_of_transformers(
     variant: str, form: str, checkpoint: Callable[[str], Path], bundle: Bundle
 ) -> None:

@@ -46,7 +46,7 @@ class Layer:
 
     def __init__(self, seed: int, spec: PageSpec, group: int, n_tokens: int, spread: float, kernels: Kernels) -> None:
         rng = np.random.default_rng(seed)
-        self.kernels, self.spec, self.scale = kernels, spec, spec.head_dim**-0.5
+        self.kernels, self.spec, self.scale, self.softcap = kernels, spec, spec.head_dim**-0.5, 0.0
         options = CacheOptions(budget_bytes=(n_tokens // spec.page_size + 4) * spec.frame_bytes)
         self.cache = KVCache(spec, options, kernels)
         shape = (n_tokens, spec.n_kv_heads, spec.head_dim)
@@ -62,7 +62,13 @@ class Layer:
     def selector(self, **options: Any) -> Selector:
         summaries = Summaries(self.cache.table, self.kernels)
         return Selector(
-            self.cache.table, summaries, AttendOptions(True, **options), scale=self.scale, capacity=2, recent=1
+            self.cache.table,
+            summaries,
+            AttendOptions(True, **options),
+            scale=self.scale,
+            softcap=self.softcap,
+            capacity=2,
+            recent=1,
         )
 
     def attend(self, taken: Any, window: int) -> np.ndarray[Any, Any]:
@@ -70,9 +76,8 @@ class Layer:
         refs = self.cache.table.refs[0, : len(taken)].copy()
         refs["data"][~taken] = 0
         heads = self.q.shape[1]
-        attention = self.kernels.Attention(
-            self.kernels.ThreadPool(1), heads, self.spec.n_kv_heads, self.spec.head_dim, self.spec.page_size, self.scale
-        )
+        shape = (heads, self.spec.n_kv_heads, self.spec.head_dim, self.spec.page_size)
+        attention = self.kernels.Attention(self.kernels.ThreadPool(1), *shape, self.scale, softcap=self.softcap)
         out, sums = np.empty_like(self.q), np.empty((1, heads), np.float32)
         attention.run(self.q, self.new[0], self.new[1], self.positions, refs, out, window, None, sums)
         result: np.ndarray[Any, Any] = sums[0]
@@ -102,7 +107,7 @@ class Layer:
                 )
             mass = seam.paged_attention(
                 self.q[:, head : head + 1], self.new[0][:, kv : kv + 1], self.new[1][:, kv : kv + 1], pages,
-                self.positions, scale=self.scale, window=window,
+                self.positions, scale=self.scale, softcap=self.softcap, window=window,
             )[1]  # fmt: skip
             missing[head] = mass[~taken].sum()
         return missing
@@ -120,6 +125,7 @@ def test_no_head_misses_more_mass_than_is_certified(kind: str, data: st.DataObje
     n_tokens = data.draw(st.integers(3 * spec.page_size, 14 * spec.page_size))
     spread = data.draw(st.sampled_from([0.01, 0.3, 1.0, 3.0]))
     layer = Layer(data.draw(st.integers(0, 1 << 30)), spec, data.draw(st.integers(1, 3)), n_tokens, spread, kernels)
+    layer.softcap = data.draw(st.sampled_from([0.0, 0.0, 3.0]))
     if data.draw(st.booleans()):
         gone = np.random.default_rng(1).choice(n_tokens, n_tokens // 2, replace=False)
         layer.cache.prune(np.sort(gone))
