@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from edgekv import settings
-from edgekv.errors import GateFailed
+from edgekv.errors import EdgeKVError, GateFailed
 from edgekv.model_config import TEXT_PARTS
 from edgekv.sizes import format_bytes
 
@@ -202,7 +202,10 @@ def _check(bundle: Path, source: str, bar: Progress) -> SourceVerdict:
         bar.update(tasks[phase], completed=done)
 
     options = RunOptions(kv=KVMode.FP16, own_process=True)
-    return verify_source(bundle, source, options, load_gate("weights"), QUICK, advance=advance)
+    try:
+        return verify_source(bundle, source, options, load_gate("weights"), QUICK, advance=advance)
+    except EdgeKVError as error:
+        raise EdgeKVError(f"the bundle is there, but it cannot be checked: {error}") from error
 
 
 def _check_facts(verdict: SourceVerdict) -> dict[str, object]:
