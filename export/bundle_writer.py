@@ -51,7 +51,7 @@ def export_model(
         weights: one of :data:`edgekv.contract.WEIGHTS`; None chooses by size, see :func:`edgekv.contract.default_weights`.
         operators: what an ExecuTorch program computes with, one of :data:`edgekv.contract.OPERATORS`; None: XNNPACK,
             or what was measured faster where the engine was chosen by measurement.
-        calibration: the text that int4 weights of an ONNX bundle are rounded with, ``none`` to round each to the nearest
+        calibration: the text that int4 weights are rounded with, ``none`` to round each to the nearest
             code; None takes the one that comes with edgekv. See :mod:`edgekv.export.rounding`.
         io: one of :data:`edgekv.contract.IO`, for the inline form; None: compact.
         context: the most tokens of a text; None: as many as the model was made for. Models with longrope need it.
@@ -145,14 +145,14 @@ def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) ->
     elif engine is None:
         default = default_engine(choice.form, weights)
         engine, operators = default.engine, default.operators
-    calibration = _calibration(choice.calibration, engine, weights)
+    calibration = _calibration(choice.calibration, weights)
     write: Callable[..., tuple[tuple[str, ...], EmbeddingSpec | None]]
     if engine == "executorch":
         from .executorch import split as executorch
 
         operators = operators or "xnnpack"
         count = executorch.count_steps(checkpoint)
-        write = functools.partial(executorch.write_graphs, checkpoint, operators=operators)
+        write = functools.partial(executorch.write_graphs, checkpoint, calibration=calibration, operators=operators)
     else:
         from .onnx import graphs as onnx
 
@@ -196,17 +196,15 @@ def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) ->
     return manifest
 
 
-def _calibration(asked: str | Path | None, engine: str, weights: str) -> Calibration | None:
+def _calibration(asked: str | Path | None, weights: str) -> Calibration | None:
     from .rounding import read_calibration
 
     if asked == "none":
         return None
-    if engine == "onnx" and weights == "int4":
+    if weights == "int4":
         return read_calibration(None if asked is None else Path(asked))
     if asked is not None:
-        raise UsageError(
-            f"--calibration is for int4 weights on ONNX Runtime, and this is {weights} on {engine}; leave it out"
-        )
+        raise UsageError(f"--calibration is for int4 weights, and these are {weights}; leave it out")
     return None
 
 

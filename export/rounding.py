@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,7 +27,9 @@ from .walk import Walk
 Tensor = torch.Tensor
 
 BLOCK = 32
-LEVELS = 15
+LEVELS, MIDDLE = 15, 8
+#: Gives scale and zero point [rows] of a block [rows, 32].
+Grid = Callable[[Tensor], tuple[Tensor, Tensor]]
 #: Tokens of a calibration sequence, and how many sequences there are at the most.
 SEQUENCE, SEQUENCES = 512, 16
 #: What is added to the diagonal of H, as a share of its mean. Source: the paper, section 4.
@@ -87,14 +89,20 @@ def read_calibration(path: Path | None) -> Calibration:
 class Compensator:
     """Gives the products of a decoder in int4, in the order of its segments.
 
+    Args:
+        grid: of a block: :func:`free_grid` or :func:`symmetric_grid`.
+        head: the output head is asked for, too.
+
     Raises (when made):
         UsageError: the calibration text has less than one sequence of tokens.
     """
 
-    def __init__(self, checkpoint: Checkpoint, calibration: Calibration) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, calibration: Calibration, grid: Grid | None = None, *, head: bool = True
+    ) -> None:
         from tokenizers import Tokenizer
 
-        self._checkpoint = checkpoint
+        self._checkpoint, self._grid, self.head = checkpoint, grid or free_grid, head
         ids = Tokenizer.from_str(checkpoint.tokenizer.json).encode(calibration.text, add_special_tokens=False).ids
         length = min(SEQUENCE, checkpoint.config.model.max_context)
         count = min(len(ids) // length, SEQUENCES)
@@ -120,10 +128,10 @@ class Compensator:
         for group, hessian in zip(groups, hessians, strict=True):
             for path in group:
                 self._round(projections[path], parameter_sources(self._checkpoint, index, f"{path}.weight"), hessian)
-        if index == n_layers:  # the head meets what all that was rounded before it gives
+        if index == n_layers and self.head:  # it meets what all that was rounded before it gives
             name = self._checkpoint.head
             (hessian,) = self._hessians(segment, [segment.get_submodule("head")])
-            self._codes[name] = compensate(self._checkpoint.tensor(name), hessian)
+            self._codes[name] = compensate(self._checkpoint.tensor(name), hessian, self._grid)
         self._walk.advance(segment)
 
     def _hessians(self, segment: nn.Module, projections: Sequence[nn.Module]) -> list[Tensor]:
@@ -144,7 +152,7 @@ class Compensator:
 
     def _round(self, projection: Projection, names: Sequence[str], hessian: Tensor) -> None:
         columns = projection.weight.shape[1]
-        codes = compensate(projection.weight, hessian)
+        codes = compensate(projection.weight, hessian, self._grid)
         projection.weight.copy_(codes.values(columns))
         first = 0
         for name in names:
@@ -153,11 +161,12 @@ class Compensator:
             first = end
 
 
-def compensate(weight: Tensor, hessian: Tensor) -> Codes:
+def compensate(weight: Tensor, hessian: Tensor, grid: Grid | None = None) -> Codes:
     """Round a matrix [rows, columns] to int4 in blocks of 32 columns, each with a scale and a zero point.
 
     Args:
         hessian: X^T X [columns, columns] of the inputs that it meets.
+        grid: see :class:`Compensator`.
 
     Raises:
         CheckpointError: the inputs are not finite.
@@ -170,11 +179,14 @@ def compensate(weight: Tensor, hessian: Tensor) -> Codes:
     hessian = hessian + torch.diag(torch.where(diagonal > 0, DAMPING * diagonal.mean(), 1.0))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
-    parts = [_compensate(nn.functional.pad(rows.clone(), (0, padding)), factor) for rows in torch.split(weight, ROWS)]
+    parts = [
+        _compensate(nn.functional.pad(rows.clone(), (0, padding)), factor, grid or free_grid)
+        for rows in torch.split(weight, ROWS)
+    ]
     return Codes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def _compensate(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _compensate(weight: Tensor, factor: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Round rows, which it changes; returns what :class:`Codes` has.
 
     Args:
@@ -198,17 +210,29 @@ def _compensate(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return codes, torch.stack(scales, 1), torch.stack(zeros, 1).to(torch.uint8)
 
 
-def grid(block: Tensor) -> tuple[Tensor, Tensor]:
+def free_grid(block: Tensor) -> tuple[Tensor, Tensor]:
     """Return scale and zero point [rows] of a block [rows, 32]: 0 is on the grid, and the errors are least."""
     low, high = block.amin(1).clamp(max=0), block.amax(1).clamp(min=0)
     whole = (high - low) / LEVELS
     whole = torch.where(whole > 0, whole, 1.0)
     zero = (-low / whole).round()
-    scale, best = whole, torch.full_like(whole, torch.inf)
-    for share in SHARES:
-        tried = whole * share
+    return _finest(block, [whole * share for share in SHARES], zero), zero
+
+
+def symmetric_grid(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales that bfloat16 holds and the zero point 8 [rows] of a block [rows, 32]: what XNNPACK reads."""
+    whole = block.abs().amax(1) / (LEVELS - MIDDLE)
+    whole = torch.where(whole > 0, whole, 1.0)
+    zero = torch.full_like(whole, MIDDLE)
+    return _finest(block, [(whole * share).to(torch.bfloat16).float() for share in SHARES], zero), zero
+
+
+def _finest(block: Tensor, scales: Sequence[Tensor], zero: Tensor) -> Tensor:
+    """Return the scale of each row with which rounding changes the block least."""
+    scale, best = scales[0], torch.full_like(zero, torch.inf)
+    for tried in scales:
         codes = (block / tried[:, None] + zero[:, None]).round_().clamp_(0, LEVELS)
         error = codes.sub_(zero[:, None]).mul_(tried[:, None]).sub_(block).abs_()
         loss = (error.square() * error.sqrt()).sum(1)
         scale, best = torch.where(loss < best, tried, scale), torch.minimum(loss, best)
-    return scale, zero
+    return scale

@@ -28,6 +28,7 @@ BUNDLES = (
     ("int4, each to the nearest code", "onnx", "int4", "none", None),
     ("int8, XNNPACK", "executorch", "int8", None, "xnnpack"),
     ("int4, XNNPACK", "executorch", "int4", None, "xnnpack"),
+    ("int4, XNNPACK, each to the nearest code", "executorch", "int4", "none", "xnnpack"),
 )
 
 

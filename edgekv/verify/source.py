@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +112,8 @@ def verify_source(
         lane.close()
         whole, decode = divergence.summary(), divergence.summary(schedule.prefill)
         limits = gate.partial if partial else gate.exact
+        # A few hundred tokens say little about perplexity.
+        shorter = replace(limits, perplexity_rise=None, perplexity_change=None)
         return SourceVerdict(
             bundle=bundle_facts(manifest),
             options=option_facts(options),
@@ -120,6 +122,6 @@ def verify_source(
             all=whole,
             decode=decode,
             curve=divergence.curve(),
-            findings=[*hold(limits, whole, "whole text"), *hold(limits, decode, "token by token")],
+            findings=[*hold(limits, whole, "whole text"), *hold(shorter, decode, "token by token")],
             remarks=shorter_than_asked(schedule, settings.tokens, available),
         )

@@ -19,7 +19,9 @@ from edgekv.spec import round_up
 from ..checkpoint import EMBEDDING, Checkpoint
 from ..decoder import build_segment, load_parameter
 from ..positions import Positions, distinct_windows
+from ..rounding import Compensator
 from .lower import lower, quantise_linears
+from .rounded import rounded_products
 from .seam import Cache, DecodeSeam, PrefillSeam, Seam
 from .weights import quantise
 
@@ -31,13 +33,19 @@ _TORCH = {
 _SIZES = {"T": 7, "L": 3, "N": 3, "R": 5}
 
 
-def write_inline(checkpoint: Checkpoint, path: Path, weights: str, page_size: int) -> None:
-    """Write the program."""
+def write_inline(
+    checkpoint: Checkpoint, path: Path, weights: str, page_size: int, compensator: Compensator | None
+) -> None:
+    """Write the program.
+
+    Args:
+        compensator: what int4 products are rounded with; None: each to the nearest code.
+    """
     model = checkpoint.config.model
     spec = inline_spec(model, page_size)
     slots = round_up(model.max_context, page_size)
     most = {"T": EXECUTORCH_PREFILL_ROWS, "L": EXECUTORCH_PREFILL_ROWS, "N": slots // page_size, "R": slots}
-    segments = _load_segments(checkpoint, weights)
+    segments = _load_segments(checkpoint, weights, compensator)
     embedding = _Embedding(checkpoint.tensor(EMBEDDING), weights)
     ways: dict[str, tuple[type[Seam], dict[str, int]]] = {
         "decode": (DecodeSeam, {"T": 1, "L": 1}),
@@ -74,13 +82,14 @@ def _examples(
     return tuple(example), tuple(dynamic)
 
 
-def _load_segments(checkpoint: Checkpoint, weights: str) -> nn.ModuleList:
+def _load_segments(checkpoint: Checkpoint, weights: str, compensator: Compensator | None) -> nn.ModuleList:
     segments = nn.ModuleList()
     for index in range(checkpoint.config.model.n_layers + 1):
         segment = build_segment(checkpoint.config, index).to_empty(device="cpu").requires_grad_(False)
         for name, parameter in segment.named_parameters():
             parameter.data.copy_(load_parameter(checkpoint, index, name))
-        quantise_linears(segment, f"segment_{index}", weights)
+        rounded = rounded_products(checkpoint, index, segment, compensator)
+        quantise_linears(segment, f"segment_{index}", weights, known=rounded)
         segments.append(segment)
     return segments
 

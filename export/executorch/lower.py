@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -64,12 +65,19 @@ def materialise(
     return module, constants
 
 
-def quantise_linears(module: nn.Module, name: str, kind: str, operators: str = "xnnpack") -> dict[str, QuantisedLinear]:
+def quantise_linears(
+    module: nn.Module,
+    name: str,
+    kind: str,
+    operators: str = "xnnpack",
+    known: Mapping[str, QuantisedLinear] = MappingProxyType({}),
+) -> dict[str, QuantisedLinear]:
     """Replace every projection of a module by a layer that the exporter knows; returns the quantised ones by path.
 
     Args:
         name: for messages.
         operators: one of :data:`edgekv.contract.OPERATORS`.
+        known: those that are quantised already, by path.
     """
     found = {}
     for path, child in list(module.named_modules()):
@@ -79,7 +87,7 @@ def quantise_linears(module: nn.Module, name: str, kind: str, operators: str = "
             if kind == "fp32":
                 linear = _linear(child)
             else:
-                found[path] = quantise(child.weight.data, kind)
+                found[path] = known[path] if path in known else quantise(child.weight.data, kind)
                 if operators == "edgekv":
                     linear = Int4Linear(found[path], child.bias)
                 else:

@@ -18,10 +18,12 @@ from ..checkpoint import EMBEDDING, Checkpoint
 from ..config import DecoderConfig
 from ..decoder import build_segment, load_parameter, segment_kind
 from ..onnx.matmul_nbits import quantise
+from ..rounding import Calibration, Compensator
 from ..weights import WeightFile, to_half
 from .lower import lower, materialise, require_executorch
 from .program import ProgramBuilder, find_constant
-from .weights import Constant, matrix_constants, vector_constants
+from .rounded import compensating, rounded_products
+from .weights import Constant, matrix_constants, quantised_constants, vector_constants
 
 PROGRAM = "model.pte"
 EMBEDDING_FILE = "embedding.bin"
@@ -38,12 +40,14 @@ def write_graphs(
     form: str,
     weights: str,
     page_size: int,
+    calibration: Calibration | None,
     step: Step,
     operators: str = "xnnpack",
 ) -> tuple[tuple[str, ...], EmbeddingSpec | None]:
     """Write the program into ``folder``; see :func:`edgekv.export.onnx.write_graphs`.
 
     Args:
+        calibration: what int4 weights are rounded with; None: each to the nearest code.
         operators: one of :data:`edgekv.contract.OPERATORS`.
 
     Raises:
@@ -59,13 +63,15 @@ def write_graphs(
     if form == "inline":
         from .inline import write_inline
 
-        write_inline(checkpoint, folder / PROGRAM, weights, page_size)
+        write_inline(checkpoint, folder / PROGRAM, weights, page_size, compensating(checkpoint, calibration, head=True))
         return (PROGRAM,), None
+    # The rows of a tied head are looked up, too, so they stay what they were.
+    compensator = compensating(checkpoint, calibration, head=not config.model.tied_embeddings)
     with _split_builder(config, weights, folder, operators) as builder:
         for index in range(config.model.n_layers + 1):
             step(f"segment {index} of {config.model.n_layers}")
             kind = segment_kind(config, index)
-            constants = _load_segment(checkpoint, index, weights)
+            constants = _load_segment(checkpoint, index, weights, compensator)
             named = {f"{kind}/{name}": value for name, value in constants.items()}
             for rows in segment_rows(config, index):
                 builder.add(executorch_method(kind, rows), executorch_method(f"segment_{index}", rows), named)
@@ -126,10 +132,18 @@ def _split_builder(config: DecoderConfig, weights: str, folder: Path, operators:
     return ProgramBuilder(lower(methods, operators=operators), parameters, folder)
 
 
-def _load_segment(checkpoint: Checkpoint, index: int, weights: str) -> dict[str, list[Constant]]:
+def _load_segment(
+    checkpoint: Checkpoint, index: int, weights: str, compensator: Compensator | None
+) -> dict[str, list[Constant]]:
     """Read a segment's parameters as constants."""
+    segment = build_segment(checkpoint.config, index)
+    rounded = rounded_products(checkpoint, index, segment, compensator)
     result = {}
-    for name, parameter in build_segment(checkpoint.config, index).named_parameters():
+    for name, parameter in segment.named_parameters():
+        path = name.removesuffix(".weight")
+        if path in rounded:
+            result[name] = quantised_constants(rounded[path], weights)
+            continue
         value = load_parameter(checkpoint, index, name)
         result[name] = matrix_constants(value, weights) if parameter.ndim == 2 else vector_constants(value)
     return result

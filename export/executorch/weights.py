@@ -17,11 +17,14 @@ Activations are quantised to INT8 per token while it runs (int8, int4).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from edgekv.errors import UsageError
+
+from ..rounding import MIDDLE, Codes
 
 Tensor = torch.Tensor
 GROUP = 32
@@ -89,6 +92,12 @@ def quantise(weight: Tensor, kind: str) -> QuantisedLinear:
         best_codes = torch.where(better, codes, best_codes)
         best_scales = torch.where(better, scales, best_scales)
     return QuantisedLinear(best_codes.to(torch.int8).reshape(rows, columns), best_scales.squeeze(2).to(torch.bfloat16))
+
+
+def of_codes(parts: Sequence[Codes], columns: int) -> QuantisedLinear:
+    """Return int4 matrices with the zero point 8, one below the other, as XNNPACK reads them."""
+    codes = torch.cat([part.codes for part in parts])[:, :columns].to(torch.int8) - MIDDLE
+    return QuantisedLinear(codes, torch.cat([part.scales for part in parts]).to(torch.bfloat16))
 
 
 def vector_constants(value: Tensor) -> list[Constant]:

@@ -12,8 +12,10 @@ import torch
 from edgekv.errors import UsageError
 from edgekv.export import export_model, rounding
 from edgekv.export.checkpoint import open_checkpoint
+from edgekv.export.executorch.weights import of_codes
+from edgekv.export.executorch.weights import quantise as executorch_quantise
 from edgekv.export.onnx.matmul_nbits import pack, quantise
-from edgekv.export.rounding import Calibration, Compensator, compensate
+from edgekv.export.rounding import Calibration, Compensator, compensate, symmetric_grid
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.tiers import KVMode
 from tests.checkpoints import TEXT, make_checkpoint
@@ -60,6 +62,17 @@ def test_codes_of_inputs_that_are_independent_are_those_of_onnx_runtime_but_for_
     np.testing.assert_array_equal(
         ours.zeros[:, 1] & 15, theirs.zeros[:, 1] & 15
     )  # three blocks: the last half is nobody's
+
+
+def test_codes_for_xnnpack_have_one_zero_point_and_scales_that_bfloat16_holds() -> None:
+    x, weight = inputs(96), weights(96)
+    codes = compensate(weight, x.T @ x, symmetric_grid)
+    assert bool((codes.zeros == 8).all())
+    linear = of_codes([codes], 96)
+    assert torch.equal(linear.dequantise(), codes.values(96)), "no scale was rounded"
+    assert (int(linear.codes.min()), int(linear.codes.max())) == (-8, 7)
+    wanted, plain = x @ weight.T, executorch_quantise(weight, "int4").dequantise()
+    assert (x @ linear.dequantise().T - wanted).norm() < 0.8 * (x @ plain.T - wanted).norm()
 
 
 def test_a_matrix_of_any_height_is_rounded_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +137,7 @@ def test_an_export_says_what_a_calibration_text_must_be(tmp_path: Path) -> None:
         export_model("demo", out, engine="onnx", weights="int4", calibration=write(tmp_path / "short.txt", "It was"))
     with pytest.raises(UsageError, match=r"cannot read the calibration text .*gone\.txt"):
         export_model("demo", out, engine="onnx", weights="int4", calibration=tmp_path / "gone.txt")
-    with pytest.raises(UsageError, match="is for int4 weights on ONNX Runtime, and this is int8 on onnx"):
+    with pytest.raises(UsageError, match="is for int4 weights, and these are int8"):
         export_model("demo", out, engine="onnx", weights="int8", calibration=tmp_path / "gone.txt")
     assert not out.exists()
 
