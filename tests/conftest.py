@@ -156,7 +156,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 #: Further model types, one way each in which they are no Llama. Tests of every run take them through the modules that exporters
 #: trace; what engines make of them is slow.
 MODEL_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "olmo2": ("olmo2", {"num_key_value_heads": 1}),
+    "olmo2": ("olmo2", {"head": 0.5, "num_key_value_heads": 1}),
     "olmo3": (
         "olmo3",
         {
@@ -212,6 +212,9 @@ MODEL_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral3": (
         "ministral3",
         {
+            "std": 0.06,
+            "seed": 1,
+            "head": 0.5,
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": 1e6,

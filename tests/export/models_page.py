@@ -121,7 +121,7 @@ def refuses(kind: str) -> str:
     return "; ".join([*found, *([f"rope type {', '.join(ropes)}"] if ropes else [])]) or " "
 
 
-def tested() -> dict[tuple[str, str, str], set[str]]:
+def taken_through() -> dict[tuple[str, str, str], set[str]]:
     """Return the weights that tests take through each (model type, engine, form)."""
     families = {variant: family for variant, (family, _) in (VARIANTS | MODEL_TYPES | MORE).items()}
     found: dict[tuple[str, str, str], set[str]] = defaultdict(set)
@@ -139,7 +139,7 @@ def matrix() -> str:
     """Return model types against engines and forms; a cell lists weights."""
     ways = [(engine, form) for engine in ENGINES for form in FORMS]
     head = ["model type", *(f"{engine}, {form}" for engine, form in ways), "GGUF"]
-    rows, weights = [], tested()
+    rows, weights = [], taken_through()
     for kind in NAMES:
         cells = []
         for engine, form in ways:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgekv.model_config import ARCHITECTURES, TEXT_PARTS
 from tests.conftest import MODEL_TYPES, VARIANTS
-from tests.export.models_page import NAMES, PAGE, render, tested
+from tests.export.models_page import NAMES, PAGE, render, taken_through
 from tests.export.test_parity import MORE
 
 
@@ -16,4 +16,4 @@ def test_the_page_of_models_is_current_and_knows_every_model_type() -> None:
 
 def test_every_model_type_is_held_to_transformers_by_a_test() -> None:
     assert {family for family, _ in (VARIANTS | MODEL_TYPES | MORE).values()} == set(ARCHITECTURES)
-    assert {kind for kind, _, _ in tested()} == {*ARCHITECTURES, *TEXT_PARTS}
+    assert {kind for kind, _, _ in taken_through()} == {*ARCHITECTURES, *TEXT_PARTS}
