@@ -70,8 +70,9 @@ def test_every_segment_computes_what_its_eager_reference_does(
     monkeypatch.setattr(executorch, "EXECUTORCH_HEAD_ROWS", (rows,))
     steps: list[str] = []
     graphs, embedding = executorch.write_graphs(
-        source, tmp_path, form="split", weights=weights, page_size=16, step=steps.append, operators=operators
-    )
+        source, tmp_path, form="split", weights=weights, page_size=16, calibration=None, step=steps.append,
+        operators=operators,
+    )  # fmt: skip
     assert graphs == ("model.pte",)
     assert isinstance(embedding, EmbeddingSpec)
     assert len(steps) == executorch.count_steps(source)

@@ -17,7 +17,6 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from edgekv.errors import ConfigError, UsageError
 from edgekv.export.config import decoder_config
 from edgekv.model_config import ARCHITECTURES, TEXT_PARTS, read_model_config
-from tests.conftest import MODEL_TYPES
 from tests.model_config.oracle import built_by_transformers, read_by_edgekv
 
 #: What makes sense for a model type instead of what is in FULL.
@@ -199,9 +198,9 @@ NULL_BREAKS_TRANSFORMERS = [
     ("stablelm", "partial_rotary_factor", None),
 ]
 
-_FURTHER = {kind for kind, _ in MODEL_TYPES.values()}
-#: Of the further model types every key is changed in slow tests: seconds each.
-EVERY_KEY = [pytest.param(kind, marks=pytest.mark.slow if kind in _FURTHER else []) for kind in ARCHITECTURES]
+#: Of the other model types every key is changed in slow tests: seconds each.
+_ALWAYS = ("llama", "qwen2")
+EVERY_KEY = [pytest.param(kind, marks=[] if kind in _ALWAYS else pytest.mark.slow) for kind in ARCHITECTURES]
 
 
 def full(kind: str) -> dict[str, Any]:
