@@ -38,6 +38,8 @@ OFTEN = {
     *(("split", weights, ALWAYS) for weights in WEIGHTS),
     ("inline", "fp32", "mistral-window"),
 }
+#: Of the further types, those with operators that the others do not have.
+OWN_OPERATORS = ("gemma2", "starcoder2")
 
 
 def cases() -> Iterator[Any]:
@@ -48,17 +50,17 @@ def cases() -> Iterator[Any]:
             continue  # a minute each; the split form takes the same weights through every architecture
         if engine == "onnx":
             often = architecture == ALWAYS or (weights == "fp32" and architecture in VARIANTS)
-            marks = [] if often else [pytest.mark.slow]
+            # Of the further types test_parity.py and test_generate.py take float32 through both forms.
+            rare = architecture in MODEL_TYPES and (form, weights) != ("split", "int4")
+            marks = [] if often else [pytest.mark.exhaustive if rare else pytest.mark.slow]
             yield pytest.param(engine, form, weights, None, architecture, marks=marks)
             continue
         missing = [name for name in ("executorch", "torchao") if importlib.util.find_spec(name) is None]
         needs = pytest.mark.skipif(bool(missing), reason="the extra `executorch` is not installed")
-        further = architecture in MODEL_TYPES and (form, weights) == ("split", "fp32")
-        often = further or (form, weights, architecture) in OFTEN
-        seldom = pytest.mark.slow if often else pytest.mark.exhaustive
+        seldom = pytest.mark.slow if (form, weights, architecture) in OFTEN else pytest.mark.exhaustive
         yield pytest.param(engine, form, weights, None, architecture, marks=[needs, seldom])
         if (form, weights) == ("split", "int4"):
-            seldom = pytest.mark.slow if architecture in MODEL_TYPES else seldom
+            seldom = pytest.mark.slow if architecture in OWN_OPERATORS else seldom
             marks = [needs] if architecture == ALWAYS else [needs, seldom]
             yield pytest.param(engine, form, weights, "edgekv", architecture, marks=marks)
 
