@@ -118,7 +118,7 @@ def retell(generator: Generator) -> None:
     if sequence[: len(tokens)] == tokens and len(sequence) > len(tokens):
         answer = generator.text.decode(sequence[len(tokens) :])
         session.notes["messages"] = [*asked, {"role": "assistant", "content": answer}]
-        session.save_notes()
+        generator.save()
 
 
 def _kept(session: Session) -> list[Message]:
