@@ -108,7 +108,8 @@ class Compensator:
         count = min(len(ids) // length, SEQUENCES)
         if not count:
             raise UsageError(f"the calibration text has {len(ids)} tokens; it needs {length} or more")
-        self._walk = Walk(checkpoint, [ids[i * length : (i + 1) * length] for i in range(count)])
+        starts = [number * len(ids) // count for number in range(count)]  # from all of it
+        self._walk = Walk(checkpoint, [ids[start : start + length] for start in starts])
         self._codes: dict[str, Codes] = {}
 
     def codes(self, names: Sequence[str]) -> list[Codes]:
