@@ -100,7 +100,7 @@ class Generator:
     def fork(self, options: RunOptions) -> Generator:
         """Return a generator on the same engine and weights with a cache of its own; steps of the two may alternate.
 
-        The logits of one are valid until the next step of either. ``threads`` of the engine stay as they are.
+        ``threads`` of the engine stay as they are.
         """
         other = copy.copy(self)
         other.options = instance(options, RunOptions, "options")
@@ -330,7 +330,7 @@ class Generator:
                     " sequence: it computes what is new"
                 )
             self._turns.begin()
-            logits: Float = self._run(tokens, "last")[-1]
+            logits: Float = self._run(tokens, "last")[-1].copy()  # the engine writes the next ones where these stand
         return logits
 
     def score(self, tokens: Sequence[int]) -> Float:

@@ -91,7 +91,8 @@ def verify_source(
                 raise
             except UsageError as error:  # the bundle's own context cannot be had
                 raise UsageError(
-                    f"{folder} was not made from {source}: {error}; give --reference what was exported"
+                    f"{folder} was not made from {source}, which is for texts of another length; give --reference what was"
+                    " exported"
                 ) from error
             advance("reading the checkpoint", 0, 1)
             if checkpoint.sha256() != manifest.source_sha256:

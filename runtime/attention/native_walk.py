@@ -61,6 +61,7 @@ class Streaming:
         if table.has_windows:
             tiers = np.where(table.seen()[:, :n_pages], tiers, np.uint8(Tier.FREE))
         self._reader.forget()
+        self._reader.refresh()
         if np.array_equal(tiers, self._tiers) and np.array_equal(records, self._records):
             return self._streamed
         self._tiers, self._records = tiers.copy(), records.copy()

@@ -62,6 +62,7 @@ class FlashStore:
         self.folder = folder
         self.spec = spec
         self.counters = StoreCounters()
+        self.freed = 0
         self.cipher = cipher
         self._medium = medium = medium or SystemMedium()
         self._wear = wear
@@ -153,6 +154,7 @@ class FlashStore:
     def free(self, record: int) -> None:
         """Let a record be overwritten by a later page."""
         self.file.free([record])
+        self.freed += 1
 
     def tier(self, record: int) -> int:
         """Return COLD: everything here is on flash."""

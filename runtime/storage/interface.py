@@ -49,6 +49,11 @@ class PageStore(Protocol):
         """What it has done so far."""
         ...
 
+    @property
+    def freed(self) -> int:
+        """How often records became free to be overwritten; what was read ahead before may be another page's by now."""
+        ...
+
     def write(self, tags: list[int], pages: list[Bytes]) -> list[int]:
         """Store pages, in one batch, and return their record indices."""
         ...

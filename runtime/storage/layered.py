@@ -35,6 +35,11 @@ class TwoStores:
         """What both have done."""
         return self._first.counters + self._second.counters if self._second is not None else self._first.counters
 
+    @property
+    def freed(self) -> int:
+        """How often records of either became free to be overwritten."""
+        return self._first.freed + (self._second.freed if self._second is not None else 0)
+
     def read(self, records: list[int], tags: list[int], out: Bytes) -> None:
         """Read records into ``out`` [n, record_bytes] uint8, checked; from any thread.
 

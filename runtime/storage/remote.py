@@ -81,6 +81,7 @@ class ObjectStore:
         self.url = url.rstrip("/")
         self.spec = spec
         self.counters = StoreCounters()
+        self.freed = 0  # no number is given twice
         self._cipher = cipher
         self._patience_s = min(patience_s, FIRST_PATIENCE_S)
         self._store = open_objects(url, self._patience_s)

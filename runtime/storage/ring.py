@@ -64,6 +64,7 @@ class PageReader:
         self._rows = rows = aligned_rows(ring * capacity, spec.record_bytes)
         self._capacity = capacity
         self._stream: RecordStreams | None = None
+        self._freed = store.freed
         self._buffers = [rows[slot * capacity : (slot + 1) * capacity] for slot in range(ring)]
         self._free = list(range(ring))
         self._held: list[int] = []
@@ -89,6 +90,7 @@ class PageReader:
         Returns:
             the slot that they go to; None, with nothing read, when what was taken last fills the ring.
         """
+        self.refresh()
         if not self._free:
             if not self._pending:
                 return None
@@ -114,6 +116,7 @@ class PageReader:
         Raises:
             CorruptPage, StoreError: a record cannot be read; nothing may be used.
         """
+        self.refresh()
         self._release()
         while self._pending and self._pending[0].wanted != wanted:
             self._forget(self._pending.popleft())
@@ -133,6 +136,7 @@ class PageReader:
         Raises:
             CorruptPage, StoreError: a record cannot be read; nothing may be used.
         """
+        self.refresh()
         self._release()
         names = list(zip(wanted.records, wanted.tags, strict=True))
         found: dict[tuple[int, int], tuple[np.uint64, Bytes]] = {}
@@ -160,6 +164,15 @@ class PageReader:
         """Return the kernels' way through the ring, if they have one; what either reads ahead, the other forgets."""
         self._stream = self._store.walk(self._rows, self._capacity, n_layers)
         return self._stream
+
+    def refresh(self) -> None:
+        """Forget all that was read ahead, by the kernels too, if a record was freed since: another page may be there now."""
+        if self._store.freed != self._freed:
+            self._freed = self._store.freed
+            self.forget()
+            if self._stream is not None:
+                self._stream.forget()
+                self._meter.forgot()
 
     def forget(self) -> None:
         """Forget the requests that were not taken."""

@@ -77,6 +77,7 @@ class SegmentStore:
         self._medium = medium = medium or SystemMedium()
         self.spec = spec
         self.counters = StoreCounters()
+        self.freed = 0
         self.cipher = cipher
         self._write = write
         self.wear = wear
@@ -310,6 +311,7 @@ class SegmentStore:
             self.wear = None
 
     def _keep_committed(self) -> None:
+        self.freed += 1
         for number in self._writable:
             self._segments[number].keep({record for record in self._committed if record >> 32 == number})
 
@@ -317,6 +319,7 @@ class SegmentStore:
         for record in records:
             if record >> 32 in self._writable:
                 self._segments[record >> 32].free([record])
+                self.freed += 1
 
     def _retire_shared(self) -> None:
         """Leave alone from now on what another session shares since it was forked from this one: it belongs to both."""

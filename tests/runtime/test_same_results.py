@@ -201,3 +201,33 @@ def test_a_chunk_that_is_no_multiple_of_a_page_changes_nothing_of_that(bundle: B
         killed(generator)
         with opened(folder, path, prefill_chunk=40) as generator:
             equal(logits(generator, prompt + ANSWER[:said], ANSWER[said:]), right[said:])
+
+
+@pytest.mark.parametrize("place", ["own file", "session", "flash and an object store"])
+def test_a_second_text_of_a_generator_is_what_a_fresh_one_gives(place: str, bundle: Bundle, tmp_path: Path) -> None:
+    """Records of the first text's pages are written again with the second's, also where the first had them read ahead."""
+    # So few pages that the second text's come to lie like the first one's, and a guess of what is read next looks right.
+    folder, size = bundle("demo", page_size=32), 280 * 1024
+    texts = [np.random.default_rng(seed).integers(5, 1000, 200).tolist() for seed in range(3)]
+    answers = []
+    for text in texts:
+        with opened(folder, prefixes=False, context=1000, prefill_chunk=256) as generator:
+            answers.append(logits(generator, text, ANSWER[:6]))
+    options: dict[str, object] = {"kv_budget": size, "context": 1000, "prefill_chunk": 256}
+    if place == "flash and an object store":
+        options |= {"offload": f"file://{tmp_path}/objects", "flash_limit": 64 * 1024}
+    session = tmp_path / "a.kv" if place == "session" else None
+    with opened(folder, session, **options) as generator:
+        for text, expected in zip(texts, answers, strict=True):
+            equal(logits(generator, text, ANSWER[:6]), expected)
+            list(generator.tokens(text, max_tokens=20))
+        assert generator.report().pages.pages_fetched  # type: ignore[union-attr]
+
+
+def test_logits_of_a_step_stay_what_they_were_when_the_next_one_comes(bundle: Bundle) -> None:
+    with opened(bundle("demo")) as generator, generator.fork(generator.options) as other:
+        first = [generator.prefill(MANY[:20], max_tokens=9), *(generator.step([token]) for token in ANSWER[:3])]
+        kept = [one.copy() for one in first]
+        other.prefill(MANY[:30], max_tokens=1)
+        generator.step([7])
+        equal(first, kept)
