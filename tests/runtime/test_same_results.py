@@ -217,7 +217,7 @@ def test_a_second_text_of_a_generator_is_what_a_fresh_one_gives(place: str, bund
     if place == "flash and an object store":
         options |= {"offload": f"file://{tmp_path}/objects", "flash_limit": 64 * 1024}
     session = tmp_path / "a.kv" if place == "session" else None
-    with opened(folder, session, **options) as generator:
+    with opened(folder, session, **options) as generator:  # type: ignore[arg-type]
         for text, expected in zip(texts, answers, strict=True):
             equal(logits(generator, text, ANSWER[:6]), expected)
             list(generator.tokens(text, max_tokens=20))
