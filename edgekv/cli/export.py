@@ -149,7 +149,7 @@ def export_command(
             force=force,
             progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
         )
-        verdict = _check(out, source, bar) if check else None
+        verdict = _check(out, checkpoint, bar) if check else None
     warning = slow_on(manifest.engine, form, manifest.weights, manifest.operators)
     if as_json:
         found = {} if verdict is None else {"check": _check_facts(verdict)}
@@ -186,7 +186,7 @@ def export_command(
     _hold(verdict)
 
 
-def _check(bundle: Path, source: str, bar: Progress) -> SourceVerdict:
+def _check(bundle: Path, source: Path, bar: Progress) -> SourceVerdict:
     """Compare a bundle's weights with its checkpoint, with the cache in fp16."""
     from edgekv.runtime.generate import RunOptions
     from edgekv.tiers import KVMode

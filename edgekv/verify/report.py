@@ -23,14 +23,7 @@ FORMAT = 1
 def to_json(verdict: Verdict) -> dict[str, Any]:
     """Return the verdict as plain data, numbers rounded to six digits."""
     data = {
-        "format": FORMAT,
-        "passed": verdict.passed,
-        "gate": verdict.gate,
-        "findings": [asdict(finding) for finding in verdict.findings],
-        "remarks": verdict.remarks,
-        "bundle": verdict.bundle,
-        "options": verdict.options,
-        "text": verdict.text,
+        **_about(verdict),
         "seed": verdict.seed,
         "partial": verdict.partial,
         "identity": asdict(verdict.identity),
@@ -40,6 +33,20 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
     }
     rounded: dict[str, Any] = _rounded(data)
     return rounded
+
+
+def _about(verdict: Verdict | SourceVerdict) -> dict[str, Any]:
+    """Return what every report begins with: whether the gate was passed, and what was held against it."""
+    return {
+        "format": FORMAT,
+        "passed": verdict.passed,
+        "gate": verdict.gate,
+        "findings": [asdict(finding) for finding in verdict.findings],
+        "remarks": verdict.remarks,
+        "bundle": verdict.bundle,
+        "options": verdict.options,
+        "text": verdict.text,
+    }
 
 
 def _row(row: Row) -> dict[str, Any]:
@@ -159,14 +166,7 @@ def _selective(selection: SelectionStats) -> str:
 def source_to_json(verdict: SourceVerdict) -> dict[str, Any]:
     """Return a comparison with the checkpoint as plain data, numbers rounded to six digits."""
     data = {
-        "format": FORMAT,
-        "passed": verdict.passed,
-        "gate": verdict.gate,
-        "findings": [asdict(finding) for finding in verdict.findings],
-        "remarks": verdict.remarks,
-        "bundle": verdict.bundle,
-        "options": verdict.options,
-        "text": verdict.text,
+        **_about(verdict),
         "whole_text": _summary(verdict.all),
         "token_by_token": _summary(verdict.decode),
         "curve": _curve(verdict.curve),
