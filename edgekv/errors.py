@@ -116,3 +116,7 @@ class NotFinite(EngineError):
 
 class EngineMissing(UsageError):
     """A package that this bundle or command needs is not installed."""
+
+
+class TooBusy(EdgeKVError):
+    """A service has as many requests waiting as it takes; a later one may be taken."""

@@ -27,7 +27,7 @@ from edgekv.tiers import KVMode
 from .decoder.base import Rows
 from .engines.base import Float
 from .governor import LEVEL, Level, Reclaim
-from .keeper import SessionKeeper, with_prefix
+from .keeper import Keeper, SessionKeeper, with_prefix
 from .kernels.choose import load_kernels
 from .kernels.interface import Kernels
 from .machine import HOST, Machine
@@ -76,7 +76,8 @@ class Generator:
         self._turns = Turns()
         #: The cache of the sequence and what runs on it, once a prompt gave it a size.
         self.prepared: Prepared | None = None
-        self._keeper = self._open_session()  # a wrong or a locked one is refused before anything is loaded
+        #: Keeps the sequence; a wrong or a locked session is refused before anything is loaded.
+        self._keeper: Keeper | None = self._open_session()
         self._dense = load_dense(folder, self.manifest, options, machine)
         leave_to_parent(self._dense)
         self.stats = RunStats(load_seconds=machine.now() - started)
@@ -97,10 +98,13 @@ class Generator:
             BUNDLE.check(folder), RunOptions() if options is None else instance(options, RunOptions, "options"), machine
         )
 
-    def fork(self, options: RunOptions) -> Generator:
+    def fork(self, options: RunOptions, keeper: Keeper | None = None) -> Generator:
         """Return a generator on the same engine and weights with a cache of its own; steps of the two may alternate.
 
         ``threads`` of the engine stay as they are.
+
+        Args:
+            keeper: keeps its sequences, where ``options`` name no session.
         """
         other = copy.copy(self)
         other.options = instance(options, RunOptions, "options")
@@ -110,7 +114,7 @@ class Generator:
         other._steps = Steps(self.manifest.page_size)
         other._turns = Turns(self._turns)
         other.prepared = None
-        other._keeper = other._open_session()
+        other._keeper = other._open_session() or keeper
         return other
 
     @functools.cached_property
@@ -127,7 +131,7 @@ class Generator:
     @property
     def session(self) -> Session | None:
         """The session that keeps the sequence, if one was asked for, or the prefix that it begins with."""
-        return self._keeper.session if self._keeper is not None else None
+        return self._keeper.session if isinstance(self._keeper, SessionKeeper) else None
 
     def save(self, *, whole: bool = False) -> None:
         """Write a checkpoint of the session now; ``whole`` includes the page that is not full yet."""
@@ -282,10 +286,41 @@ class Generator:
             self._turns.begin()
             return self._prefill(prompt, max_tokens, pin, progress)
 
+    def reading(
+        self, prompt: Sequence[int], *, max_tokens: int, pin: int = 0
+    ) -> abc.Generator[tuple[int, int], None, Float]:
+        """Do what :meth:`prefill` does, step by step, so that forks may go on between two steps.
+
+        Yields (tokens done, tokens to do) after each step, and returns the logits.
+        """
+        prompt = self._begun(self._ids(prompt))
+        with self._turns:
+            self._turns.begin()
+        steps = self._read(prompt, max_tokens, pin)
+        while True:
+            with self._turns:
+                try:
+                    done = next(steps)
+                except StopIteration as end:
+                    logits: Float = end.value
+                    return logits
+            yield done
+
     def _prefill(self, prompt: Sequence[int], max_tokens: int, pin: int, progress: Progress | None) -> Float:
-        PINNED.check(pin)
         if progress is not None and not callable(progress):
             raise UsageError(f"progress must be a function of (tokens done, tokens to do), not {shown(progress)}")
+        steps = self._read(prompt, max_tokens, pin)
+        while True:
+            try:
+                done = next(steps)
+            except StopIteration as end:
+                logits: Float = end.value
+                return logits
+            if progress is not None:
+                progress(*done)
+
+    def _read(self, prompt: Sequence[int], max_tokens: int, pin: int) -> abc.Generator[tuple[int, int], None, Float]:
+        PINNED.check(pin)
         if self.prepared is None:
             self._begin_with_prefix(prompt, TO_FOLLOW.check(max_tokens))
         self.prepare(len(prompt), max_tokens)
@@ -293,24 +328,23 @@ class Generator:
         text = self._turns.begin()
         reused = self._reuse(prompt)
         self.prepared.cache.pin(min(pin, len(prompt)))
-        started = self._machine.now()
         done, total = reused, len(prompt)
+        self.stats.reused_tokens += reused
         last: Float | None = None
         if self._keeper is not None:
             self._keeper.began(self.prepared.cache, reused, total)
         while done < total:
             part = prompt[done : self._steps.next_stop(done, total, self.options.prefill_chunk)]
+            started = self._machine.now()
             logits = self._run(part, "last" if done + len(part) == total else "none")
+            self.stats.prefill_seconds += self._machine.now() - started
+            self.stats.prefill_tokens += len(part)
             done += len(part)
             if done == total:
-                last = logits[-1].copy()  # the callback may step a fork, whose logits stand where these do
-            if progress is not None:
-                progress(done - reused, total - reused)
-                self._turns.check(text)
+                last = logits[-1].copy()  # a fork may step meanwhile, whose logits stand where these do
+            yield done - reused, total - reused
+            self._turns.check(text)
         assert last is not None
-        self.stats.prefill_seconds += self._machine.now() - started
-        self.stats.prefill_tokens += total - reused
-        self.stats.reused_tokens += reused
         return last
 
     def step(self, tokens: Sequence[int]) -> Float:
@@ -399,8 +433,9 @@ class Generator:
         """Let a new sequence begin with a cached prefix, if one fits its prompt and a run without it gives the same bits."""
         options, manifest, keeper = self.options, self.manifest, self._keeper
         other_pages = options.allow_drop or options.kv == KVMode.FP16
-        known = keeper is not None and (keeper.session.read_only is not None or keeper.session.tokens)
-        if known or other_pages or not options.prefixes:
+        if other_pages or not options.prefixes or not (keeper is None or isinstance(keeper, SessionKeeper)):
+            return
+        if keeper is not None and (keeper.session.read_only is not None or keeper.session.tokens):
             return
         found = find_prefix(manifest, prompt, options.prefill_chunk)
         if found is None:
@@ -503,7 +538,7 @@ class Generator:
                 self.options,
                 self._machine,
                 context=context,
-                session=self.session,
+                kept=self._keeper.kept if self._keeper is not None else None,
                 turns=self._turns,
                 abandon=self._abandon_session,
             )
@@ -559,7 +594,7 @@ class Generator:
     def _abandon_session(self) -> None:
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
-            keeper.session.abandon()
+            keeper.abandon()
 
     def _drop_cache(self) -> None:
         prepared, self.prepared = self.prepared, None

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,40 @@ from .sessions.prefixes import open_prefix
 from .sessions.restore import common_prefix
 from .sessions.session import Session
 from .sessions.steps import Steps
+from .storage.interface import Kept
+
+
+class Keeper(Protocol):
+    """Keeps the sequences of one generator beyond its cache. Methods: see :class:`SessionKeeper`."""
+
+    @property
+    def kept(self) -> Kept:
+        """Where pages are kept."""
+        ...
+
+    def restore(self, cache: KVCache, prompt: Sequence[int], sequence: Sequence[int]) -> tuple[int, Steps] | None:
+        """Bring what is kept of a prompt into the cache; None: what is in it stays."""
+        ...
+
+    def began(self, cache: KVCache, reused: int, total: int) -> None:
+        """A prompt begins."""
+        ...
+
+    def stepped(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps) -> None:
+        """A step is done."""
+        ...
+
+    def save(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps, *, whole: bool) -> None:
+        """Keep what the cache holds."""
+        ...
+
+    def abandon(self) -> None:
+        """Let go as the end of the process would."""
+        ...
+
+    def close(self) -> None:
+        """Let go."""
+        ...
 
 
 class SessionKeeper:
@@ -61,6 +96,11 @@ class SessionKeeper:
         #: Positions that are computed again, and were pruned.
         self._gone: NDArray[np.int64] = np.empty(0, np.int64)
         self._saved = (0, self._now())
+
+    @property
+    def kept(self) -> Session:
+        """The session."""
+        return self.session
 
     def restore(self, cache: KVCache, prompt: Sequence[int], sequence: Sequence[int]) -> tuple[int, Steps] | None:
         """Fill a new cache from the session; returns how many tokens of the prompt it holds now and in which steps.
@@ -109,6 +149,10 @@ class SessionKeeper:
             self.session.failure = None
         except StoreError as error:
             self.session.failure = str(error)
+
+    def abandon(self) -> None:
+        """Let the session go as the end of the process would."""
+        self.session.abandon()
 
     def close(self) -> None:
         """Let the session go.

@@ -27,8 +27,7 @@ from .options import RunOptions
 from .pages.budget import BudgetPlan, plan_budget
 from .pages.cache import KVCache
 from .pages.policy import CacheOptions, make_policy
-from .sessions.session import Session
-from .storage.interface import PageStore
+from .storage.interface import Kept, PageStore
 from .storage.layered import OverlaidStore
 from .storage.open import check_offload, open_offload
 from .system.lifetime import when_gone
@@ -131,14 +130,14 @@ def prepare_cache(
     machine: Machine,
     *,
     context: int,
-    session: Session | None,
+    kept: Kept | None,
     turns: Turns,
     abandon: Callable[[], None],
 ) -> Prepared:
     """Divide the budget and make a cache for a sequence of up to ``context`` tokens.
 
     Args:
-        session: keeps the pages of the sequence, if there is one.
+        kept: where the pages of the sequence are kept, if they are.
         turns: at the generator that it is for.
         abandon: lets the session go as the end of the process would.
 
@@ -149,15 +148,15 @@ def prepare_cache(
     model = manifest.model
     spec = model.pages(manifest.page_size)
     attend = attend_options(options.attend, manifest.form)
-    plan = plan_cache(manifest, kernels, options, context, in_session=session is not None)
+    plan = plan_cache(manifest, kernels, options, context, in_session=kept is not None)
     with contextlib.ExitStack() as release:
         release.callback(return_free_memory)  # when all else is free
         store: PageStore | None = None
-        if session is not None and session.read_only is None:
-            store = session.store
-        elif session is not None:
-            storage = replace(options.storage, encrypt_offload=options.encrypt_offload or session.encrypted)
-            over = store = OverlaidStore(session.store, lambda: open_offload(storage, spec, machine.open_medium()))
+        if kept is not None and kept.read_only is None:
+            store = kept.store
+        elif kept is not None:
+            storage = replace(options.storage, encrypt_offload=options.encrypt_offload or kept.encrypted)
+            over = store = OverlaidStore(kept.store, lambda: open_offload(storage, spec, machine.open_medium()))
             release.callback(over.close)
             if not plan.fits:
                 over.open()
@@ -170,8 +169,8 @@ def prepare_cache(
             allow_drop=options.allow_drop,
             policy=make_policy(options.policy),
             windows=model.windows,
-            forget_unseen=session is None,  # a session resumes any prompt that begins like it
-            merge_layers=frozenset(at for at, window in enumerate(model.windows) if not (window or session)),
+            forget_unseen=kept is None,  # a session resumes any prompt that begins like it
+            merge_layers=frozenset(at for at, window in enumerate(model.windows) if not (window or kept)),
         )
         cache = KVCache(spec, cache_options, kernels, store, max_pages=-(-context // spec.page_size))
         machine.watch(cache, plan, abandon)

@@ -84,3 +84,22 @@ class PageStore(Protocol):
     def close(self) -> None:
         """Release everything."""
         ...
+
+
+class Kept(Protocol):
+    """Where the pages of a sequence are kept beyond its run, such as a session."""
+
+    @property
+    def store(self) -> PageStore:
+        """The records."""
+        ...
+
+    @property
+    def read_only(self) -> str | None:
+        """Why nothing is written there, or None."""
+        ...
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether what is kept is ciphertext."""
+        ...

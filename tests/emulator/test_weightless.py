@@ -238,7 +238,7 @@ def really(run: Run, folder: Path) -> dict[str, Any] | str:
         try:
             prepared = prepare_cache(
                 manifest, dense, cast(Kernels, SteeredKernels(preference)), options, host, context=run.context,
-                session=None, turns=Turns(), abandon=lambda: None,
+                kept=None, turns=Turns(), abandon=lambda: None,
             )  # fmt: skip
         except EdgeKVError as error:
             return type(error).__name__
