@@ -26,7 +26,7 @@ FLOORS = (
 ROOMS = (
     "system", "kernels", "meter", "engines", "storage", "options", "pages", "machine", "attention", "sessions", "decoder",
     "governor", "keeper", "stats", "turns", "prepare", "chat_template", "text", "sampling", "generate", "add_prefix",
-    "memory_manager",
+    "memory_manager", "serving",
 )  # fmt: skip
 
 

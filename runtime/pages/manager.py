@@ -203,6 +203,12 @@ class PageManager:
         if missing:
             self._write(missing)
 
+    def share(self, layer: int, page: int, record: int) -> None:
+        """Note that the store has a sealed page in RAM already, since another sequence wrote the same; residency stays."""
+        if self.table.tier[layer, page] == Tier.HOT:
+            self.seal(layer, page)
+        self.table.record[layer, page] = record
+
     def free_page(self, layer: int, page: int) -> None:
         """Free a page in every tier."""
         table = self.table

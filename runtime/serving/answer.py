@@ -22,12 +22,12 @@ class Answer:
 
     Attributes:
         writing: the prompt is read.
-        over: nothing comes any more.
+        over: nothing comes any more. ended: and the sequence is the prompt with all of its answer.
         token: the one to run next, while it writes.
     """
 
     def __init__(self, request: Request, prompt: list[int], generator: Generator, deliver: Deliver) -> None:
-        self.writing = self.over = False
+        self.writing = self.over = self.ended = False
         self.token = 0
         self._request = request
         self._prompt = prompt
@@ -154,6 +154,7 @@ class Answer:
                     kept = [*self._prompt, *given[: self._stream.n_before]]
                     kept = kept + generator.text.encode_behind(kept, self._stream.rest) if self._stream.rest else kept
                 generator.go_back(kept)
+                self.ended = True
             else:
                 generator.save()
         except EdgeKVError as error:

@@ -59,6 +59,12 @@ class Steps:
                 return start
         return 0
 
+    def cuts(self, start: int, stop: int) -> tuple[int, ...]:
+        """Return where the steps of tokens [start, stop) begin and the last of them ends: what their bits depend on."""
+        first = bisect.bisect_right(self._starts, start) - 1
+        behind = bisect.bisect_left(self._starts, stop)
+        return (*self._starts[first:behind], self._starts[behind] if behind < len(self._starts) else self.end)
+
     def cut(self, position: int) -> None:
         """Forget the steps that begin at ``position`` or later; one that goes beyond it ends there."""
         del self._starts[bisect.bisect_left(self._starts, position) :]

@@ -32,6 +32,9 @@ from .wear import WearLedger
 
 Bytes = NDArray[np.uint8]
 _SEGMENT = re.compile(r"pages-(\d{8})\.bin")
+_WHEN_FULL = (
+    "free some space, remove old sessions (edgekv sessions list, rm) or compact this one (edgekv sessions compact)"
+)
 _PLACE = 0xFFFFFFFF  # of a record in its segment
 
 
@@ -58,6 +61,7 @@ class SegmentStore:
         medium: where its files are; this machine's by default. wear: counts what is written, and may refuse it. The store closes
             both.
         write: False for a session that is only read.
+        name, when_full: what it is called in errors, and the way out of a full medium.
 
     Raises (from the constructor):
         StoreError: a file cannot be opened.
@@ -72,6 +76,8 @@ class SegmentStore:
         wear: WearLedger | None = None,
         *,
         write: bool = True,
+        name: str | None = None,
+        when_full: str = _WHEN_FULL,
     ) -> None:
         self.folder = folder
         self._medium = medium = medium or SystemMedium()
@@ -83,8 +89,8 @@ class SegmentStore:
         self.wear = wear
         self._kind = FileKind(
             spec,
-            f"the session {folder}",
-            "free some space, remove old sessions (edgekv sessions list, rm) or compact this one (edgekv sessions compact)",
+            name or f"the session {folder}",
+            when_full,
             medium,
             cipher,
             wear,
@@ -180,7 +186,7 @@ class SegmentStore:
         for index, good in enumerate(usable):
             if not good:
                 raise CorruptPage(
-                    f"record {records[index] & _PLACE} of the session {self.folder} (layer {tags[index] >> 32 & 0xFFFF}, page"
+                    f"record {records[index] & _PLACE} of {self._kind.name} (layer {tags[index] >> 32 & 0xFFFF}, page"
                     f" {tags[index] & 0x3FFFFFFF}) differs from its checksum; it was not used. Run again: what is before"
                     " it will be reused, the rest computed. If this comes back, the medium is failing"
                 )
@@ -231,7 +237,7 @@ class SegmentStore:
         return None
 
     def _unreadable(self, error: OSError) -> StoreError:
-        return StoreError(f"cannot read the session {self.folder}: {error.strerror}")
+        return StoreError(f"cannot read {self._kind.name}: {error.strerror}")
 
     def _usable(self, records: list[int], good: list[bool], out: Bytes) -> list[bool]:
         """Count what was read, and return which of the good rows are what the index says."""
@@ -281,6 +287,14 @@ class SegmentStore:
         self._committed = set(records)
         self._give_back(sorted(self._released - self._committed))
         self._released &= self._committed
+
+    def changed(self, more: Iterable[int], less: Iterable[int]) -> None:
+        """A commit is on the medium that refers to these records besides, and no longer to those."""
+        less = set(less)
+        self._committed.update(more)
+        self._committed -= less
+        self._give_back(sorted(self._released & less))
+        self._released -= less
 
     def trim(self) -> None:
         """Give the space behind the last record back to the file system; only right after a commit."""
