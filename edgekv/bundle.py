@@ -181,6 +181,12 @@ class Manifest:
         """Return the manifest as plain data."""
         return dataclasses.asdict(self)
 
+    @property
+    def identity(self) -> str:
+        """Stands for all files of the bundle: two of equal identity compute alike on one machine."""
+        hashes = sorted((name, facts["sha256"]) for name, facts in self.files.items())
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
     def weights_bytes(self) -> int:
         """Bytes of the bundle that a run holds in memory at the most.
 

@@ -47,7 +47,8 @@ def add_prefix(
                         raise UsageError(
                             f"a prefix of {len(tokens)} tokens is shorter than a step of prefill, {unit}; nothing would be saved"
                         )
-                    path = root / key_name(manifest, options.prefill_chunk) / prefix_name(manifest, tokens[:whole])
+                    folder_of = key_name(manifest, options.prefill_chunk, generator.computed_by)
+                    path = root / folder_of / prefix_name(manifest, tokens[:whole])
                     if _holds(path, whole):
                         return path, whole
                     generator.prefill(tokens[:whole], max_tokens=0)

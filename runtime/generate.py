@@ -437,7 +437,7 @@ class Generator:
             return
         if keeper is not None and (keeper.session.read_only is not None or keeper.session.tokens):
             return
-        found = find_prefix(manifest, prompt, options.prefill_chunk)
+        found = find_prefix(manifest, prompt, options.prefill_chunk, self.computed_by)
         if found is None:
             return
         path, tokens = found
@@ -504,6 +504,11 @@ class Generator:
         """What computes the dense parts, for messages."""
         dense = self._dense
         return dense.engine.description if isinstance(dense, Segments) else dense.description
+
+    @property
+    def computed_by(self) -> str:
+        """Engine and kernels: beside bundle, tokens and steps all that the bits of keys and values depend on."""
+        return f"{self.engine}; {self.kernels.isa()}"
 
     @property
     def budget(self) -> BudgetPlan | None:

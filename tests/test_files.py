@@ -248,9 +248,11 @@ def test_prefixes_in_a_folder_that_others_may_write_are_not_used() -> None:
     tokens = [int(token) for token in np.random.default_rng(0).integers(2, 300, 40)]
     add_prefix(BUNDLE, tokens, RunOptions(threads=1, prefill_chunk=16))
     manifest = read_manifest(BUNDLE)
-    assert find_prefix(manifest, tokens, 16) is not None
+    with Generator.open(BUNDLE, RunOptions(threads=1)) as generator:
+        by = generator.computed_by
+    assert find_prefix(manifest, tokens, 16, by) is not None
     prefix_root().chmod(0o777)
-    assert find_prefix(manifest, tokens, 16) is None
+    assert find_prefix(manifest, tokens, 16, by) is None
 
 
 def test_a_session_of_somebody_else_is_read_and_not_written(tmp_path: Path) -> None:

@@ -117,8 +117,11 @@ def verify(
             typer.echo(f"{path}: {state}")
     if as_json:
         print_json(results)
-    if not all(result["ok"] for result in results):
-        raise typer.Exit(1)
+    damaged = [str(result["path"]) for result in results if not result["ok"]]
+    if damaged:
+        raise SessionError(
+            f"{len(damaged)} of {len(results)} sessions are damaged: {', '.join(damaged)}; a run recomputes what is lost"
+        )
 
 
 @app.command(epilog="Examples:  edgekv sessions compact chat.kv")

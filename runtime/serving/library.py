@@ -20,7 +20,7 @@ from edgekv.errors import SessionMismatch, StoreError, StoreLocked
 from edgekv.files import make_own_folder
 from edgekv.spec import PageSpec
 
-from ..sessions.folder import make_cipher, session_key, take_lock
+from ..sessions.folder import bits_key, make_cipher, take_lock
 from ..sessions.index import FORMAT, Meta
 from ..storage.cipher import SALT_BYTES, Cipher
 from ..storage.medium import Medium
@@ -38,6 +38,10 @@ _log = logging.getLogger(__name__)
 class Library:
     """The pages of one folder, for one bundle; one process has it open, and one thread uses it.
 
+    Args:
+        computed_by: see :func:`~edgekv.runtime.sessions.folder.bits_key`. chunk: at whose multiples prompts are cut into steps.
+        exact: see :class:`~edgekv.runtime.serving.tree.Tree`.
+
     Attributes:
         store: the records; also of pages that a running sequence moved out of RAM and that are not in the tree yet.
 
@@ -50,6 +54,7 @@ class Library:
         self,
         folder: Path,
         manifest: Manifest,
+        computed_by: str,
         *,
         chunk: int,
         exact: bool,
@@ -63,7 +68,7 @@ class Library:
         self.spec: PageSpec = manifest.model.pages(manifest.page_size)
         self.tree = Tree(manifest.page_size, chunk, exact=exact)
         self.used_bytes = 0
-        key = library_key(manifest)
+        key = bits_key(manifest, computed_by)
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder / name
         try:
@@ -91,6 +96,7 @@ class Library:
             raise
         self._number = 0
         self._owned: set[int] = set()
+        self.entries = 0
         self._added: dict[tuple[str, int], tuple[Node | Turn, bytes]] = {}
         self._gone: dict[tuple[str, int], Node | Turn] = {}
         self._touched: dict[tuple[str, int], Node | Turn] = {}
@@ -131,12 +137,14 @@ class Library:
                 continue
             node = nodes[number] = Node(number, parent, row.tokens, row.cuts, row.records, used)
             self.tree.add(node)
+            self.entries += 1
             records.update(zip(row.records, row.checks, strict=False))
         for number, used, turn in self._index.rows(TurnRow):
             self._number = max(self._number, number)
             where = nodes.get(turn.node) if turn.node else self.tree.root(turn.owner)
             if where is None or len(turn.records) not in (0, 2 * self.spec.n_layers):
                 continue
+            self.entries += 1
             where.turns.append(Turn(number, where, turn.tokens, turn.n_kv, turn.cuts, turn.records, used))
             records.update(zip(turn.records, turn.checks, strict=False))
         self.store.adopt(records.keys(), records.values())
@@ -182,6 +190,7 @@ class Library:
     ) -> Node:
         """Keep a page whose records are written; they belong to the library from now on."""
         node = Node(self._next(), parent, tokens, cuts, records)
+        self.entries += 1
         self.tree.add(node)
         self._keep(node, owner, records)
         return node
@@ -193,6 +202,7 @@ class Library:
                 self._touch(turn)
                 return turn
         turn = Turn(self._next(), node, tokens, n_kv, cuts)
+        self.entries += 1
         node.turns.append(turn)
         self._keep(turn, owner, ())
         return turn
@@ -205,6 +215,7 @@ class Library:
     def remove(self, item: Node | Turn) -> None:
         """Forget a page with all behind it, or a turn."""
         for gone in self.tree.remove(item):
+            self.entries -= 1
             self.used_bytes -= len(gone.records) * self.spec.record_bytes
             self._touched.pop(_name(gone), None)
             self._added.pop(_name(gone), None)
@@ -285,12 +296,6 @@ class Library:
             self._index.close()
             self.store.close()
             os.close(self._lock)
-
-
-def library_key(manifest: Manifest) -> dict[str, str | int]:
-    """Return what the bits of a page depend on, besides tokens and steps."""
-    engine = {"engine": manifest.engine, "form": manifest.form, "operators": manifest.operators or ""}
-    return {**session_key(manifest), **engine}
 
 
 def _take(folder: Path) -> int:

@@ -124,9 +124,9 @@ class Service:
         )
         self._release = contextlib.ExitStack()
         try:
+            self._first = self._release.enter_context(Generator.open(bundle, run))
             self._library = self._open_library(manifest)
             self._release.callback(self._library.close)
-            self._first = self._release.enter_context(Generator.open(bundle, run))
             self._seats = [self._seat(run) for _ in range(options.parallel)]
         except BaseException:
             self._release.close()
@@ -150,6 +150,7 @@ class Service:
         return Library(
             folder,
             manifest,
+            self._first.computed_by,
             chunk=options.run.prefill_chunk,
             exact=options.exact,
             limit_bytes=options.cache_limit_bytes if options.cache_dir is not None else 0,
@@ -274,7 +275,7 @@ class Service:
             bytes_by_tier=sizes,
             cache_bytes=library.used_bytes,
             cache_limit_bytes=library.limit_bytes,
-            cache_entries=len(library.tree),
+            cache_entries=library.entries,
             requests=dict(counts.requests),
             prompt_tokens=counts.prompt_tokens,
             reused_tokens=counts.reused_tokens,

@@ -268,6 +268,16 @@ def session_key(manifest: Manifest, version: int = FORMAT) -> dict[str, str | in
     }
 
 
+def bits_key(manifest: Manifest, computed_by: str) -> dict[str, str | int]:
+    """Return what keys and values depend on to the bit, besides tokens and steps: who shares them unseen has all of it equal.
+
+    Args:
+        computed_by: engine and kernels, see :attr:`Generator.computed_by`. Two that implement the same int8 or int4 products
+            agree to about 2 %.
+    """
+    return {**session_key(manifest), "bundle": manifest.identity, "computed_by": computed_by}
+
+
 def open_index(path: Path, manifest: Manifest | None, secret: bytes | None) -> tuple[State, SessionIndex | None]:
     """Open the index for writing; a new one gets its meta, a damaged one is replaced by what is whole of it.
 

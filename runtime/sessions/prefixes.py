@@ -24,7 +24,7 @@ from edgekv.settings import PREFIX_BYTES
 
 from ..options import SessionOptions
 from ..system.process import cache_home
-from .folder import read_state, session_key
+from .folder import bits_key, read_state
 from .index import chain
 from .session import Session
 
@@ -93,14 +93,14 @@ def _folders(path: Path) -> list[Path]:
         return []
 
 
-def find_prefix(manifest: Manifest, prompt: Sequence[int], chunk: int) -> tuple[Path, int] | None:
+def find_prefix(manifest: Manifest, prompt: Sequence[int], chunk: int, computed_by: str) -> tuple[Path, int] | None:
     """Return the prefix that saves most of the prefill of a prompt, and how many tokens it saves, or None.
 
-    What is saved ends where a run without the prefix cuts its prefill too, so that both give the same bits.
-    A prefix that cannot be read is passed over.
+    What is saved was computed by the same bundle, engine and kernels, and ends where a run without the prefix cuts its prefill
+    too, so that both give the same bits. A prefix that cannot be read is passed over.
     """
     size, unit = manifest.page_size, unit_tokens(manifest, chunk)
-    folder = prefix_root() / key_name(manifest, chunk)
+    folder = prefix_root() / key_name(manifest, chunk, computed_by)
     # Keys and values that others may have changed could make a model say anything.
     if len(prompt) <= unit or not (is_own_folder(prefix_root()) and is_own_folder(folder)):
         return None
@@ -170,9 +170,13 @@ def remove_prefix(path: Path) -> bool:
     return True
 
 
-def key_name(manifest: Manifest, chunk: int) -> str:
-    """Return the folder of the prefixes that fit a bundle, and a run that cuts its prefill every ``chunk`` tokens."""
-    key = {**session_key(manifest), "prefill_chunk": chunk}
+def key_name(manifest: Manifest, chunk: int, computed_by: str) -> str:
+    """Return the folder of the prefixes that fit a bundle, and a run that cuts its prefill every ``chunk`` tokens.
+
+    Args:
+        computed_by: see :func:`bits_key`.
+    """
+    key = {**bits_key(manifest, computed_by), "prefill_chunk": chunk}
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -104,8 +104,24 @@ def test_a_prefix_of_another_bundle_is_never_used(bundle: Bundle) -> None:
     add_prefix(bundle("demo"), long, SHORT)
     manifest = read_manifest(bundle("demo"))
     other = dataclasses.replace(manifest, tokenizer_sha256="0" * 64)
-    assert prefixes.find_prefix(other, [*long, 5], SHORT.prefill_chunk) is None
-    assert run(bundle("demo", "inline"), [*long, 5])[1] == 96, "the other form of the same checkpoint may"
+    with Generator.open(bundle("demo"), SHORT) as generator:
+        by = generator.computed_by
+    assert prefixes.find_prefix(manifest, [*long, 5], SHORT.prefill_chunk, by) is not None
+    assert prefixes.find_prefix(other, [*long, 5], SHORT.prefill_chunk, by) is None
+    assert prefixes.find_prefix(manifest, [*long, 5], SHORT.prefill_chunk, "another engine; avx2") is None
+
+
+@pytest.mark.parametrize(("form", "weights"), [("inline", "fp32"), ("split", "int8")])
+def test_another_form_or_weight_type_of_a_checkpoint_computes_other_bits_and_has_prefixes_of_its_own(
+    bundle: Bundle, form: str, weights: str
+) -> None:
+    long, other = tokens(100), bundle("demo", form, weights)
+    alone = run(other, [*long, 5])
+    add_prefix(bundle("demo"), long, SHORT)
+    assert run(other, [*long, 5]) == alone == (alone[0], 0)
+    add_prefix(other, long, SHORT)
+    assert run(other, [*long, 5]) == (alone[0], 96)
+    assert run(bundle("demo"), [*long, 5])[1] == 96, "both are there"
 
 
 def test_the_prefix_that_was_not_used_for_longest_goes_first(bundle: Bundle) -> None:
