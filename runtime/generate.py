@@ -18,13 +18,13 @@ from types import TracebackType
 
 import numpy as np
 
-from edgekv.bundle import Manifest, check_files, read_manifest
-from edgekv.errors import KeysOverflow, NotFinite, UsageError
+from edgekv.bundle import check_files, read_manifest
+from edgekv.errors import UsageError
 from edgekv.schema import shown
 from edgekv.settings import BUNDLE, KV_BUDGET, MAX_TOKENS, PINNED, TO_FOLLOW, TOKENS_SO_FAR, instance, token_row
 from edgekv.tiers import KVMode
 
-from .decoder.base import Rows
+from .decoder.together import rows_agree
 from .engines.base import Float
 from .governor import LEVEL, Level, Reclaim
 from .keeper import Keeper, SessionKeeper, with_prefix
@@ -32,16 +32,15 @@ from .kernels.choose import load_kernels
 from .kernels.interface import Kernels
 from .machine import HOST, Machine
 from .options import RunOptions as RunOptions
-from .options import answer_room, check_length, planned_context, verified_stamp
+from .options import answer_room, planned_context, verified_stamp
 from .pages.budget import BudgetPlan
 from .pages.cache import KVCache
-from .prepare import Prepared, Segments, check_options, load_dense, plan_cache, prepare_cache
+from .prepare import Segments, check_options, load_dense, plan_cache, prepare_cache
 from .sampling import Sampler, SamplingOptions
-from .sessions.folder import signals_held
+from .sequence import OneSequence
 from .sessions.prefixes import find_prefix
 from .sessions.restore import common_prefix
 from .sessions.session import Session
-from .sessions.steps import Steps
 from .stats import RunStats
 from .system.lifetime import leave_to_parent
 from .system.process import cache_home as cache_home
@@ -53,7 +52,7 @@ from .turns import Turns
 Progress = Callable[[int, int], None]
 
 
-class Generator:
+class Generator(OneSequence):
     """A bundle that is ready to generate, with the cache of one sequence.
 
     Tokens that stay in the cache are not computed again: a prompt that begins like the last one (a conversation)
@@ -62,23 +61,14 @@ class Generator:
     """
 
     def __init__(self, folder: Path, options: RunOptions, machine: Machine = HOST) -> None:
-        self._machine = machine
         started = machine.now()
-        self.folder = folder
-        self.options = options
-        self.manifest: Manifest = read_manifest(folder)
-        check_files(folder, self.manifest, stamp=verified_stamp(folder))
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, stamp=verified_stamp(folder))
+        super().__init__(folder, manifest, options, machine)
         self.kernels: Kernels = load_kernels()
-        check_options(options, self.manifest.form)
-        self._tokens: list[int] = []  # whose keys and values are in the cache
-        self._sequence: list[int] = []  # those in the cache, and what was asked for or generated after them
-        self._steps = Steps(self.manifest.page_size)
-        self._turns = Turns()
-        #: The cache of the sequence and what runs on it, once a prompt gave it a size.
-        self.prepared: Prepared | None = None
-        #: Keeps the sequence; a wrong or a locked session is refused before anything is loaded.
-        self._keeper: Keeper | None = self._open_session()
-        self._dense = load_dense(folder, self.manifest, options, machine)
+        check_options(options, manifest.form)
+        self._keeper = self._open_session()  # a wrong or a locked one is refused before anything is loaded
+        self._dense = load_dense(folder, manifest, options, machine)
         leave_to_parent(self._dense)
         self.stats = RunStats(load_seconds=machine.now() - started)
 
@@ -110,8 +100,7 @@ class Generator:
         other.options = instance(options, RunOptions, "options")
         other.stats = RunStats()
         check_options(options, self.manifest.form)
-        other._tokens, other._sequence = [], []
-        other._steps = Steps(self.manifest.page_size)
+        other._begin_anew()
         other._turns = Turns(self._turns)
         other.prepared = None
         other._keeper = other._open_session() or keeper
@@ -137,10 +126,6 @@ class Generator:
         """Write a checkpoint of the session now; ``whole`` includes the page that is not full yet."""
         with self._turns:
             self._save(whole=whole)
-
-    def _save(self, *, whole: bool = False) -> None:
-        if self._keeper is not None and self.prepared is not None:
-            self._keeper.save(self.prepared.cache, len(self._tokens), self._sequence, self._steps, whole=whole)
 
     def _open_session(self) -> SessionKeeper | None:
         if self.options.session is None:
@@ -367,6 +352,24 @@ class Generator:
             logits: Float = self._run(tokens, "last")[-1].copy()  # the engine writes the next ones where these stand
         return logits
 
+    @staticmethod
+    def step_together(generators: Sequence[Generator], tokens: Sequence[int]) -> Float:
+        """Add one token to the sequence of each of these forks, in one step; see ``may_step_together``.
+
+        Returns:
+            logits [n, vocab_size] float32.
+
+        Raises:
+            EdgeKVError: as :meth:`step`; no token was added to any of them.
+        """
+        with contextlib.ExitStack() as turns:
+            for generator in generators:
+                turns.enter_context(generator._turns)
+                generator._turns.begin()
+            ids = [generator._some([token])[0] for generator, token in zip(generators, tokens, strict=True)]
+            logits: Float = OneSequence._run_together(generators, ids).copy()
+        return logits
+
     def score(self, tokens: Sequence[int]) -> Float:
         """Add tokens and return the logits after each of them [T, vocab_size] (teacher forcing).
 
@@ -385,14 +388,6 @@ class Generator:
                 self._extend(held, "none")
             return np.concatenate(self._extend(tokens, "all"))
 
-    def _extend(self, tokens: Sequence[int], rows: Rows) -> list[Float]:
-        """Add tokens in the steps of a prompt, and return the logits of each step."""
-        parts, first = [], len(self._tokens)
-        while (done := len(self._tokens) - first) < len(tokens):
-            stop = self._steps.next_stop(first + done, first + len(tokens), self.options.prefill_chunk)
-            parts.append(self._run(tokens[done : stop - first], rows).copy())
-        return parts
-
     def _ids(self, tokens: Sequence[int]) -> list[int]:
         """Check that tokens are numbers of the vocabulary, and return them as plain integers."""
         return token_row(tokens, most=self.manifest.model.vocab_size - 1)
@@ -402,32 +397,6 @@ class Generator:
         if not ids:
             raise UsageError("there is no token to add; give at least one")
         return ids
-
-    def _run(self, tokens: Sequence[int], rows: Rows) -> Float:
-        prepared = self.prepared
-        self._turns.check_open()
-        assert prepared is not None
-        prepared.governor.between_steps()
-        start = len(self._tokens)
-        check_length(self.options, self.manifest.model.max_context, start + len(tokens))
-        try:
-            positions = np.arange(start, start + len(tokens), dtype=np.int64)
-            logits = prepared.forward.step(np.asarray(tokens, np.int64), positions, rows)
-            _check_finite(logits, start + len(tokens) - len(logits))
-            self._tokens += map(int, tokens)
-        except BaseException as error:
-            # A step that failed half way leaves some layers longer than others: back to what all of them hold.
-            self._shorten(start)
-            # Did the medium spoil weights since they were hashed?
-            if isinstance(error, NotFinite | KeysOverflow):
-                check_files(self.folder, self.manifest)
-            raise
-        if self._sequence[start : len(self._tokens)] != self._tokens[start:]:
-            self._sequence[start:] = self._tokens[start:]
-        self._steps.add(start, len(self._tokens))
-        if self._keeper is not None:
-            self._keeper.stepped(prepared.cache, len(self._tokens), self._sequence, self._steps)
-        return logits
 
     def _begin_with_prefix(self, prompt: Sequence[int], max_tokens: int) -> None:
         """Let a new sequence begin with a cached prefix, if one fits its prompt and a run without it gives the same bits."""
@@ -447,38 +416,6 @@ class Generator:
             self.stats.unused_prefix_tokens = tokens
             return
         self._keeper = with_prefix(keeper, path, options, manifest, self._machine)
-
-    def _reuse(self, prompt: Sequence[int]) -> int:
-        """Cut the cache to what the prompt begins with alike; at least the last token is computed again, for its logits."""
-        assert self.prepared is not None
-        if self._keeper is not None:
-            restored = self._keeper.restore(self.prepared.cache, prompt, self._sequence)
-            if restored is not None:
-                count, self._steps = restored
-                self._tokens, self._sequence = list(prompt[:count]), list(prompt)
-        self._follow(prompt)
-        if len(self._tokens) == len(prompt):
-            self._shorten(self._steps.keep(len(prompt) - 1, len(prompt)))
-        return len(self._tokens)
-
-    def _follow(self, sequence: Sequence[int]) -> None:
-        """Let the sequence be another one; what both begin with alike stays, back to where a step began."""
-        common = common_prefix(self._sequence, sequence)
-        if common < self._steps.end:
-            self._steps.cut(self._steps.keep(common))
-            if len(self._tokens) > self._steps.end:
-                self._shorten(self._steps.end)
-                if not self._tokens:  # it could not be cut: all is read as in a fresh run
-                    self._steps.cut(0)
-        self._sequence = list(sequence)
-
-    def _shorten(self, count: int) -> None:
-        """Keep ``count`` tokens in the cache, or less where it cannot be cut there: then the steps to there are repeated."""
-        assert self.prepared is not None
-        with signals_held():
-            while (held := self.prepared.cache.truncate(count)) < count:
-                count = self._steps.keep(held, -1)
-            del self._tokens[count:]
 
     def _begun(self, prompt: Sequence[int]) -> list[int]:
         """Return the tokens of a prompt; an empty one begins with the token that begins a text.
@@ -504,6 +441,11 @@ class Generator:
         """What computes the dense parts, for messages."""
         dense = self._dense
         return dense.engine.description if isinstance(dense, Segments) else dense.description
+
+    def rows_agree(self, most: int) -> bool:
+        """Say whether up to so many sequences that step together get the same bits as alone; see :func:`rows_agree`."""
+        dense = self._dense
+        return isinstance(dense, Segments) and rows_agree(dense.engine, self.manifest.model, most)
 
     @property
     def computed_by(self) -> str:
@@ -603,8 +545,7 @@ class Generator:
 
     def _drop_cache(self) -> None:
         prepared, self.prepared = self.prepared, None
-        self._tokens, self._sequence = [], []
-        self._steps = Steps(self.manifest.page_size)
+        self._begin_anew()
         if prepared is not None:
             prepared.close()
 
@@ -615,22 +556,3 @@ class Generator:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _check_finite(logits: Float, first: int) -> None:
-    """Refuse logits [R, vocab_size] of positions ``first`` and on from which no token can be chosen.
-
-    Raises:
-        NotFinite: one is NaN or infinite; the error names the position.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(
-            np.add.reduce(logits, axis=None)
-        ):  # NaN and infinity show in the sum: one pass, 20 us for 128k logits
-            return
-    wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if wrong.size:
-        raise NotFinite(
-            f"the logits at token {first + int(wrong[0])} are not finite (NaN or infinite): weights or activations overflow;"
-            " export the model again with --weights fp32 or int8"
-        )

@@ -27,25 +27,27 @@ class SplitForward:
         attender: Attender,
         meter: Meter = SILENT,
     ) -> None:
-        self._engine = engine
-        self._embedding = embedding
-        self._rope = rope
-        self._cache = cache
+        self.engine = engine
+        self.embedding = embedding
+        self.rope = rope
+        #: Where the pages of its sequence are.
+        self.cache = cache
+        #: A step of one token through all layers at once.
+        self.token_step = TokenStep(engine, cache, attender)
         self._attender = attender
         self._meter = meter
-        self._token_step = TokenStep(engine, cache, attender)
 
     def step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], rows: Rows) -> Float:
         """Run T tokens; see :class:`Forward`."""
-        engine, cache = self._engine, self._cache
+        engine, cache = self.engine, self.cache
         n_layers = cache.spec.n_layers
         self._meter.step_began(len(tokens))
         buffers = engine.prepare(len(tokens))
         cache.begin_step()
-        self._embedding.look_up(tokens, buffers.residual[0])
-        self._rope.fill(positions, buffers.cos, buffers.sin)
-        if self._goes_at_once(len(tokens), rows):
-            self._token_step.run(buffers, positions)
+        self.embedding.look_up(tokens, buffers.residual[0])
+        self.rope.fill(positions, buffers.cos, buffers.sin)
+        if self.goes_at_once(len(tokens), rows):
+            self.token_step.run(buffers, positions)
             return self._head(buffers.residual[(n_layers - 1) % 2], buffers.attention)
         for layer in range(n_layers):
             engine.run(layer, buffers)
@@ -60,13 +62,13 @@ class SplitForward:
         return self._head(buffers.residual[(n_layers - 1) % 2][first:], buffers.attention[first:])
 
     def _head(self, residual: Float, attention: Float) -> Float:
-        logits = self._engine.head(residual, attention)
+        logits = self.engine.head(residual, attention)
         self._meter.head_ran(len(residual))
         return logits
 
-    def _goes_at_once(self, n_tokens: int, rows: Rows) -> bool:
+    def goes_at_once(self, n_tokens: int, rows: Rows) -> bool:
         """Choose the way of a step: through all layers at once, or layer by layer. Both leave the same bits."""
-        cache, attender = self._cache, self._attender
+        cache, attender = self.cache, self._attender
         if n_tokens != 1:
             return False  # a chunk may fill pages, which need room that only reclaim can make
         if rows == "none":

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..attention.attend import Attender
 from ..engines.base import SegmentEngine, StepBuffers
-from ..pages.cache import KVCache, overflow
+from ..pages.cache import KVCache, TokenPlace, overflow
 
 Int = NDArray[np.int64]
 
@@ -23,6 +23,7 @@ class TokenStep:
         self._engine = engine
         self._cache = cache
         self._attender = attender
+        self._place: TokenPlace | None = None
         # Rows of the page table and of the mass by layer, kept from token to token while the pages are as many.
         self._refs: NDArray[np.void] | None = None
         self._rows: list[NDArray[np.void]] = []
@@ -31,21 +32,47 @@ class TokenStep:
 
     def run(self, buffers: StepBuffers, positions: Int) -> None:
         """Run the segments on the token in ``buffers`` at ``positions`` [1], and add it to the cache."""
-        cache, engine, attender = self._cache, self._engine, self._attender
-        write_hot, page_size = cache.manager.kernels.write_hot, cache.spec.page_size
-        place = cache.begin_token()
+        self.begin(int(positions[0]))
+        try:
+            for layer in range(self._cache.spec.n_layers):
+                self._engine.run(layer, buffers)
+                self.attend(layer, buffers, positions)
+        except BaseException:
+            self.cancel()
+            raise
+        self.commit(int(positions[0]))
+
+    def begin(self, position: int) -> None:
+        """Open the places of a token at ``position``; :meth:`commit` or :meth:`cancel` ends it."""
+        cache = self._cache
+        self._place = place = cache.begin_token()
         try:
             self._view(place.page + (place.inside > 0))
-            attender.begin_all(cache.table.refs[:, : self._mass.shape[1]], int(positions[0]))
-            for layer, address in enumerate(place.addresses):
-                engine.run(layer, buffers)
-                attender.attend_all(layer, buffers, positions, self._rows[layer], self._mass_rows[layer])
-                if not write_hot(address, place.inside, buffers.k, buffers.v, page_size):
-                    raise overflow(layer, int(positions[0]))
+            self._attender.begin_all(cache.table.refs[:, : self._mass.shape[1]], position)
         except BaseException:
-            cache.cancel_token(place)
+            self.cancel()
             raise
-        cache.commit_token(place, int(positions[0]), self._mass)
+
+    def attend(self, layer: int, buffers: StepBuffers, positions: Int) -> None:
+        """Attend the token in ``buffers`` [1] at ``positions`` [1] in one layer, and write its keys and values to their place."""
+        cache, place = self._cache, self._place
+        assert place is not None
+        self._attender.attend_all(layer, buffers, positions, self._rows[layer], self._mass_rows[layer])
+        write_hot = cache.manager.kernels.write_hot
+        if not write_hot(place.addresses[layer], place.inside, buffers.k, buffers.v, cache.spec.page_size):
+            raise overflow(layer, int(positions[0]))
+
+    def commit(self, token: int) -> None:
+        """Count the token in, which all layers hold."""
+        place, self._place = self._place, None
+        assert place is not None
+        self._cache.commit_token(place, token, self._mass)
+
+    def cancel(self) -> None:
+        """Give back what was opened."""
+        place, self._place = self._place, None
+        if place is not None:
+            self._cache.cancel_token(place)
 
     def _view(self, n_pages: int) -> None:
         table = self._cache.table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,15 @@ class StepBuffers:
     k: Float
     v: Float
     attention: Float
+
+
+#: Steps of so few tokens are those of answers: their buffers are small, and kept. Of longer ones the last size is.
+FEW_TOKENS = 8
+
+
+def outdated(sizes: Iterable[int], wanted: int) -> list[int]:
+    """Return for which sizes of steps buffers are given up when those of another are made."""
+    return [size for size in sizes if size > FEW_TOKENS and wanted > FEW_TOKENS]
 
 
 class SegmentEngine(Protocol):

@@ -7,6 +7,8 @@ a short request waits for a step of a long prompt, never for all of it.
 from __future__ import annotations
 
 import contextlib
+import enum
+import functools
 import itertools
 import logging
 import threading
@@ -43,6 +45,14 @@ LOOK_S = 0.2
 _log = logging.getLogger(__name__)
 
 
+class Together(str, enum.Enum):
+    """Whether the next tokens of several answers are computed in one step."""
+
+    AUTO = "auto"  #: where each then gets the same bits as alone, which is tried at the start
+    ALWAYS = "always"  #: faster; the last bits of an answer may depend on what else is answered
+    NEVER = "never"
+
+
 @dataclass(frozen=True)
 class ServiceOptions:
     """How a bundle serves.
@@ -53,6 +63,7 @@ class ServiceOptions:
         queue: requests that may wait beside them.
         cache_dir: keeps what requests leave behind, across restarts, up to ``cache_limit_bytes``; None: nothing is kept beyond
             the sequences in RAM. secret: encrypts it.
+        together: whether answers that are written at once share a step.
         exact: every answer is, to the bit, that of a run of its own. Without it the next turn of a conversation goes on
             from the keys and values of the answer before, as a session does, where such a run reads all of it as a prompt.
     """
@@ -63,6 +74,7 @@ class ServiceOptions:
     cache_dir: Path | None = None
     cache_limit_bytes: int = 8 * 1024**3
     secret: bytes | None = None
+    together: Together = Together.AUTO
     exact: bool = False
 
 
@@ -128,6 +140,7 @@ class Service:
             self._library = self._open_library(manifest)
             self._release.callback(self._library.close)
             self._seats = [self._seat(run) for _ in range(options.parallel)]
+            self._together = options.parallel > 1 and self._may_write_together()
         except BaseException:
             self._release.close()
             raise
@@ -158,6 +171,10 @@ class Service:
             max_bytes_per_day=MAX_WRITE_PER_DAY.optional(options.run.max_write_per_day),
         )
 
+    def _may_write_together(self) -> bool:
+        mode = self.options.together
+        return mode == Together.ALWAYS or (mode == Together.AUTO and self._first.rows_agree(self.options.parallel))
+
     def _seat(self, run: RunOptions) -> _Seat:
         keeper = LibraryKeeper(self._library)
         generator = self._release.enter_context(self._first.fork(run, keeper))
@@ -178,6 +195,11 @@ class Service:
     def text(self) -> Text:
         """The tokenizer and chat template of the bundle; for one thread at a time, beside the service's own."""
         return self._first.text
+
+    @property
+    def writes_together(self) -> bool:
+        """Whether the next tokens of several answers are computed in one step."""
+        return self._together
 
     @property
     def context(self) -> int:
@@ -337,9 +359,24 @@ class Service:
         reading = [seat for seat in self._busy() if seat.answer is not None and not seat.answer.writing]
         if reading:
             self._advance(reading[next(self._turn) % len(reading)], Answer.read)
-        for seat in self._busy():
-            if seat.answer is not None and seat.answer.writing:
-                self._advance(seat, Answer.write)
+        writing = [seat for seat in self._busy() if seat.answer is not None and seat.answer.writing]
+        for seat in writing if len(writing) < 2 or not self._together else self._write_together(writing):
+            self._advance(seat, Answer.write)
+
+    def _write_together(self, writing: Sequence[_Seat]) -> Sequence[_Seat]:
+        """Run the next tokens of several answers in one step; returns the seats whose answers must go on alone."""
+        ready = [seat for seat in writing if seat.asked is not None and not seat.asked.cancelled]
+        ready = [seat for seat in ready if seat.generator.may_step_together]
+        answers = [seat.answer for seat in ready if seat.answer is not None]
+        if len(ready) < 2:
+            return writing
+        try:
+            logits = Generator.step_together([seat.generator for seat in ready], [answer.token for answer in answers])
+        except EdgeKVError:  # of one of them: alone it says which
+            return writing
+        for seat, row in zip(ready, logits, strict=True):
+            self._advance(seat, functools.partial(Answer.take, logits=row))
+        return [seat for seat in writing if seat not in ready]
 
     def _advance(self, seat: _Seat, step: Callable[[Answer], None]) -> None:
         answer, asked = seat.answer, seat.asked

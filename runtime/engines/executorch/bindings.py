@@ -11,7 +11,7 @@ from edgekv.bundle import Manifest
 from edgekv.contract import EXECUTORCH_HEAD_ROWS, executorch_method
 from edgekv.errors import EngineError, EngineMissing
 
-from ..base import Float, StepBuffers
+from ..base import Float, StepBuffers, outdated
 from .blocks import allocate, plan_blocks, rows_of
 from .build import version
 
@@ -47,9 +47,9 @@ class PybindSegments:
         self._current: tuple[StepBuffers, StepBuffers, list[tuple[int, int]]] | None = None
 
     def prepare(self, n_tokens: int) -> StepBuffers:
-        """Return buffers for steps of ``n_tokens``; those of one token and of the last other size are kept."""
+        """Return buffers for steps of ``n_tokens``; those of few tokens and of the last larger size are kept."""
         if n_tokens not in self._prepared:
-            for size in [size for size in self._prepared if size != 1]:
+            for size in outdated(self._prepared, n_tokens):
                 del self._prepared[size]
             blocks = plan_blocks(n_tokens)
             padded = allocate(self._model, sum(size for _, size in blocks))

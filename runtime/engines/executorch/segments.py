@@ -15,7 +15,7 @@ from edgekv.bundle import Manifest
 from edgekv.contract import EXECUTORCH_HEAD_ROWS, EXECUTORCH_ROWS, executorch_method, segment_spec
 from edgekv.errors import EngineError
 
-from ..base import Float, StepBuffers
+from ..base import Float, StepBuffers, outdated
 from .blocks import allocate, plan_blocks, rows_of
 from .build import version
 from .library import Call, CallList, load_library
@@ -68,9 +68,9 @@ class ExecutorchSegments:
                     raise EngineError(f"{folder / manifest.graphs[0]} has no method {name}; export the bundle again")
 
     def prepare(self, n_tokens: int) -> StepBuffers:
-        """Return buffers for steps of ``n_tokens``; those of one token and of the last other size are kept."""
+        """Return buffers for steps of ``n_tokens``; those of few tokens and of the last larger size are kept."""
         if n_tokens not in self._prepared:
-            for size in [size for size in self._prepared if size != 1]:
+            for size in outdated(self._prepared, n_tokens):
                 del self._prepared[size]
             self._prepared[n_tokens] = self._allocate(n_tokens)
         self._current = self._prepared[n_tokens]
@@ -88,7 +88,8 @@ class ExecutorchSegments:
         """Run the last segment on R rows."""
         rows = residual.shape[0]
         if rows not in self._heads:
-            self._heads = {size: kept for size, kept in self._heads.items() if size == 1}
+            for size in outdated(self._heads, rows):
+                del self._heads[size]
             self._heads[rows] = self._bind_head(rows)
         own_residual, own_attention, logits, calls = self._heads[rows]
         own_residual[:rows] = residual

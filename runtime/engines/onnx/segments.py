@@ -10,7 +10,7 @@ from edgekv.bundle import Manifest
 from edgekv.contract import segment_spec
 from edgekv.ort import onnxruntime as ort
 
-from ..base import Float, StepBuffers
+from ..base import Float, StepBuffers, outdated
 from .mapped import release_mapped_pages
 from .options import check_contract, failure, open_session, set_up
 
@@ -43,9 +43,9 @@ class OnnxSegments:
         self._bindings: list[ort.IOBinding] = []
 
     def prepare(self, n_tokens: int) -> StepBuffers:
-        """Return buffers for steps of ``n_tokens``; those of one token and of the last other size are kept."""
+        """Return buffers for steps of ``n_tokens``; those of few tokens and of the last larger size are kept."""
         if n_tokens not in self._prepared:
-            for size in [size for size in self._prepared if size != 1]:
+            for size in outdated(self._prepared, n_tokens):
                 del self._prepared[size]
             self._prepared[n_tokens] = self._bind(n_tokens)
         buffers, self._bindings = self._prepared[n_tokens]
@@ -59,7 +59,8 @@ class OnnxSegments:
         """Run the last segment on R rows."""
         rows = residual.shape[0]
         if rows not in self._heads:
-            self._heads.clear()
+            for size in outdated(self._heads, rows):
+                del self._heads[size]
             inputs = np.empty_like(residual), np.empty_like(attention)
             logits = np.empty((rows, self._model.vocab_size), np.float32)
             binding = self._sessions[-1].io_binding()

@@ -42,16 +42,16 @@ def run(
 def test_the_short_way_equals_the_general_way(mode: KVMode, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = bundle("demo")
     taken: list[bool] = []
-    choose = SplitForward._goes_at_once
+    choose = SplitForward.goes_at_once
 
     def watched(self: SplitForward, n_tokens: int, rows: Rows) -> bool:
         taken.append(choose(self, n_tokens, rows))
         return taken[-1]
 
-    monkeypatch.setattr(SplitForward, "_goes_at_once", watched)
+    monkeypatch.setattr(SplitForward, "goes_at_once", watched)
     short = run(folder, mode)
     assert sum(taken) == 70
-    monkeypatch.setattr(SplitForward, "_goes_at_once", lambda self, n_tokens, rows: False)
+    monkeypatch.setattr(SplitForward, "goes_at_once", lambda self, n_tokens, rows: False)
     general = run(folder, mode)
     for ours, theirs in zip(short[0], general[0], strict=True):
         assert np.array_equal(ours, theirs)
@@ -77,7 +77,7 @@ def test_the_short_way_over_pages_on_flash_equals_the_general_way(
     short = run(folder, KVMode.INT8, first=800, budget="24%")
     assert sum(streamed) > 50
     assert (short[1]["tier"] == Tier.COLD).sum() > 20
-    monkeypatch.setattr(SplitForward, "_goes_at_once", lambda self, n_tokens, rows: False)
+    monkeypatch.setattr(SplitForward, "goes_at_once", lambda self, n_tokens, rows: False)
     general = run(folder, KVMode.INT8, first=800, budget="24%")
     for ours, theirs in zip(short[0], general[0], strict=True):
         assert np.array_equal(ours, theirs)
