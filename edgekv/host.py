@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
+#: What the firmware of a board calls it.
+_BOARD = PROC / "device-tree" / "model"
 #: A limit above this is none.
 UNLIMITED = 1 << 60
 
@@ -28,6 +31,27 @@ def processor_features() -> set[str]:
     """Return the features of the first core, as Linux names them; none where it does not say."""
     words = processor()
     return set((words.get("flags") or words.get("Features") or "").split())
+
+
+def machine_name() -> str:
+    """Return what the processor calls itself, or the board where only that has a name (Arm), or its architecture."""
+    with contextlib.suppress(OSError):
+        board = _BOARD.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+        if board:
+            return board
+    return processor().get("model name") or platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    with contextlib.suppress(AttributeError):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def ram_bytes() -> int:
+    """Return the RAM of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True)

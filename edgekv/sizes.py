@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them."""
+"""Sizes in bytes and numbers of parameters, as people write and read them."""
 
 from __future__ import annotations
 
@@ -46,3 +46,8 @@ def binary_unit(size_bytes: float) -> tuple[str, int]:
         if abs(size_bytes) >= factor:
             return unit, factor
     return "B", 1
+
+
+def format_count(parameters: int) -> str:
+    """Print a number of parameters."""
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
 from edgekv.export.choose_engine import Measurement, machine_class, measurements
-from edgekv.host import processor
+from edgekv.host import machine_name
 
 from .contestants import OURS, OURS_EXECUTORCH, OURS_XNNPACK
 from .results import Results
@@ -29,14 +28,13 @@ def engine_row(results: Results) -> Measurement | None:
     if onnx is None or not executorch:
         return None
     operators = max(executorch, key=lambda name: executorch[name])
-    name = processor().get("model name", platform.processor())
     return Measurement(
         machine_class(),
         "int4",
         onnx,
         executorch[operators],
         operators,
-        f"{name}, {os.cpu_count()} cores",
+        f"{machine_name()}, {os.cpu_count()} cores",
     )
 
 

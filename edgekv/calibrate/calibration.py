@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgekv.host import control_groups
+from edgekv.host import control_groups, ram_bytes
 from edgekv.plan.model import read_model
 from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.kernels.interface import KIND_HOT
@@ -116,7 +116,7 @@ def calibrate(
 
 def _memory() -> tuple[int, int, bool]:
     """Return RAM in bytes, what of it is available now, and whether the system swaps."""
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ram = ram_bytes()
     if platform.system() != "Linux":
         return ram, int(0.7 * ram), True
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

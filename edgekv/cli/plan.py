@@ -18,7 +18,7 @@ from edgekv.plan import Plan, PlannedModel, Workload, advise, make_plan, read_mo
 from edgekv.plan.advice import Advice
 from edgekv.plan.planner import SUSTAINED_S
 from edgekv.runtime.attention.select import attend_options
-from edgekv.sizes import format_bytes
+from edgekv.sizes import format_bytes, format_count
 from edgekv.tiers import KVMode
 
 from .options import argument, beginning_with, option
@@ -112,13 +112,9 @@ def _data(plan: Plan) -> dict[str, Any]:
 def _title(model: PlannedModel) -> str:
     made = "as exported" if model.exported else "estimated"
     return (
-        f"{model.source}: {_count(model.geometry.parameters)} parameters, {model.weights} weights for {model.engine},"
+        f"{model.source}: {format_count(model.geometry.parameters)} parameters, {model.weights} weights for {model.engine},"
         f" {format_bytes(model.weights_bytes)} ({made})"
     )
-
-
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
 def _describe(plan: Plan, device: DeviceProfile, advice: Advice) -> Facts:

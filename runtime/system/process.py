@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from edgekv.host import user_folder
+from edgekv.host import usable_cores, user_folder
 
 
 def peak_rss_bytes() -> int:
@@ -31,9 +29,7 @@ def peak_rss_bytes() -> int:
 
 def default_threads() -> int:
     """Cores that this process may use, 4 at the most: decode is bound by memory, and little cores slow big ones."""
-    with contextlib.suppress(AttributeError):
-        return min(4, len(os.sched_getaffinity(0)))
-    return min(4, os.cpu_count() or 1)
+    return min(4, usable_cores())
 
 
 def cache_home() -> Path:
