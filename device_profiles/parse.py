@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgekv.errors import ProfileError, UsageError
+from edgekv.host import MACHINES
 from edgekv.schema import did_you_mean, printable, shown
 from edgekv.sizes import format_bytes, parse_bytes
 
@@ -28,7 +29,7 @@ from .schema import (
     rules,
 )
 
-_TOP = ("name", "title", "kind", "extends", "memory", "compute", "flash", "thermal")
+_TOP = ("name", "title", "kind", "processor", "extends", "memory", "compute", "flash", "thermal")
 _PARTS = ("value", "source", "confidence")
 
 
@@ -57,6 +58,7 @@ def parse_profile(data: Mapping[str, Any], path: Path) -> DeviceProfile:
         flash=Flash(**reader.section(reader.table(data, "flash"), "flash", Flash)),
         thermal=Thermal(**reader.section(reader.table(data, "thermal"), "thermal", Thermal)),
         path=path,
+        processor=reader.choice(data, "processor", "processor", MACHINES) if "processor" in data else None,
     )
     reader.check(profile.memory)
     return profile

@@ -228,7 +228,7 @@ class Thermal:
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """One device. ``path`` is the file it came from."""
+    """One device. ``path`` is the file it came from; ``processor``: its machine class, where the profile says it."""
 
     name: str
     title: str
@@ -238,6 +238,7 @@ class DeviceProfile:
     flash: Flash
     thermal: Thermal
     path: Path = field(compare=False)
+    processor: str | None = None
 
     def rates(self, engine: str, weights: str) -> Compute:
         """Return the speed of an engine with one weight type, overrides applied.
@@ -259,6 +260,8 @@ class DeviceProfile:
     def entries(self) -> dict[str, Quantity[Any] | str]:
         """Return every field by its dotted path, in the order of the schema."""
         flat: dict[str, Quantity[Any] | str] = {"title": self.title, "kind": self.kind}
+        if self.processor is not None:
+            flat["processor"] = self.processor
         flat.update(_flatten("memory", self.memory))
         for engine, compute in self.compute.items():
             flat.update(_flatten(f"compute.{engine}", compute))

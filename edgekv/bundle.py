@@ -166,6 +166,10 @@ class Manifest:
     least_onnxruntime: Annotated[
         str | None, Meta(description="the oldest ONNX Runtime that runs the graphs; none for other engines")
     ] = None
+    made_for: Annotated[
+        str | None,
+        Meta(description="the class of machines for which engine and operators were chosen; null: they were given"),
+    ] = None
     files: Annotated[
         dict[str, FileFacts], Meta(description="every file of the bundle but the manifest, by its name")
     ] = dataclasses.field(default_factory=dict)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
+#: The classes of machines that engines and kernels tell apart, as :func:`machine_class` names them.
+MACHINES = ("x86-64", "x86-64, AVX2", "x86-64, AVX-512 VNNI", "arm64", "arm64, dotprod")
 #: What the firmware of a board calls it.
 _BOARD = PROC / "device-tree" / "model"
 #: A limit above this is none.
@@ -52,6 +55,23 @@ def usable_cores() -> int:
 def ram_bytes() -> int:
     """Return the RAM of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def machine_class() -> str:
+    """Name the class of this machine: its architecture and the widest integer products that it has.
+
+    One of :data:`MACHINES`, or another architecture.
+    """
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        features = processor_features()
+        for flag, name in (("avx512_vnni", "AVX-512 VNNI"), ("avx2", "AVX2")):
+            if flag in features:
+                return f"x86-64, {name}"
+        return "x86-64"
+    if machine in ("aarch64", "arm64"):
+        return "arm64, dotprod" if sys.platform == "darwin" or "asimddp" in processor_features() else "arm64"
+    return machine
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ RECORD_HEADER_BYTES = 64
 RECORD_HEAD_BYTES, RECORD_CHECKED_FROM = 36, 16
 #: Alignment of a page in RAM: one cache line, one AVX-512 register.
 PAGE_ALIGN_BYTES = 64
+#: RAM of the process beyond weights and cache: interpreter, libraries, activations. Measured on Linux x86-64; see README.
+RUNTIME_OVERHEAD_BYTES = 160 * 1024 * 1024
 #: Channels of a head that the kernels have room for.
 MAX_HEAD_DIM = 256
 

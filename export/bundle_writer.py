@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING
 
 from edgekv.bundle import MANIFEST, TOKENIZER, EmbeddingSpec, Manifest, file_sha256, write_manifest
 from edgekv.contract import ENGINES, FORMS, IO, LEAST_ONNXRUNTIME, OPERATORS, WEIGHTS, default_weights
+from edgekv.device_profiles import DeviceProfile
+from edgekv.device_profiles.geometry import Geometry
 from edgekv.errors import EdgeKVError, UsageError
+from edgekv.host import machine_class
 from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
 
 from .choose_engine import default_engine
 from .open_source import missing, opened_source
+from .target import choose_for, processor_of
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -39,6 +43,7 @@ def export_model(
     io: str | None = None,
     context: int | None = None,
     force: bool = False,
+    target: DeviceProfile | None = None,
     progress: Progress = lambda step, done, total: None,
 ) -> Manifest:
     """Export a checkpoint to a bundle.
@@ -56,11 +61,13 @@ def export_model(
         io: one of :data:`edgekv.contract.IO`, for the inline form; None: compact.
         context: the most tokens of a text; None: as many as the model was made for. Models with longrope need it.
         force: replace ``out`` if it exists.
+        target: the device that the bundle is for; None: machines like this one. See :mod:`edgekv.export.target`.
         progress: called before each step with its name, the number of steps done, and of all steps.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported. UsageError: an option is not known, or ``out`` exists.
-        EngineMissing: a package that exporting needs is not installed. EdgeKVError: ``out`` cannot be written.
+        BudgetError: the weights leave the target no memory for keys and values. EngineMissing: a package that exporting needs
+        is not installed. EdgeKVError: ``out`` cannot be written.
         Nothing is left behind in any case.
     """
     for name, value, allowed in (
@@ -80,6 +87,8 @@ def export_model(
         raise UsageError(f"context {context} is not a number of tokens")
     if page_size not in (16, 32, 64, 128):
         raise UsageError(f"page_size {page_size} is not supported; use 16, 32, 64 or 128")
+    if target is not None:
+        processor_of(target)
     remove_abandoned(out.parent, HIDDEN)  # before anything is asked of ``out``: it may come back
     if out.exists() and not force:
         raise UsageError(f"{out} exists; choose another --out, or replace it with --force")
@@ -90,7 +99,7 @@ def export_model(
         stack.enter_context(_rare_collections())
         checkpoint = stack.enter_context(opened_source(source, context))
         try:
-            choice = Choice(engine, form, weights, page_size, operators, calibration, io or IO[0])
+            choice = Choice(engine, form, weights, page_size, operators, calibration, io or IO[0], target)
             return _export(checkpoint, out, choice, _Steps(progress))
         except ImportError as error:
             raise missing(error) from error
@@ -124,6 +133,7 @@ class Choice:
     operators: str | None
     calibration: str | Path | None
     io: str
+    target: DeviceProfile | None
 
 
 class _Steps:
@@ -140,7 +150,14 @@ class _Steps:
 def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) -> Manifest:
     weights = choice.weights or default_weights(checkpoint.parameters)
     engine, operators = choice.engine, choice.operators
-    if engine is None and operators is not None:
+    made_for = choice.target.processor if choice.target else machine_class() if not (engine or operators) else None
+    if choice.target is not None:
+        geometry = Geometry.from_model(checkpoint.config.model)
+        found = choose_for(
+            choice.target, geometry, choice.form, engine=engine, operators=operators, weights=choice.weights
+        )
+        engine, operators, weights = found.engine, found.operators, found.weights
+    elif engine is None and operators is not None:
         engine = "executorch"
     elif engine is None:
         default = default_engine(choice.form, weights)
@@ -190,6 +207,7 @@ def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) ->
             operators=operators,
             io=choice.io,
             least_onnxruntime=LEAST_ONNXRUNTIME[weights] if engine == "onnx" else None,
+            made_for=made_for,
         )
         manifest = write_manifest(folder, manifest)
     steps.progress("done", steps.total, steps.total)

@@ -8,18 +8,17 @@ tokens, split form, INT8 pages. `make bench` prints the row of the machine that 
 from __future__ import annotations
 
 import importlib.util
-import platform
-import sys
 from dataclasses import dataclass
 from importlib import resources
 
 from edgekv.contract import OPERATORS, WEIGHTS
-from edgekv.host import processor_features
+from edgekv.host import machine_class
 from edgekv.schema import PositiveFinite, checked, one_of, plain_json
 
 MEASUREMENTS = "engines.json"
 #: What exporting for ExecuTorch imports.
 _EXECUTORCH = ("executorch", "torchao")
+NOT_INSTALLED = 'not installed: pip install "edgekv[export,executorch]"'
 
 
 @dataclass(frozen=True)
@@ -47,20 +46,6 @@ class EngineChoice:
     operators: str | None = None
 
 
-def machine_class() -> str:
-    """Name the class of this machine: its architecture and the widest integer products that it has."""
-    machine = platform.machine().lower()
-    if machine in ("x86_64", "amd64"):
-        features = processor_features()
-        for flag, name in (("avx512_vnni", "AVX-512 VNNI"), ("avx2", "AVX2")):
-            if flag in features:
-                return f"x86-64, {name}"
-        return "x86-64"
-    if machine in ("aarch64", "arm64"):
-        return "arm64, dotprod" if sys.platform == "darwin" or "asimddp" in processor_features() else "arm64"
-    return machine
-
-
 def measurements() -> list[Measurement]:
     """Return the rows of the table.
 
@@ -75,36 +60,49 @@ def parse_measurements(data: bytes) -> list[Measurement]:
     return checked(plain_json(data), list[Measurement], "measurement")
 
 
+def measured(machine: str, weights: str) -> Measurement | None:
+    """Return the row of a machine class and a weight type, if there is one."""
+    return next((row for row in measurements() if (row.machine, row.weights) == (machine, weights)), None)
+
+
+def has_kernels(machine: str) -> bool:
+    """Whether our own 4-bit products have kernels for a machine class; AMX comes with AVX-512 VNNI."""
+    return "AVX-512 VNNI" in machine
+
+
 def default_engine(form: str, weights: str, machine: str | None = None) -> EngineChoice:
     """Choose the engine of an export.
 
     Args:
-        machine: a class as :func:`machine_class` names it; None is this machine.
+        machine: a class as :func:`edgekv.host.machine_class` names it; None is this machine.
     """
     machine = machine or machine_class()
     if form == "inline":
         return EngineChoice("onnx", "the inline form is for any ONNX Runtime")
-    row = next((row for row in measurements() if (row.machine, row.weights) == (machine, weights)), None)
+    row = measured(machine, weights)
     if row is None:
         return EngineChoice("onnx", f"runs everywhere; nothing faster was measured on {machine} with {weights} weights")
     speeds = {"onnx": row.onnx, "executorch": row.executorch}
     fastest = max(speeds, key=lambda engine: speeds[engine])
     slower = min(speeds, key=lambda engine: speeds[engine])
-    measured = f"{speeds[fastest]:.0f} tokens/s against {speeds[slower]:.0f} of {slower} on {machine}, {weights}"
+    speed = f"{speeds[fastest]:.0f} tokens/s against {speeds[slower]:.0f} of {slower} on {machine}, {weights}"
     if fastest == "executorch" and not executorch_installed():
-        return EngineChoice(
-            "onnx", f'executorch is faster ({measured}) but not installed: pip install "edgekv[export,executorch]"'
-        )
+        return EngineChoice("onnx", f"executorch is faster ({speed}) but {NOT_INSTALLED}")
     operators = row.operators if fastest == "executorch" else None
-    return EngineChoice(fastest, f"measured fastest: {measured}", operators)
+    return EngineChoice(fastest, f"measured fastest: {speed}", operators)
 
 
-def slow_on(engine: str, form: str, weights: str, operators: str | None) -> str | None:
+def slow_on(engine: str, form: str, weights: str, operators: str | None, machine: str | None = None) -> str | None:
     """Say on which machines a bundle is slower than another export would be, and which; None where nothing is known to be.
+
+    Args:
+        machine: the class of the only machine that matters; None: any may.
 
     Our own 4-bit products have kernels for AVX-512 VNNI and AMX; elsewhere the operators run portable code, and in ONNX
     Runtime the engine's own products take their place (docs/executorch.md has the measurements).
     """
+    if machine is not None and has_kernels(machine) != (engine == "executorch" and operators != "edgekv"):
+        return None
     if operators == "edgekv":
         return "slow without AVX-512 VNNI, so on every Arm device: for those export with --operators xnnpack"
     if weights == "int4" and form == "split" and engine == "onnx":

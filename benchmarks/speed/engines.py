@@ -7,8 +7,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from edgekv.export.choose_engine import Measurement, machine_class, measurements
-from edgekv.host import machine_name
+from edgekv.export.choose_engine import Measurement, measurements
+from edgekv.host import machine_class, machine_name
 
 from .contestants import OURS, OURS_EXECUTORCH, OURS_XNNPACK
 from .results import Results

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgekv.host import control_groups, ram_bytes
+from edgekv.host import control_groups, machine_class, ram_bytes
 from edgekv.plan.model import read_model
 from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.kernels.interface import KIND_HOT
@@ -29,6 +29,7 @@ class Calibration:
 
     threads: int
     isa: str
+    machine: str
     ram_bytes: int
     available_bytes: int
     os_page_bytes: int
@@ -98,6 +99,7 @@ def calibrate(
     return Calibration(
         threads=threads,
         isa=load_kernels().isa(),
+        machine=machine_class(),
         ram_bytes=ram,
         available_bytes=available,
         os_page_bytes=os.sysconf("SC_PAGE_SIZE"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from edgekv.host import MACHINES
+
 from .calibration import Calibration
 from .drive import SIZES, latency
 
@@ -31,6 +33,7 @@ def profile_toml(found: Calibration, *, name: str, title: str, kind: str, date: 
         f"name = {json.dumps(name)}",
         f"title = {json.dumps(title)}",
         f"kind = {json.dumps(kind)}",
+        *([f"processor = {json.dumps(found.machine)}"] if found.machine in MACHINES else []),
         "",
         "[memory]",
         entry("ram_bytes", found.ram_bytes, measured),

@@ -35,6 +35,15 @@ def export_command(
     out: Annotated[
         Path, option(settings.FILE, "--out", "-o", help="The bundle's folder; it appears whole or not at all.")
     ],
+    target: Annotated[
+        str | None,
+        option(
+            settings.PROFILE,
+            "--target",
+            help="The device that the bundle is for, if not machines like this one; see `edgekv profiles`. Its processor chooses"
+            " engine and operators, its memory the weights.",
+        ),
+    ] = None,
     engine: Annotated[
         str | None,
         option(
@@ -123,13 +132,19 @@ def export_command(
 
     `edgekv export ./SmolLM2-135M-Instruct.Q8_0.gguf --out smollm.edgekv --weights int8`
 
+    `edgekv export ./Llama-3.2-1B --out llama.edgekv --target raspberry-pi-5-8gb`
+
     `edgekv export ./Qwen3-0.6B --out qwen.edgekv --engine onnx`   for a device where only ONNX Runtime is installed
     """
+    from edgekv.device_profiles import load
+    from edgekv.device_profiles.geometry import Geometry
     from edgekv.export import export_model
     from edgekv.export.choose_engine import default_engine, slow_on
     from edgekv.export.hub import fetch_source
+    from edgekv.export.target import choose_for
 
     console = stderr()
+    device = load(target) if target is not None else None
     start = time.perf_counter()
     checkpoint = fetch_source(source)  # the hub's library draws a bar of its own
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -147,10 +162,12 @@ def export_command(
             context=context,
             calibration=calibration,
             force=force,
+            target=device,
             progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
         )
         verdict = _check(out, checkpoint, bar) if check else None
-    warning = slow_on(manifest.engine, form, manifest.weights, manifest.operators)
+    machine = device.processor if device is not None else None
+    warning = slow_on(manifest.engine, form, manifest.weights, manifest.operators, machine)
     if as_json:
         found = {} if verdict is None else {"check": _check_facts(verdict)}
         print_json({**manifest.to_json(), "slow_on": warning, **found})
@@ -158,7 +175,7 @@ def export_command(
         return
     model = manifest.model
     size_bytes = sum(entry["bytes"] for entry in manifest.files.values())
-    chosen = manifest.weights + (" (chosen by size; --weights decides)" if weights is None else "")
+    chosen = manifest.weights + (" (chosen by size; --weights decides)" if weights is None and device is None else "")
     console.print(
         escape(
             f"{out}: {model.architecture}, {model.n_layers} layers, weights {chosen}, {manifest.engine} {manifest.form},"
@@ -170,7 +187,11 @@ def export_command(
     if model.architecture in TEXT_PARTS:
         line = f"{model.architecture}: text alone; what reads images is not in the bundle"
         console.print(line, soft_wrap=True, highlight=False)
-    if engine is None:
+    if device is not None:
+        geometry = Geometry.from_model(manifest.model)
+        reason = choose_for(device, geometry, form, engine=engine, operators=operators, weights=weights).reason
+        console.print(escape(reason), soft_wrap=True, highlight=False)
+    elif engine is None:
         reason = default_engine(form, manifest.weights).reason
         console.print(escape(f"{manifest.engine}: {reason} (--engine decides)"), soft_wrap=True, highlight=False)
     if warning is not None:

@@ -27,5 +27,6 @@ def print_profile(profile: DeviceProfile) -> None:
         elif section:
             table.add_row(key.rpartition(".")[2], entry)
     console = stdout()
-    console.print(escape(f"{profile.name}: {profile.title} ({profile.kind})"))
+    processor = f"; {profile.processor}" if profile.processor is not None else ""
+    console.print(escape(f"{profile.name}: {profile.title} ({profile.kind}{processor})"))
     console.print(table)

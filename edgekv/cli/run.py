@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from edgekv import settings
 from edgekv.bundle import read_manifest
 from edgekv.errors import EdgeKVError, UsageError
+from edgekv.host import machine_class
 from edgekv.sizes import format_bytes
 from edgekv.tiers import KVMode, PressureMode
 
@@ -120,6 +121,7 @@ def run_command(
     budget: int | str | None = kv_budget
     if profile:
         budget = _profile_budget(profile, bundle, console, quiet=quiet)
+    _say_if_foreign(bundle)
     options = RunOptions(
         kv_budget=budget, kv=kv, context=context, policy=policy, allow_drop=allow_drop, attend=attend,
         offload=offload, flash_limit=flash_limit,
@@ -200,6 +202,19 @@ def _profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -
     if not quiet:
         console.print(f"{name}: {budget}", style="dim", highlight=False)
     return budget.kv_bytes
+
+
+def _say_if_foreign(bundle: Path) -> None:
+    """Say that a bundle was made for other processors, where that makes a difference: only 4-bit products are theirs alone."""
+    manifest, here = read_manifest(bundle), machine_class()
+    if manifest.made_for in (None, here) or manifest.weights != "int4" or manifest.form != "split":
+        return
+    operators = f" with {manifest.operators} operators" if manifest.operators is not None else ""
+    print(
+        f"edgekv: {bundle} was made for {manifest.made_for} ({manifest.engine}{operators}), and this is {here}: it may be slow;"
+        " export it with --target PROFILE of this device",
+        file=sys.stderr,
+    )
 
 
 @contextmanager

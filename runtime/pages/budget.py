@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from edgekv.errors import BudgetError
 from edgekv.settings import KV_BUDGET
 from edgekv.sizes import format_bytes
+from edgekv.spec import RUNTIME_OVERHEAD_BYTES as RUNTIME_OVERHEAD_BYTES
 from edgekv.spec import PageSpec
 from edgekv.tiers import KVMode
 
@@ -15,9 +16,6 @@ from ..storage.ring import LEAST_PIECES, LEAST_PIECES_SELECTIVE, RING_PIECES
 from .bounds import summary_bytes
 from .manager import PageManager
 from .policy import PINNED_PAGES, SPARE_PAGES
-
-#: RAM of the process beyond weights and cache: interpreter, libraries, activations. Measured on Linux x86-64; see README.
-RUNTIME_OVERHEAD_BYTES = 160 * 1024 * 1024
 
 #: Reads of this size keep flash near its sequential rate, which levels off between 256 KiB and 1 MiB.
 PIECE_BYTES = 640 * 1024

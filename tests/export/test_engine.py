@@ -13,7 +13,8 @@ from edgekv.bundle import read_manifest
 from edgekv.cli.main import app
 from edgekv.contract import WEIGHTS
 from edgekv.export import choose_engine as engine
-from edgekv.export.choose_engine import Measurement, default_engine, machine_class, measurements, slow_on
+from edgekv.export.choose_engine import Measurement, default_engine, measurements, slow_on
+from edgekv.host import machine_class
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "executorch.md"
 
