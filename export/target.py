@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from edgekv.contract import ENGINES, WEIGHTS, default_weights
 from edgekv.device_profiles import DeviceProfile, kv_budget
 from edgekv.device_profiles.geometry import Geometry
+from edgekv.device_profiles.schema import CONFIDENCES
 from edgekv.device_profiles.work import BITS_PER_WEIGHT, weights_bytes
 from edgekv.errors import BudgetError, UsageError
 from edgekv.host import MACHINES
@@ -86,18 +87,18 @@ def choose_for(
 def _engine_for(device: DeviceProfile, processor: str, form: str, weights: str) -> EngineChoice:
     if form == "inline" or measured(processor, weights):
         return default_engine(form, weights, processor)
-    rates = {
-        engine: device.rates(engine, weights).weight_read_bytes_per_s.value * 8 / BITS_PER_WEIGHT[engine][weights]
-        for engine in ENGINES
-        if engine in device.compute
+    reads = {
+        engine: device.rates(engine, weights).weight_read_bytes_per_s for engine in ENGINES if engine in device.compute
     }
+    rates = {engine: read.value / BITS_PER_WEIGHT[engine][weights] for engine, read in reads.items()}
     if len(rates) < len(ENGINES):
         return EngineChoice("onnx", "runs everywhere, and the profile has not both engines")
     fastest, slower = sorted(rates, key=lambda engine: -rates[engine])
     ratio = rates[fastest] / rates[slower]
     if ratio == 1:
         return EngineChoice("onnx", "runs everywhere, and the profile says that executorch is no faster")
-    said = f"the profile says that it reads a token's weights in {1 / ratio:.0%} of the time of {slower}"
+    trust = max((read.confidence for read in reads.values()), key=list(CONFIDENCES).index)
+    said = f"the profile says that it reads a token's weights in {1 / ratio:.0%} of the time of {slower} (confidence {trust})"
     if fastest == "executorch" and not executorch_installed():
         return EngineChoice("onnx", f"executorch is faster ({said}) but {NOT_INSTALLED}")
     return EngineChoice(fastest, said)

@@ -42,6 +42,8 @@ RASPBERRIES = [name for name in names() if name.startswith("rasp")]
         ("edgekv emulate c.json --engine ex", ["executorch"]),
         ("edgekv plan c.json --weights ", list(WEIGHTS)),
         ("edgekv run x.edgekv --kv f", ["fp16"]),
+        ("edgekv bench x.edgekv --kv f", ["fp16"]),
+        ("edgekv export demo --target rasp", RASPBERRIES),
     ],
 )
 def test_tab_completes_the_names_of_devices_policies_and_engines(line: str, offered: list[str]) -> None:

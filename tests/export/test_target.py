@@ -57,6 +57,7 @@ def test_a_board_gets_the_engine_that_its_profile_says_is_faster_on_operators_th
     assert choice.reason.startswith(
         f"for {PI} (arm64, dotprod): executorch with xnnpack operators, int4 weights: the profile"
     )
+    assert choice.reason.endswith("(confidence low)")
 
 
 @pytest.mark.usefixtures("installed")
