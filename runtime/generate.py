@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 from collections import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from edgekv.schema import shown
 from edgekv.settings import BUNDLE, KV_BUDGET, MAX_TOKENS, PINNED, TO_FOLLOW, TOKENS_SO_FAR, instance, token_row
 from edgekv.tiers import KVMode
 
+from .chat import Chats, Progress
 from .decoder.together import rows_agree
 from .engines.base import Float
 from .governor import LEVEL, Level, Reclaim
@@ -48,11 +49,8 @@ from .system.process import default_threads as default_threads
 from .text import Text, TextStream
 from .turns import Turns
 
-#: Called with (tokens done, tokens to do).
-Progress = Callable[[int, int], None]
 
-
-class Generator(OneSequence):
+class Generator(Chats, OneSequence):
     """A bundle that is ready to generate, with the cache of one sequence.
 
     Tokens that stay in the cache are not computed again: a prompt that begins like the last one (a conversation)
@@ -149,7 +147,7 @@ class Generator(OneSequence):
         before: Sequence[int] = (),
         pin: str | int = 0,
         progress: Progress | None = None,
-    ) -> Iterator[str]:
+    ) -> abc.Generator[str]:
         """Generate text, piece by piece.
 
         Args:
@@ -173,11 +171,13 @@ class Generator(OneSequence):
         if isinstance(pin, str):
             pin = common_prefix(self.text.encode(pin), tokens)
         given: list[int] = []
+        self.stats.answer_tokens = 0
         with contextlib.closing(
             self.tokens(tokens, max_tokens=max_tokens, sampling=sampling, pin=pin, progress=progress)
         ) as answer:
             for token in answer:
                 given.append(token)
+                self.stats.answer_tokens += 1
                 yield stream.push(token)
                 if stream.stopped:
                     break

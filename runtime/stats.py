@@ -25,6 +25,7 @@ class RunStats:
     finish_reason: str | None = (
         None  #: of the last answer: ``stop`` (end of sequence, stop string), ``length``; None: cut off
     )
+    answer_tokens: int = 0  #: of the last answer: how many were generated
     context_full: bool = False  #: the last answer ended where the context does
     peak_rss_bytes: int = 0
     bytes_written: int = 0
