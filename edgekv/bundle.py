@@ -117,6 +117,18 @@ class EmbeddingSpec:
 
 
 @dataclass(frozen=True)
+class SamplingSpec:
+    """How its makers let the model choose tokens where nobody says otherwise."""
+
+    temperature: Annotated[float, Meta(ge=0, le=100, description="0 is greedy")] = 0.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1, description="only so many of the likeliest tokens; 0 is all")] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1, description="only the likeliest tokens up to this mass")] = 1.0
+    repetition_penalty: Annotated[
+        float, Meta(ge=0.01, le=100, description="above 1 makes tokens that were there before less likely")
+    ] = 1.0
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of ``manifest.json``; ``edgekv/manifest.schema.json`` and the table in docs/contract.md are made from it.
 
@@ -163,6 +175,10 @@ class Manifest:
     io: Annotated[
         str, Meta(description="types of the cache's inputs in the inline form", extra_json_schema={"enum": [*IO]})
     ] = IO[0]
+    sampling: Annotated[
+        SamplingSpec | None,
+        Meta(description="how conversations are sampled unless told otherwise; none: greedily"),
+    ] = None
     least_onnxruntime: Annotated[
         str | None, Meta(description="the oldest ONNX Runtime that runs the graphs; none for other engines")
     ] = None

@@ -206,6 +206,7 @@ def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) ->
             prompt_end=prompt_end,
             operators=operators,
             io=choice.io,
+            sampling=checkpoint.sampling,
             least_onnxruntime=LEAST_ONNXRUNTIME[weights] if engine == "onnx" else None,
             made_for=made_for,
         )

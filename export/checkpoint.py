@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
+from edgekv.bundle import SamplingSpec
 from edgekv.errors import CheckpointError
 
-from .config import DecoderConfig, read_config
+from .config import DecoderConfig, read_config, read_sampling
 from .fold import FINAL_NORM as FINAL_NORM
 from .fold import FINAL_NORM_BIAS as FINAL_NORM_BIAS
 from .fold import fold_scales
@@ -51,12 +52,16 @@ _DERIVED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_c
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. ``source``: its folder or file. ``location`` says where each tensor of the decoder is stored."""
+    """An opened checkpoint. ``source``: its folder or file. ``location`` says where each tensor of the decoder is stored.
+
+    ``sampling``: how its makers choose tokens; None: greedily.
+    """
 
     source: Path
     config: DecoderConfig
     location: Mapping[str, Stored]
     tokenizer: TokenizerFiles
+    sampling: SamplingSpec | None = None
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor as float32.
@@ -124,7 +129,7 @@ def open_checkpoint(folder: Path, context: int | None = None) -> Checkpoint:
         location = decoder_alone(location)
     checkpoint = assemble(folder, config, location, tokenizer)
     _refuse_codes(checkpoint.location)
-    return checkpoint
+    return replace(checkpoint, sampling=read_sampling(folder))
 
 
 def assemble(source: Path, config: DecoderConfig, location: dict[str, Stored], tokenizer: TokenizerFiles) -> Checkpoint:

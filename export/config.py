@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
+from edgekv.bundle import SamplingSpec
 from edgekv.errors import CheckpointError, UsageError
 from edgekv.model_config import ModelConfig, NormKind, Norms, QKNorms, Values, read_json_object, read_model_config
+from edgekv.settings import REPETITION_PENALTY, TEMPERATURE, TOP_K, TOP_P, Setting
 from edgekv.spec import ModelSpec
 
 from .rope import fold_rope
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,43 @@ def read_config(folder: Path, context: int | None = None) -> DecoderConfig:
     if generation.is_file():
         further = Values(read_json_object(generation), str(generation)).token_ids("eos_token_id")
     return decoder_config(config, further, context)
+
+
+#: What transformers takes for a setting that ``generation_config.json`` leaves out.
+#: Source: transformers, GenerationConfig._get_default_generation_params.
+_SAMPLING_DEFAULTS: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+}
+
+
+def read_sampling(folder: Path) -> SamplingSpec | None:
+    """Read how a checkpoint's makers sample, in ``generation_config.json``; None: greedily, also without that file.
+
+    As in transformers, ``do_sample`` switches the others on, but for the penalty, which greedy text has too.
+
+    Raises:
+        CheckpointError: a setting is out of its range; the message names it.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    values = Values(read_json_object(path), str(path), _SAMPLING_DEFAULTS)
+
+    def read(setting: Setting[T]) -> T:
+        value = values.get(setting.name)
+        try:
+            return setting.check(_SAMPLING_DEFAULTS[setting.name] if value is None else value)
+        except UsageError as error:
+            raise values.refusal(setting.name, f"it must be {setting.wanted}") from error
+
+    spec = SamplingSpec(repetition_penalty=read(REPETITION_PENALTY))
+    if values.get("do_sample") is not None and values.flag("do_sample"):
+        spec = replace(spec, temperature=read(TEMPERATURE), top_k=read(TOP_K), top_p=read(TOP_P))
+    return None if spec == SamplingSpec() else spec
 
 
 def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), context: int | None = None) -> DecoderConfig:

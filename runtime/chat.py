@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from edgekv.bundle import Manifest
 from edgekv.errors import UsageError
 from edgekv.settings import instance
 
@@ -57,6 +58,7 @@ class Speaks(Protocol):
     """What answers are made with: a :class:`~edgekv.runtime.generate.Generator`."""
 
     stats: RunStats
+    manifest: Manifest
 
     @property
     def text(self) -> Text:
@@ -102,7 +104,8 @@ class Chats:
             messages: from the first on, the system message before the others; see :data:`Message`.
             tools: JSON schemas of functions that the assistant may call, for templates that know tools.
             pin: the system message must stay: reclaim offloads its pages last and never drops them.
-            max_tokens, sampling, stop, progress: see :meth:`Generator.stream`.
+            sampling: None: as the makers of the model do, see ``manifest.sampling``; greedily where they do not say.
+            max_tokens, stop, progress: see :meth:`Generator.stream`.
 
         Raises:
             UsageError: the bundle has no chat template, the template refuses the conversation, or there is no system message
@@ -254,6 +257,8 @@ def _begun(
     progress: Progress | None,
 ) -> AnswerStream:
     prompt = generator.text.encode_chat(messages, tools)
+    if sampling is None:
+        sampling = SamplingOptions.of_model(generator.manifest.sampling)
     pinned = system_tokens(generator.text, messages, tools) if instance(pin, bool, "pin") else 0
 
     def begin(go_on: Progress) -> abc.Generator[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.bundle import SamplingSpec
 from edgekv.errors import UsageError
 from edgekv.schema import shown
 from edgekv.settings import REPETITION_PENALTY, SEED, TEMPERATURE, TOP_K, TOP_P, check_all
@@ -32,6 +33,11 @@ class SamplingOptions:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+
+    @classmethod
+    def of_model(cls, spec: SamplingSpec | None) -> SamplingOptions:
+        """Return how the makers of a model sample, as its manifest says; None: greedily."""
+        return cls() if spec is None else cls(spec.temperature, spec.top_k, spec.top_p, spec.repetition_penalty)
 
     def __post_init__(self) -> None:
         check_all(self, {setting.name: setting for setting in _SETTINGS}, optional=("seed",))

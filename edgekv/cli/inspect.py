@@ -12,12 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekv import settings
-from edgekv.bundle import Manifest, check_files, read_manifest
+from edgekv.bundle import Manifest, SamplingSpec, check_files, read_manifest
 from edgekv.contract import GraphSpec, TensorSpec, segment_spec
 from edgekv.sizes import format_bytes
 
 from .options import argument
 from .output import Facts, print_json, stdout
+from .sampling import described
 
 
 def inspect_command(
@@ -86,6 +87,7 @@ def _geometry(manifest: Manifest) -> Facts:
         ("pinned", "the first page, the recent ones, and what `edgekv run --pin-prompt` names"),
         ("checkpoint", f"sha256 {manifest.source_sha256}"),
         ("chat template", manifest.chat_template or "none"),
+        ("sampling", f"{described(manifest.sampling or SamplingSpec())}, in conversations"),
         ("versions", f"format {manifest.format_version}, contract {manifest.contract_version}, edgekv {manifest.edgekv_version}"),
     ]  # fmt: skip
     facts = Facts()

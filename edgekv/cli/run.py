@@ -26,6 +26,7 @@ from .files import check_writable, read_text, write_text
 from .interrupt import Interrupted, Signals
 from .options import argument, option
 from .output import Facts, print_json_line, stderr
+from .sampling import Sampling, chosen
 from .sessions import continued, session_facts, session_line, session_options
 
 if TYPE_CHECKING:
@@ -83,10 +84,10 @@ def run_command(
     checkpoint_every: Annotated[settings.Interval | None, option(settings.CHECKPOINT_EVERY, "--checkpoint-every", help="Save the session after so many new tokens (64) or seconds (30s), and at the end. Default: 64.")] = None,
     encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt the session with a key from --key-file, $EDGEKV_SESSION_KEY or the keyring. Without --session: encrypt offloaded pages with a key that ends with the process.")] = False,
     key_file: Annotated[Path | None, option(settings.FILE, "--key-file", metavar="FILE", help="Secret of 16 bytes or more; implies --encrypt.")] = None,
-    temperature: Annotated[float, option(settings.TEMPERATURE, "--temperature", "-t", help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, option(settings.TOP_P, "--top-p", help="Keep the most likely tokens up to this mass.")] = 1.0,
-    top_k: Annotated[int, option(settings.TOP_K, "--top-k", help="Keep this many tokens; 0 keeps all.")] = 0,
-    repetition_penalty: Annotated[float, option(settings.REPETITION_PENALTY, "--repetition-penalty", help="Above 1 makes repeated tokens less likely.")] = 1.0,
+    temperature: Annotated[float | None, option(settings.TEMPERATURE, "--temperature", "-t", help="0 is greedy. Default: with --chat what the makers of the model say (`edgekv inspect`), 0 otherwise; so for the next three.")] = None,
+    top_p: Annotated[float | None, option(settings.TOP_P, "--top-p", help="Keep the most likely tokens up to this mass.")] = None,
+    top_k: Annotated[int | None, option(settings.TOP_K, "--top-k", help="Keep this many tokens; 0 keeps all.")] = None,
+    repetition_penalty: Annotated[float | None, option(settings.REPETITION_PENALTY, "--repetition-penalty", help="Above 1 makes repeated tokens less likely.")] = None,
     seed: Annotated[int | None, option(settings.SEED, "--seed", help="Equal seeds give equal text. Default: another one each time; --json says which.")] = None,
     stop: Annotated[list[str] | None, option(settings.STOP, "--stop", help="End before this string; may be given several times.")] = None,
     threads: Annotated[int | None, option(settings.THREADS, "--threads", help="Default: the cores of this process, 4 at the most.")] = None,
@@ -96,7 +97,6 @@ def run_command(
 ) -> None:  # fmt: skip
     """Generate text from a bundle, inside a memory budget. The text goes to stdout, everything else to stderr."""
     from edgekv.runtime.generate import Generator, RunOptions, default_threads
-    from edgekv.runtime.sampling import SamplingOptions
 
     given = [
         name
@@ -116,7 +116,6 @@ def run_command(
         raise UsageError("give --kv-budget or --profile, not both: the profile sets the budget")
     if chat and context is None:
         context = min(read_manifest(bundle).model.max_context, CHAT_CONTEXT)
-    sampling = SamplingOptions(temperature, top_k, top_p, repetition_penalty, seed)
     console = stderr()
     budget: int | str | None = kv_budget
     if profile:
@@ -137,6 +136,10 @@ def run_command(
 
         if generator.session is not None and generator.session.read_only:
             print(f"edgekv: {generator.session.path} is not saved: {generator.session.read_only}", file=sys.stderr)
+        asked = {
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty,
+        }  # fmt: skip
+        sampling = chosen(asked, generator.manifest.sampling if chat else None, seed)
         system_tokens = _system_tokens(generator, remembered(generator, system)) if pin_prompt and chat else 0
 
         before: list[int] = []  # of which the answer is the next part
@@ -154,7 +157,7 @@ def run_command(
                 for piece in generator.stream(
                     request,
                     max_tokens=most,
-                    sampling=sampling,
+                    sampling=sampling.options,
                     stop=stop or [],
                     before=before,
                     pin=pinned,
@@ -166,7 +169,7 @@ def run_command(
         def answer(request: str | list[int], most: int, said: list[str]) -> None:
             if as_json:
                 said.extend(stream(request, most, lambda done, total: None))
-                print_json_line({"text": "".join(said), **_stats(generator)})
+                print_json_line({"text": "".join(said), **_stats(generator, sampling)})
             else:
                 _print_stream(lambda progress: stream(request, most, progress), console, said)
 
@@ -185,9 +188,9 @@ def run_command(
                 if resume:
                     retell(generator)
         if stats is not None:
-            write_text(stats, json.dumps(_stats(generator)) + "\n", "--stats")
+            write_text(stats, json.dumps(_stats(generator, sampling)) + "\n", "--stats")
         if not quiet and not as_json:
-            _summary(generator).print(console)
+            _summary(generator, sampling).print(console)
         elif generator.session is not None:  # what was said before and had to be computed again is never passed over
             for problem in generator.session.problems:
                 print(f"edgekv: {generator.session.path}: {problem}", file=sys.stderr)
@@ -271,7 +274,7 @@ def _print_stream(stream: Callable[[Progressed], Iterator[str]], console: Consol
     print(flush=True)
 
 
-def _stats(generator: Generator) -> dict[str, Any]:
+def _stats(generator: Generator, sampling: Sampling) -> dict[str, Any]:
     stats = generator.report()
     return {
         **asdict(stats),
@@ -279,11 +282,12 @@ def _stats(generator: Generator) -> dict[str, Any]:
         "decode_tokens_per_s": stats.decode_tokens_per_s,
         "kernels": generator.kernels.isa(),
         "engine": generator.engine,
+        "sampling": sampling.facts(),
         **session_facts(generator),
     }
 
 
-def _summary(generator: Generator) -> Facts:
+def _summary(generator: Generator, sampling: Sampling) -> Facts:
     stats = generator.report()
     table = Facts()
     table.add_row(
@@ -301,6 +305,7 @@ def _summary(generator: Generator) -> Facts:
     table.add_row("engine", f"{generator.engine}, {generator.manifest.weights} weights")
     full = "; the context is full, raise --context for more" if stats.context_full else ""
     table.add_row("generated", f"{stats.decode_tokens + 1} tokens, {stats.decode_tokens_per_s:.1f}/s{full}")
+    table.add_row("sampling", f"{sampling}" + (f", seed {stats.seed}" if stats.seed is not None else ""))
     table.add_row("peak memory", f"{format_bytes(stats.peak_rss_bytes)} (whole process, as the OS counts it)")
     if stats.cache is not None and generator.budget is not None:
         tiers = ", ".join(f"{format_bytes(size)} {tier}" for tier, size in stats.cache.bytes_by_tier.items() if size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from edgekv.bundle import SamplingSpec
 from edgekv.errors import CheckpointError
 from edgekv.export import export_model
 from edgekv.export.checkpoint import expected_shapes, open_checkpoint
@@ -229,6 +231,51 @@ def test_end_tokens_that_the_vocabulary_lacks_are_none(copy: Path) -> None:
 def test_end_tokens_come_from_both_configs(copy: Path) -> None:
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [300, 257]}))
     assert open_checkpoint(copy).config.model.eos_token_ids == (257, 300)
+
+
+def test_sampling_is_that_of_transformers_for_the_same_generation_config(copy: Path) -> None:
+    from transformers import GenerationConfig
+
+    path = copy / "generation_config.json"
+    defaults = GenerationConfig()._get_default_generation_params()
+    for said in (
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05},
+        {"do_sample": True, "temperature": 1, "top_k": 0, "top_p": None},
+    ):
+        path.write_text(json.dumps(said))
+        expected = {**defaults, **{name: value for name, value in said.items() if value is not None}}
+        found = open_checkpoint(copy).sampling
+        assert found is not None
+        assert all(value == expected[name] for name, value in dataclasses.asdict(found).items()), said
+
+
+def test_what_does_not_sample_is_greedy_and_keeps_its_repetition_penalty(copy: Path) -> None:
+    path = copy / "generation_config.json"
+    for said in ({"temperature": 0.6}, {"do_sample": False, "top_p": 0.9}, {"do_sample": None}):
+        path.write_text(json.dumps(said))
+        assert open_checkpoint(copy).sampling is None
+    path.write_text(json.dumps({"repetition_penalty": 1.1, "temperature": 0.7}))
+    assert open_checkpoint(copy).sampling == SamplingSpec(repetition_penalty=1.1)
+    path.unlink()
+    assert open_checkpoint(copy).sampling is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", "hot"),
+        ("top_p", 1.5),
+        ("top_k", 2.5),
+        ("repetition_penalty", 0),
+        ("do_sample", 1),
+    ],
+)
+def test_a_senseless_sampling_is_refused_by_name(copy: Path, name: str, value: object) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"do_sample": True, name: value}))
+    with pytest.raises(CheckpointError, match=rf"generation_config.json: {name} is .*; it must be"):
+        open_checkpoint(copy)
 
 
 def rename_all(folder: Path, name: Callable[[str], str]) -> None:
