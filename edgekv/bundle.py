@@ -177,7 +177,7 @@ class Manifest:
     ] = IO[0]
     sampling: Annotated[
         SamplingSpec | None,
-        Meta(description="how conversations are sampled unless told otherwise; none: greedily"),
+        Meta(description="how a model that chats is sampled unless told otherwise; none: greedily"),
     ] = None
     least_onnxruntime: Annotated[
         str | None, Meta(description="the oldest ONNX Runtime that runs the graphs; none for other engines")

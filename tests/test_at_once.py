@@ -65,7 +65,7 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
 """
 
 #: By what the commands have in common: {0} is the folder of the pair, {1} which of the two it is.
-TEXT = "-f {0}/text.txt -n 4 --threads 1 -q"
+TEXT = "--raw -f {0}/text.txt -n 4 --threads 1 -q"
 COMMANDS = {
     "session": {
         "run": f"run {BUNDLE} --session {{0}}/chat.kv {TEXT}",

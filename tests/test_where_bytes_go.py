@@ -187,7 +187,7 @@ class World:
         elif case.session == "forked":
             shutil.copytree(base, home / "session" / "first.kv")
             tools.fork(home / "session" / "first.kv", session, SECRET.encode() if case.encrypted else None)
-        arguments = ["run", self.bundle, "--prompt-file", self.folder / "prompt.txt", "-n", "5", "-q"]
+        arguments = ["run", self.bundle, "--prompt-file", self.folder / "prompt.txt", "--raw", "-n", "5", "-q"]
         arguments += ["--kv", "int8", "--kv-budget", "72KiB", "--threads", "1"]
         if case.session != "none":
             arguments += ["--session", session]

@@ -73,7 +73,18 @@ def memory(folder: Path, scratch: Path) -> list[Bar]:
     for length in LENGTHS:
         prompt = scratch / "prompt.txt"
         prompt.write_text(text.decode(tokens[: length - 40]), encoding="utf-8")
-        command = [sys.executable, "-m", "edgekv", "run", str(folder), "--prompt-file", str(prompt), "--kv", "int8"]
+        command = [
+            sys.executable,
+            "-m",
+            "edgekv",
+            "run",
+            str(folder),
+            "--raw",
+            "--prompt-file",
+            str(prompt),
+            "--kv",
+            "int8",
+        ]
         command += ["--max-tokens", "32", "--threads", str(THREADS), "--json"]
         stats = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         held = -(-length // spec.page_size) * spec.n_layers * spec.warm_bytes

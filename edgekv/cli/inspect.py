@@ -87,7 +87,7 @@ def _geometry(manifest: Manifest) -> Facts:
         ("pinned", "the first page, the recent ones, and what `edgekv run --pin-prompt` names"),
         ("checkpoint", f"sha256 {manifest.source_sha256}"),
         ("chat template", manifest.chat_template or "none"),
-        ("sampling", f"{described(manifest.sampling or SamplingSpec())}, in conversations"),
+        ("sampling", f"{described(manifest.sampling or SamplingSpec())}, where it chats"),
         ("versions", f"format {manifest.format_version}, contract {manifest.contract_version}, edgekv {manifest.edgekv_version}"),
     ]  # fmt: skip
     facts = Facts()

@@ -44,9 +44,11 @@ Examples:
 
 `edgekv run demo.edgekv --prompt "It was a dark night"`
 
+`edgekv run llama.edgekv --prompt "Why is the sky blue?"` asks a chat model; with `--raw` it only goes on with the text
+
 `edgekv run llama.edgekv --profile raspberry-pi-5-8gb --chat`
 
-`edgekv run llama.edgekv --kv-budget 64MiB --context 16384 --prompt-file book.txt --max-tokens 200`
+`edgekv run llama.edgekv --kv-budget 64MiB --context 16384 --prompt-file book.txt --raw --max-tokens 200`
 
 `edgekv run llama.edgekv --kv-budget 25% --prompt "..." --json | jq .decode_tokens_per_s`
 
@@ -61,10 +63,11 @@ Examples:
 def run_command(
     command: typer.Context,
     bundle: Annotated[Path, argument(settings.BUNDLE, "BUNDLE", help="A folder made by `edgekv export`.")],
-    prompt: Annotated[str | None, option(settings.PROMPT, "--prompt", "-p", help="The prompt.")] = None,
+    prompt: Annotated[str | None, option(settings.PROMPT, "--prompt", "-p", help="The prompt; to a chat model, a message.")] = None,
     prompt_file: Annotated[Path | None, option(settings.FILE, "--prompt-file", "-f", help="Read the prompt from a file; - is stdin.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give a chat model the prompt as it is, without its chat template.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Hold a conversation: one line per turn from stdin.")] = False,
-    system: Annotated[str | None, option(settings.SYSTEM, "--system", help="System message of the conversation.")] = None,
+    system: Annotated[str | None, option(settings.SYSTEM, "--system", help="System message of the conversation, or before the prompt.")] = None,
     profile: Annotated[str | None, option(settings.PROFILE, "--profile", help="Device whose memory sets the KV budget; see `edgekv profiles`.")] = None,
     kv_budget: Annotated[str | None, option(settings.KV_BUDGET, "--kv-budget", help="RAM for keys and values: 64MiB, or 25% of the fp16 cache of the context.")] = None,
     context: Annotated[int | None, option(settings.CONTEXT, "--context", help="Tokens in the sequence at the most. Default: what the prompt and --max-tokens need; 8192 with --chat.")] = None,
@@ -84,7 +87,7 @@ def run_command(
     checkpoint_every: Annotated[settings.Interval | None, option(settings.CHECKPOINT_EVERY, "--checkpoint-every", help="Save the session after so many new tokens (64) or seconds (30s), and at the end. Default: 64.")] = None,
     encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt the session with a key from --key-file, $EDGEKV_SESSION_KEY or the keyring. Without --session: encrypt offloaded pages with a key that ends with the process.")] = False,
     key_file: Annotated[Path | None, option(settings.FILE, "--key-file", metavar="FILE", help="Secret of 16 bytes or more; implies --encrypt.")] = None,
-    temperature: Annotated[float | None, option(settings.TEMPERATURE, "--temperature", "-t", help="0 is greedy. Default: with --chat what the makers of the model say (`edgekv inspect`), 0 otherwise; so for the next three.")] = None,
+    temperature: Annotated[float | None, option(settings.TEMPERATURE, "--temperature", "-t", help="0 is greedy. Default: what the makers of a chat model say (`edgekv inspect`); 0 with --raw, and for other models. So for the next three.")] = None,
     top_p: Annotated[float | None, option(settings.TOP_P, "--top-p", help="Keep the most likely tokens up to this mass.")] = None,
     top_k: Annotated[int | None, option(settings.TOP_K, "--top-k", help="Keep this many tokens; 0 keeps all.")] = None,
     repetition_penalty: Annotated[float | None, option(settings.REPETITION_PENALTY, "--repetition-penalty", help="Above 1 makes repeated tokens less likely.")] = None,
@@ -107,8 +110,10 @@ def run_command(
         raise UsageError(
             "give one of --prompt, --prompt-file or --chat" + (f", not {' and '.join(given)}" if given else "")
         )
-    if system is not None and not chat:
-        raise UsageError("--system is the system message of a conversation; give it with --chat")
+    if raw and chat:
+        raise UsageError("--raw is for prompts: a conversation is held in the words of the chat template")
+    if system is not None and (raw or resume):
+        raise UsageError(f"--system needs the chat template, which {'--raw' if raw else '--continue'} does without")
     kept = session_options(session, resume, checkpoint_every, encrypt and session is not None, key_file)
     if stats is not None:
         check_writable(stats, "--stats")
@@ -139,7 +144,11 @@ def run_command(
         asked = {
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty,
         }  # fmt: skip
-        sampling = chosen(asked, generator.manifest.sampling if chat else None, seed)
+        chats = chat or (not raw and generator.text.chats)
+        templated = chat or (chats and not resume)
+        if system is not None and not templated:
+            raise UsageError("--system is a message, and this model knows no messages: it has no chat template")
+        sampling = chosen(asked, generator.manifest.sampling if chats else None, seed)
         system_tokens = _system_tokens(generator, remembered(generator, system)) if pin_prompt and chat else 0
 
         before: list[int] = []  # of which the answer is the next part
@@ -169,7 +178,7 @@ def run_command(
         def answer(request: str | list[int], most: int, said: list[str]) -> None:
             if as_json:
                 said.extend(stream(request, most, lambda done, total: None))
-                print_json_line({"text": "".join(said), **_stats(generator, sampling)})
+                print_json_line({"text": "".join(said), "chat_template": templated, **_stats(generator, sampling)})
             else:
                 _print_stream(lambda progress: stream(request, most, progress), console, said)
 
@@ -178,7 +187,9 @@ def run_command(
             converse(generator, answer, console, system, context=context, max_tokens=max_tokens)
         else:
             request: str | list[int] | None = text
-            if resume:
+            if templated:
+                request = generator.text.encode_chat(_messages(system, text))
+            elif resume:
                 request = continued(generator, text)
                 before = [] if text else request
             assert request is not None
@@ -190,10 +201,16 @@ def run_command(
         if stats is not None:
             write_text(stats, json.dumps(_stats(generator, sampling)) + "\n", "--stats")
         if not quiet and not as_json:
-            _summary(generator, sampling).print(console)
+            _summary(generator, sampling, templated).print(console)
         elif generator.session is not None:  # what was said before and had to be computed again is never passed over
             for problem in generator.session.problems:
                 print(f"edgekv: {generator.session.path}: {problem}", file=sys.stderr)
+
+
+def _messages(system: str | None, prompt: str | None) -> list[dict[str, str]]:
+    assert prompt is not None
+    said = [{"role": "system", "content": system}] if system else []
+    return [*said, {"role": "user", "content": prompt}]
 
 
 def _profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -> int:
@@ -287,12 +304,12 @@ def _stats(generator: Generator, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def _summary(generator: Generator, sampling: Sampling) -> Facts:
+def _summary(generator: Generator, sampling: Sampling, templated: bool) -> Facts:
     stats = generator.report()
     table = Facts()
     table.add_row(
         "prompt",
-        f"{stats.prefill_tokens} tokens, {stats.prefill_tokens_per_s:.0f}/s"
+        f"{stats.prefill_tokens} tokens{' with the chat template' if templated else ''}, {stats.prefill_tokens_per_s:.0f}/s"
         + (f", {stats.reused_tokens} reused" if stats.reused_tokens else ""),
     )
     if generator.session is not None:

@@ -46,7 +46,7 @@ def test_the_manifest_keeps_how_the_makers_of_the_model_sample(sampled: Path, bu
     shown = subprocess.run(
         [sys.executable, "-m", "edgekv", "inspect", str(sampled)], capture_output=True, text=True, check=True
     ).stdout
-    assert "temperature 0.9, top-k 30, in conversations" in shown
+    assert "temperature 0.9, top-k 30, where it chats" in shown
 
 
 def test_a_conversation_is_sampled_as_the_makers_say_unless_an_option_says_otherwise(sampled: Path) -> None:

@@ -147,7 +147,7 @@ def put_tokens_around_prompts(path: Path) -> None:
 
 def edgekv_run(bundle: Path, session: Path, *arguments: str) -> None:
     """Let `edgekv run` do something with a session."""
-    command = ["run", str(bundle), "--session", str(session), "--threads", "2", "-q", *arguments]
+    command = ["run", str(bundle), "--raw", "--session", str(session), "--threads", "2", "-q", *arguments]
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     if (manifest["engine"], manifest["weights"]) == ("onnx", "int4"):
         # Products with int4 weights are the engine's own only where edgekv has no kernels for them.

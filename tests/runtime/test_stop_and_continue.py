@@ -199,7 +199,7 @@ def test_two_runs_without_a_seed_say_different_things_and_which_seed_says_it_aga
 
 def test_runs_of_the_command_line_continue_each_others_text(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "story.kv"
-    run = ("run", str(folder), "--session", str(path), "-t", "1.5", "--seed", "5")
+    run = ("run", str(folder), "--raw", "--session", str(path), "-t", "1.5", "--seed", "5")
     text = call(*run, "-p", "Hi there", "-n", "12", "--stop", "e")["text"]
     text += call(*run, "--continue", "-n", "9", "--stop", "a", "--stop", "<|im_end|>")["text"]
     text += call(*run, "--continue", "-n", "12")["text"]
