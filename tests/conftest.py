@@ -32,6 +32,7 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     patch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+    patch.setenv("XDG_STATE_HOME", str(home / "state"))
     for name in ("GLIBC_TUNABLES", "PYTHONMALLOC"):
         patch.delenv(name, raising=False)
     # Shells start what they run in the background deaf to Ctrl-C, and what is started from there is deaf, too.

@@ -66,6 +66,10 @@ class Signals:
             self._wait(False)
             raise Interrupted(self._number)
 
+    def forget(self) -> None:
+        """Go on after a signal: it is dealt with."""
+        self._number = None
+
     def end(self) -> None:
         """Say that the command is done: :meth:`check` for the last time; what comes now is too late."""
         self.check()

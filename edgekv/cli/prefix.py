@@ -60,6 +60,7 @@ def add(
     """Compute a text up to the last multiple of 256 tokens and keep its pages, for runs with INT8 pages."""
     from edgekv.bundle import read_manifest
     from edgekv.runtime.add_prefix import add_prefix
+    from edgekv.runtime.chat import system_tokens
     from edgekv.runtime.options import RunOptions
     from edgekv.runtime.system.process import default_threads
     from edgekv.runtime.text import Text
@@ -68,13 +69,8 @@ def add(
     text = read_text(file, "--file")
     tokenizer = Text.open(bundle, manifest)
     if chat:
-        # What every conversation with this system message shares: two different first questions tell.
-        first, second = (
-            tokenizer.encode_chat([{"role": "system", "content": text}, {"role": "user", "content": question}])
-            for question in ("a", "Which?")
-        )
-        common = next((n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
-        tokens = first[:common]
+        system = {"role": "system", "content": text}
+        tokens = tokenizer.encode_chat([system, {"role": "user", "content": "a"}])[: system_tokens(tokenizer, [system])]
     else:
         tokens = tokenizer.encode(text)
     options = RunOptions(kv_budget=kv_budget, threads=threads or default_threads(), own_process=True)

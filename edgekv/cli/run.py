@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,7 @@ from edgekv.host import machine_class
 from edgekv.sizes import format_bytes
 from edgekv.tiers import KVMode, PressureMode
 
-from .chat import converse, remembered, retell
+from .chat import Manner, converse, remembered, retell
 from .files import check_writable, read_text, write_text
 from .interrupt import Interrupted, Signals
 from .options import argument, option
@@ -66,7 +66,7 @@ def run_command(
     prompt: Annotated[str | None, option(settings.PROMPT, "--prompt", "-p", help="The prompt; to a chat model, a message.")] = None,
     prompt_file: Annotated[Path | None, option(settings.FILE, "--prompt-file", "-f", help="Read the prompt from a file; - is stdin.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Give a chat model the prompt as it is, without its chat template.")] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Hold a conversation: one line per turn from stdin.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Hold a conversation with who types; through a pipe, one line per turn.")] = False,
     system: Annotated[str | None, option(settings.SYSTEM, "--system", help="System message of the conversation, or before the prompt.")] = None,
     profile: Annotated[str | None, option(settings.PROFILE, "--profile", help="Device whose memory sets the KV budget; see `edgekv profiles`.")] = None,
     kv_budget: Annotated[str | None, option(settings.KV_BUDGET, "--kv-budget", help="RAM for keys and values: 64MiB, or 25% of the fp16 cache of the context.")] = None,
@@ -112,7 +112,7 @@ def run_command(
         )
     if raw and chat:
         raise UsageError("--raw is for prompts: a conversation is held in the words of the chat template")
-    if system is not None and (raw or resume):
+    if system is not None and not chat and (raw or resume):
         raise UsageError(f"--system needs the chat template, which {'--raw' if raw else '--continue'} does without")
     kept = session_options(session, resume, checkpoint_every, encrypt and session is not None, key_file)
     if stats is not None:
@@ -149,42 +149,53 @@ def run_command(
         if system is not None and not templated:
             raise UsageError("--system is a message, and this model knows no messages: it has no chat template")
         sampling = chosen(asked, generator.manifest.sampling if chats else None, seed)
-        system_tokens = _system_tokens(generator, remembered(generator, system)) if pin_prompt and chat else 0
+        manner = Manner(sampling, max_tokens)
+        if pin_prompt and chat:
+            _check_system(remembered(generator, system))
 
         before: list[int] = []  # of which the answer is the next part
 
-        def stream(request: str | list[int], most: int, progress: Progressed) -> Iterator[str]:
+        def stream(request: str | list[int], pinned: int, progress: Progressed) -> Iterator[str]:
             def advance(done: int, total: int) -> None:
                 signals.check()
                 progress(done, total)
 
-            whole = pin_prompt and not chat
-            pinned = (
-                len(generator.text.encode(request) if isinstance(request, str) else request) if whole else system_tokens
+            pieces = generator.stream(
+                request,
+                max_tokens=manner.max_tokens,
+                sampling=manner.sampling.options,
+                stop=stop or [],
+                before=before,
+                pin=pinned,
+                progress=advance,
             )
-            with signals.between_tokens():
-                for piece in generator.stream(
-                    request,
-                    max_tokens=most,
-                    sampling=sampling.options,
-                    stop=stop or [],
-                    before=before,
-                    pin=pinned,
-                    progress=advance,
-                ):
+            with signals.between_tokens(), closing(pieces):
+                for piece in pieces:
                     yield piece
                     signals.check()
 
-        def answer(request: str | list[int], most: int, said: list[str]) -> None:
+        def answer(request: str | list[int], pinned: int, said: list[str]) -> None:
             if as_json:
-                said.extend(stream(request, most, lambda done, total: None))
-                print_json_line({"text": "".join(said), "chat_template": templated, **_stats(generator, sampling)})
+                said.extend(stream(request, pinned, lambda done, total: None))
+                facts = _stats(generator, manner.sampling)
+                print_json_line({"text": "".join(said), "chat_template": templated, **facts})
             else:
-                _print_stream(lambda progress: stream(request, most, progress), console, said)
+                _print_stream(lambda progress: stream(request, pinned, progress), console, said)
 
         if chat:
             assert context is not None
-            converse(generator, answer, console, system, context=context, max_tokens=max_tokens)
+            converse(
+                generator,
+                answer,
+                console,
+                system,
+                context=context,
+                manner=manner,
+                pin=pin_prompt,
+                summary=lambda: _summary(generator, manner.sampling, templated),
+                secret=encrypt or key_file is not None,
+                signals=signals,
+            )
         else:
             request: str | list[int] | None = text
             if templated:
@@ -193,15 +204,17 @@ def run_command(
                 request = continued(generator, text)
                 before = [] if text else request
             assert request is not None
+            if pin_prompt and isinstance(request, str):
+                request = generator.text.encode(request)
             try:
-                answer(request, max_tokens, [])
+                answer(request, len(request) if pin_prompt else 0, [])
             finally:
                 if resume:
                     retell(generator)
         if stats is not None:
-            write_text(stats, json.dumps(_stats(generator, sampling)) + "\n", "--stats")
+            write_text(stats, json.dumps(_stats(generator, manner.sampling)) + "\n", "--stats")
         if not quiet and not as_json:
-            _summary(generator, sampling, templated).print(console)
+            _summary(generator, manner.sampling, templated).print(console)
         elif generator.session is not None:  # what was said before and had to be computed again is never passed over
             for problem in generator.session.problems:
                 print(f"edgekv: {generator.session.path}: {problem}", file=sys.stderr)
@@ -251,16 +264,9 @@ def _saved_when_interrupted(generator: Generator) -> Iterator[None]:
         raise
 
 
-def _system_tokens(generator: Generator, messages: list[dict[str, str]]) -> int:
-    """Return with how many tokens every conversation begins that has this system message."""
-    from edgekv.runtime.sessions.restore import common_prefix
-
+def _check_system(messages: list[dict[str, str]]) -> None:
     if not messages or messages[0]["role"] != "system":
         raise UsageError("--pin-prompt with --chat pins the system message: give one with --system")
-    first, second = (
-        generator.text.encode_chat([messages[0], {"role": "user", "content": word}]) for word in ("a", "1")
-    )
-    return common_prefix(first, second)
 
 
 def _print_stream(stream: Callable[[Progressed], Iterator[str]], console: Console, said: list[str]) -> None:

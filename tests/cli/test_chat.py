@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from edgekv.cli.chat import converse
+from edgekv.cli.chat import Manner, converse
+from edgekv.cli.sampling import chosen
 from edgekv.errors import StoreError
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
@@ -60,7 +61,7 @@ def test_a_message_that_is_too_long_does_not_stay_in_the_session(bundle: Bundle,
     refused = chat(bundle("demo"), LONG, *options)
     assert refused.returncode == 2
     assert refused.stderr.count(b"\n") == 1
-    assert b"shorten it, begin another conversation with /new, or raise --context" in refused.stderr
+    assert b"shorten it, begin another conversation with /clear, or raise --context" in refused.stderr
     after = chat(bundle("demo"), "Who am I?\n", *options)
     assert after.returncode == 0, after.stderr
     assert len(after.stdout.splitlines()) == 1
@@ -75,13 +76,13 @@ def test_a_message_whose_answer_fails_does_not_stay_in_the_sessions_text(
     options = RunOptions(session=SessionOptions(session), context=400)
     with Generator.open(bundle("demo"), options) as generator:
 
-        def fails(tokens: list[int], max_tokens: int, _: list[str]) -> None:
-            next(generator.tokens(tokens, max_tokens=max_tokens))
+        def fails(tokens: list[int], pinned: int, _: list[str]) -> None:
+            next(generator.tokens(tokens, max_tokens=9))
             raise StoreError("flash is gone")
 
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Who am I?\n")))
         with pytest.raises(StoreError, match="flash is gone"):
-            converse(generator, fails, Console(), None, context=400, max_tokens=9)
+            converse(generator, fails, Console(), None, context=400, manner=Manner(chosen({}, None, None), 9))
     assert contents(session)["tokens"] == before
 
 
@@ -104,10 +105,10 @@ def test_what_continue_adds_to_an_answer_is_part_of_the_conversation(bundle: Bun
 
 
 def test_a_terminal_goes_on_after_every_kind_of_line(bundle: Bundle) -> None:
-    lines = [LONG[:2001], "/help", "/nonsense", "Who am I?", "/new", "And now?", "/exit"]
+    lines = [LONG[:2001], "/help", "/nonsense", "Who am I?", "/clear", "And now?", "/exit"]
     code, shown = typed(bundle("demo"), lines, "--context", "300")
     assert code == 0
-    assert "shorten it, begin another conversation with /new" in shown
+    assert "shorten it, begin another conversation with /clear" in shown
     assert "forget the conversation" in shown
     assert "/nonsense is no command, and was not sent" in shown
     assert "A new conversation." in shown
@@ -144,14 +145,14 @@ def test_a_small_context_shortens_answers_until_it_is_full(bundle: Bundle) -> No
 
 
 def test_a_conversation_through_a_pipe_that_begins_anew_has_no_end(bundle: Bundle) -> None:
-    result = chat(bundle("demo"), "Hello\n/new\n" * 6, "--context", "40", "--json")
+    result = chat(bundle("demo"), "Hello\n/clear\n" * 6, "--context", "40", "--json")
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 6
 
 
 def test_a_conversation_that_was_forgotten_does_not_come_back_with_its_session(bundle: Bundle, tmp_path: Path) -> None:
     session = tmp_path / "chat.kv"
-    for lines in ("my secret is 42\n", "/new\n/exit\n", "hello\n"):
+    for lines in ("my secret is 42\n", "/clear\n/exit\n", "hello\n"):
         assert chat(bundle("demo"), lines, "--session", session, "-n", "3").returncode == 0
     assert contents(session)["messages"][0]["content"] == "hello"
 
@@ -187,3 +188,59 @@ def test_a_closed_stdin_is_one_line(bundle: Bundle) -> None:
         result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
         assert result.returncode == 2
         assert result.stderr.startswith("edgekv: stdin is closed")
+
+
+def test_the_system_message_can_be_set_and_shown_and_survives_clear(bundle: Bundle, tmp_path: Path) -> None:
+    session = tmp_path / "chat.kv"
+    lines = "/system\n/system Be brief.\nHello\n/clear\nWho?\n/system Be long.\n/system\n"
+    result = chat(bundle("demo"), lines, "--session", session, "--json")
+    assert result.returncode == 0, result.stderr
+    assert b"There is no system message." in result.stderr
+    assert result.stderr.rstrip().endswith(b"Be long.")
+    assert [m["content"] for m in contents(session)["messages"] if m["role"] != "assistant"] == ["Be long.", "Who?"]
+
+
+def test_a_conversation_that_was_saved_goes_on_where_it_is_loaded(bundle: Bundle, tmp_path: Path) -> None:
+    file, other = tmp_path / "talk.json", tmp_path / "other.txt"
+    other.write_text("not a conversation")
+    first = chat(bundle("demo"), f"/system Be brief.\nHello\n/save {file}\nWho am I?\n", "--json")
+    assert first.returncode == 0, first.stderr
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [m["role"] for m in json.loads(file.read_text())] == ["system", "user", "assistant"]
+    again = chat(bundle("demo"), f"/load {file}\nWho am I?\n/save {file}\n", "--json")
+    assert json.loads(again.stdout)["text"] == json.loads(first.stdout.splitlines()[1])["text"]
+    assert len(json.loads(file.read_text())) == 5
+    for line, words in (
+        (f"/save {other}", "holds no conversation"),
+        (f"/load {other}", "holds no conversation"),
+        (f"/load {tmp_path}/gone.json", "No such file"),
+        ("/load", "say which file: /load FILE"),
+        ("/clear all", "nothing follows /clear"),
+    ):
+        refused = chat(bundle("demo"), line + "\n")
+        assert refused.returncode == 2
+        assert words in refused.stderr.decode()
+        assert refused.stderr.count(b"\n") == 1
+    assert other.read_text() == "not a conversation"
+
+
+def test_a_saved_question_is_answered_where_it_is_loaded(bundle: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps([{"role": "user", "content": "Hello"}]))
+    asked = chat(bundle("demo"), f"/load {file}\n", "--json")
+    assert json.loads(asked.stdout)["text"] == json.loads(chat(bundle("demo"), "Hello\n", "--json").stdout)["text"]
+
+
+def test_how_answers_are_made_can_be_changed_in_between(bundle: Bundle) -> None:
+    lines = "Hello\n/set temperature 0.7\n/set max-tokens 3\n/set seed 5\nHello again\n/set\n/stats\n"
+    result = chat(bundle("demo"), lines, "--json")
+    assert result.returncode == 0, result.stderr
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert (first["sampling"]["temperature"], first["answer_tokens"]) == (0, 6)
+    assert (second["sampling"]["temperature"], second["answer_tokens"], second["seed"]) == (0.7, 3, 5)
+    assert second["sampling"]["from"]["temperature"] == "option"
+    assert b"temperature 0.7; answers of 3 tokens at the most" in result.stderr
+    assert b"peak memory" in result.stderr
+    for line, words in (("/set top_p 2", "/set top_p must be"), ("/set heat 1", "there is no such setting")):
+        refused = chat(bundle("demo"), line + "\n")
+        assert (refused.returncode, words in refused.stderr.decode()) == (2, True)
