@@ -6,6 +6,7 @@ goes. What is in it survives a restart and a kill: a page counts once its record
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -78,9 +79,11 @@ class Library:
             raise StoreError(
                 f"cannot use the cache folder {folder}: {error.strerror}; choose another --cache-dir"
             ) from error
-        self._lock = _take(self.folder)
+        self._held = contextlib.ExitStack()
         try:
+            self._held.callback(os.close, _take(self.folder))
             self._index = LibraryIndex(self.folder / INDEX)
+            self._held.callback(self._index.close)
             cipher = self._meet(key, secret)
             self.store = SegmentStore(
                 self.folder,
@@ -91,8 +94,9 @@ class Library:
                 name=f"the cache of requests {self.folder}",
                 when_full="free some space, or choose another --cache-dir",
             )
+            self._held.callback(self.store.close)
         except BaseException:
-            os.close(self._lock)
+            self._held.close()
             raise
         self._number = 0
         self._owned: set[int] = set()
@@ -254,6 +258,15 @@ class Library:
         self._number += 1
         return self._number
 
+    def check(self) -> None:
+        """Assert that what is kept is accounted for."""
+        items = [item for item, _ in self.tree.items()]
+        records = [record for item in items for record in item.records]
+        assert len(records) == len(set(records)), "a record belongs to two"
+        assert self._owned >= set(records)
+        assert self.used_bytes == len(records) * self.spec.record_bytes
+        assert self.entries == len(items)
+
     # -- durability ------------------------------------------------------------------------------------------------
 
     def _mark(self) -> None:
@@ -293,9 +306,7 @@ class Library:
         try:
             self.commit()
         finally:
-            self._index.close()
-            self.store.close()
-            os.close(self._lock)
+            self._held.close()
 
 
 def _take(folder: Path) -> int:

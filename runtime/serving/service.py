@@ -193,7 +193,7 @@ class Service:
 
     @property
     def text(self) -> Text:
-        """The tokenizer and chat template of the bundle; for one thread at a time, beside the service's own."""
+        """The tokenizer and chat template of the bundle; one thread may use them beside the service's own."""
         return self._first.text
 
     @property
@@ -223,7 +223,8 @@ class Service:
         with self._changed:
             if self._closing:
                 raise UsageError("this service was closed")
-            if len(self._waiting) >= self.options.queue:
+            free = len(self._seats) - len(self._busy())
+            if len(self._waiting) >= self.options.queue + free:
                 raise TooBusy(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.append(asked)
             self._changed.notify()
@@ -387,6 +388,8 @@ class Service:
                 answer.cancel()
             elif not answer.over:
                 step(answer)
+        except EdgeKVError as error:  # such as of a constraint
+            answer.fail(error)
         except Exception as error:
             _log.exception("an answer ended with an error that is a bug")
             answer.fail(

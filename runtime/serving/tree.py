@@ -147,7 +147,7 @@ class Tree:
 
     def resume_clock(self) -> None:
         """Count on from the last use of what was read from an index."""
-        items = [item for item, _ in self._items()]
+        items = [item for item, _ in self.items()]
         self._clock = max((item.used for item in items), default=0)
 
     def remove(self, item: Node | Turn) -> list[Node | Turn]:
@@ -176,7 +176,7 @@ class Tree:
         The caller removes each before it takes the next.
         """
         number = itertools.count()
-        heap = [(item.used, next(number), item) for item, free in self._items() if free]
+        heap = [(item.used, next(number), item) for item, free in self.items() if free]
         heapq.heapify(heap)
         while heap:
             used, _, item = heapq.heappop(heap)
@@ -185,7 +185,8 @@ class Tree:
             if node is not None and node.parent is not None and _is_free(node):
                 heapq.heappush(heap, (max(used, node.used), next(number), node))
 
-    def _items(self) -> Iterator[tuple[Node | Turn, bool]]:
+    def items(self) -> Iterator[tuple[Node | Turn, bool]]:
+        """Yield every page and turn, and whether nothing is behind it and no sequence holds it."""
         pending = list(self._roots.values())
         while pending:
             node = pending.pop()
@@ -195,9 +196,6 @@ class Tree:
                 yield turn, True
             for children in node.children.values():
                 pending += children
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self._items())
 
 
 def _is_free(node: Node) -> bool:
