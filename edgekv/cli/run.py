@@ -124,7 +124,7 @@ def run_command(
     console = stderr()
     budget: int | str | None = kv_budget
     if profile:
-        budget = _profile_budget(profile, bundle, console, quiet=quiet)
+        budget = profile_budget(profile, bundle, console, quiet=quiet)
     _say_if_foreign(bundle)
     options = RunOptions(
         kv_budget=budget, kv=kv, context=context, policy=policy, allow_drop=allow_drop, attend=attend,
@@ -226,7 +226,12 @@ def _messages(system: str | None, prompt: str | None) -> list[dict[str, str]]:
     return [*said, {"role": "user", "content": prompt}]
 
 
-def _profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -> int:
+def profile_budget(name: str, bundle: Path, console: Console, *, quiet: bool) -> int:
+    """Return the bytes that a device has for keys and values beside the weights of a bundle, and print how they come about.
+
+    Raises:
+        ProfileError: there is no such device, or it has too little.
+    """
     from edgekv.device_profiles import kv_budget, load
     from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES
 
