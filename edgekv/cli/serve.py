@@ -17,7 +17,7 @@ from edgekv.schema import shown
 
 from .interrupt import Interrupted
 from .options import option, whole
-from .output import stderr
+from .output import print_json_line, stderr
 from .run import profile_budget
 from .sampling import chosen
 
@@ -63,6 +63,7 @@ def serve_command(
     repetition_penalty: Annotated[float | None, option(settings.REPETITION_PENALTY, "--repetition-penalty", help="Above 1 makes repeated tokens less likely.")] = None,
     threads: Annotated[int | None, option(settings.THREADS, "--threads", help="Default: the cores of this process, 4 at the most.")] = None,
     prefill_chunk: Annotated[int, option(settings.PREFILL_CHUNK, "--prefill-chunk", help="Tokens of a prompt that are read at once; others wait as long.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print where it answers as a JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line for each request on stderr.")] = False,
 ) -> None:  # fmt: skip
     """Answer programs over HTTP, in the words of the OpenAI API, and people with a page. Ctrl-C ends it."""
@@ -99,7 +100,13 @@ def serve_command(
         max_write_per_day=max_write_per_day,
     )  # fmt: skip
     serving = ServiceOptions(
-        run, parallel, queue, cache_dir, cache_limit, find_secret(key_file) if encrypt or key_file else None, exact
+        run,
+        parallel=parallel,
+        queue=queue,
+        cache_dir=cache_dir,
+        cache_limit_bytes=cache_limit,
+        secret=find_secret(key_file) if encrypt or key_file is not None else None,
+        exact=exact,
     )
     with listen(host, port) as listener:
         service = Service(bundle, serving)
@@ -111,10 +118,11 @@ def serve_command(
                     f"edgekv: everyone who reaches {host} may ask; --api-key-file names those who may", file=sys.stderr
                 )
             server = Server(Face(service, bundle, options), listener)
-            print(
-                f"{options.names[0]} answers at {address_of(listener, host)} (a page for people, /v1 for programs)",
-                flush=True,
-            )
+            url = address_of(listener, host)
+            if as_json:
+                print_json_line({"url": url, "models": options.names, "context": service.context})
+            else:
+                print(f"{options.names[0]} answers at {url} (a page for people, /v1 for programs)", flush=True)
             try:
                 server.wait()
             except Interrupted:

@@ -28,7 +28,7 @@ def process(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], str
     try:
         assert started.stdout is not None
         line = started.stdout.readline()
-        found = re.search(r"http://\S+", line)
+        found = re.search(r"http://[^\s\"]+", line)
         assert found, line + (started.communicate()[1] if started.poll() is not None else "")
         yield started, found[0]
     finally:
@@ -108,6 +108,11 @@ def test_what_it_cannot_begin_with_is_one_line(demo: Path, tmp_path: Path) -> No
             assert code == 2, line
             assert line.count("\n") == 1
             assert said in line
+
+
+def test_json_says_where_it_answers(demo: Path) -> None:
+    with process(demo, "--context", "256", "--json", "--model-name", "tiny") as (_, url):
+        assert client(url).models.retrieve("tiny").id == "tiny"
 
 
 def test_everyone_may_ask_where_no_key_is_said_and_that_is_said(demo: Path) -> None:
