@@ -76,7 +76,6 @@ class LibraryKeeper:
         """
         owner, library = self._next_owner, self._library
         in_ram, found = self.reuse(owner, prompt), library.find(owner, prompt)
-        self._cache = cache
         if in_ram >= found.count and in_ram:
             if self._goes_on(prompt):
                 self._turn = None
@@ -84,7 +83,7 @@ class LibraryKeeper:
             count, steps = self._cut(in_ram)
         else:
             self.leave()
-            self._owner = owner
+            self._cache, self._owner = cache, owner
             count, steps = self._take(found, len(prompt) - 1)
         self._sequence, self._steps = list(prompt[:count]), steps
         return count, steps
@@ -93,8 +92,8 @@ class LibraryKeeper:
         """Keep the first tokens in the cache, which a fresh run computes alike."""
         assert self._cache is not None
         self._turn = None
-        self._let_go(count // self._spec.page_size)
         self._cache.truncate(count)
+        self._let_go(count // self._spec.page_size)
         return count, self._library.tree.steps_of(Found(count))
 
     def _take(self, found: Found, wanted: int) -> tuple[int, Steps]:
@@ -102,6 +101,7 @@ class LibraryKeeper:
         cache, library, size = self._cache, self._library, self._spec.page_size
         assert cache is not None
         cache.truncate(0)
+        self._let_go(0)
         if not found.count:
             return 0, Steps(size)
         library.use(found)
@@ -126,12 +126,12 @@ class LibraryKeeper:
                 damaged, count = path[behind], steps.keep(behind * size, -1)
             _log.warning("a page of %s is damaged; the tokens from %d on are computed again", library.folder, count)
             library.remove(damaged)
-        self._let_go(count // size)
         cache.truncate(count)
+        self._let_go(count // size)
         return count, steps
 
     def _let_go(self, n_pages: int) -> None:
-        """Hold the first pages of the path alone."""
+        """Hold the first pages of the path alone; the others are not in the cache any more, so that their records may go."""
         for node in self._path[n_pages:]:
             self._library.release(node)
         del self._path[n_pages:]
@@ -161,7 +161,9 @@ class LibraryKeeper:
         pages = [self._key(page) for page in range(n_kv // size)]
         same = 0
         for node, key in zip(self._path, pages, strict=False):
-            if (node.tokens, node.cuts) != key or node.gone:
+            if node.gone:  # damage was found in it; its records stay as long as this cache has it
+                return
+            if (node.tokens, node.cuts) != key:
                 break
             same += 1
         self._let_go(same)
@@ -219,9 +221,8 @@ class LibraryKeeper:
                     library.add_open(turn, self._owner, tuple(records))
                 except StoreError as error:
                     _log.warning("what a request left is not kept: %s", error)
-        self._turn = None
+        self._turn = self._cache = None
         self._sequence = []
-        self._let_go(0)
 
     def abandon(self) -> None:
         """Let go as the end of the process would."""

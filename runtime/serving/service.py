@@ -329,7 +329,8 @@ class Service:
             with self._changed:
                 for asked in [asked for asked in self._waiting if asked.cancelled]:
                     self._waiting.remove(asked)
-                    asked.deliver(Finished("cancelled", len(asked.prompt), 0, 0))
+                    self._counts.requests["cancelled"] += 1
+                    asked.deliver(Finished("cancelled", 0, 0, 0))
                 free = [seat for seat in self._seats if seat.answer is None]
                 if not free or not self._waiting:
                     return

@@ -389,7 +389,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(bundle: Bundle, tmp_path:
                 asked.append(Asked(service, Request(tuple(tokens(200, seed)), max_tokens=5)))
             except TooBusy as error:
                 refused.append(str(error))
-        assert refused[0] == "2 requests are waiting already; try again later"
+        assert refused[0].endswith("requests are waiting already; try again later")
         for one in asked:
             one.end  # noqa: B018
     with pytest.raises(UsageError, match="was closed"):
