@@ -37,3 +37,11 @@ class PressureMode(str, enum.Enum):
 
     AUTO = "auto"  #: what the system says is watched
     IGNORE = "ignore"
+
+
+class Together(str, enum.Enum):
+    """Whether the next tokens of several answers are computed in one step."""
+
+    AUTO = "auto"  #: where each then gets the same bits as alone, which is tried at the start
+    ALWAYS = "always"  #: faster; the last bits of an answer may depend on what else is answered
+    NEVER = "never"

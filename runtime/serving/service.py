@@ -7,7 +7,6 @@ a short request waits for a step of a long prompt, never for all of it.
 from __future__ import annotations
 
 import contextlib
-import enum
 import functools
 import itertools
 import logging
@@ -23,7 +22,7 @@ from edgekv.errors import BudgetError, EdgeKVError, EngineError, TooBusy, UsageE
 from edgekv.files import make_folder
 from edgekv.scratch import ScratchFolder
 from edgekv.settings import MAX_WRITE_PER_DAY, token_row
-from edgekv.tiers import KVMode
+from edgekv.tiers import KVMode, Together
 
 from ..generate import Generator
 from ..options import RunOptions, answer_room
@@ -43,14 +42,6 @@ COMMIT_S = 2.0
 #: So often it is seen anew what the service is doing.
 LOOK_S = 0.2
 _log = logging.getLogger(__name__)
-
-
-class Together(str, enum.Enum):
-    """Whether the next tokens of several answers are computed in one step."""
-
-    AUTO = "auto"  #: where each then gets the same bits as alone, which is tried at the start
-    ALWAYS = "always"  #: faster; the last bits of an answer may depend on what else is answered
-    NEVER = "never"
 
 
 @dataclass(frozen=True)

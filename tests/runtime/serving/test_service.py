@@ -24,8 +24,8 @@ from edgekv.runtime.generate import Generator
 from edgekv.runtime.options import RunOptions
 from edgekv.runtime.sampling import SamplingOptions
 from edgekv.runtime.serving.request import Event, Failed, Finished, Piece, Reading, Request
-from edgekv.runtime.serving.service import Service, ServiceOptions, Together
-from edgekv.tiers import KVMode
+from edgekv.runtime.serving.service import Service, ServiceOptions
+from edgekv.tiers import KVMode, Together
 
 Bundle = Callable[..., Path]
 #: Pages of 16 tokens, steps of 32: short prompts have several of both.
