@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import os
+import pickle
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,18 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 # A deadline would fail whoever waits for the processor.
 hypothesis.settings.register_profile("edgekv", hypothesis.settings.default, deadline=None)
 hypothesis.settings.load_profile("edgekv")
+
+
+def seldom(cases: Iterable[Any], *, but: Collection[Any], mark: pytest.MarkDecorator = pytest.mark.slow) -> list[Any]:
+    """Return the cases of a parametrised test, those with ``mark`` for which one of ``but`` stands in kind in every run.
+
+    Args:
+        cases: a tuple is a value for each of several names.
+    """
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else [case]), marks=[] if case in but else mark)
+        for case in cases
+    ]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,9 +76,46 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 
 
 @pytest.fixture(scope="session")
-def bundle(once: Once) -> Callable[..., Path]:
+def traces(once: Once) -> None:
+    """Let all processes of the suite share what torch.onnx made of a segment: seconds for each structure."""
+    from edgekv.export.onnx import pieces
+
+    trace = pieces._export_segment
+
+    @functools.cache
+    def shared(*structure: Any) -> pieces.Piece:
+        def make(folder: Path) -> None:
+            folder.mkdir()
+            (folder / "piece").write_bytes(pickle.dumps(trace(*structure)))
+
+        key = hashlib.blake2b(repr(structure).encode(), digest_size=8).hexdigest()
+        piece: pieces.Piece = pickle.loads((once(f"piece-{key}", make) / "piece").read_bytes())
+        return piece
+
+    pieces._export_segment = shared
+
+
+@pytest.fixture(scope="session")
+def put_shim(once: Once) -> Callable[[Path], None]:
+    """Return a function that puts the interface to ExecuTorch into a cache folder, where a compiler made it once for all."""
+    from edgekv.runtime.engines.executorch.build import NoShim, built_shim, package_folder
+
+    def make(folder: Path) -> None:
+        with built_shim(package_folder(), folder):
+            pass
+
+    def put(cache: Path) -> None:
+        with contextlib.suppress(NoShim):  # without a compiler the engine goes its other way
+            shutil.copytree(once("shim", make) / "executorch", cache / "executorch", dirs_exist_ok=True)
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def bundle(once: Once, traces: None, put_shim: Callable[[Path], None]) -> Callable[..., Path]:
     """Return a function that exports a source and gives the bundle's folder, to be read and not to be changed."""
     from edgekv.export import export_model
+    from edgekv.runtime.generate import cache_home
 
     def get(
         source: str | Path,
@@ -87,7 +139,10 @@ def bundle(once: Once) -> Callable[..., Path]:
                 calibration="none",
             )
 
-        return once(f"bundle-{hashlib.blake2b(repr(key).encode(), digest_size=8).hexdigest()}", make)
+        folder = once(f"bundle-{hashlib.blake2b(repr(key).encode(), digest_size=8).hexdigest()}", make)
+        if engine == "executorch":
+            put_shim(cache_home())
+        return folder
 
     return get
 
@@ -240,8 +295,12 @@ MODEL_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm4": ("glm4", {"std": 0.06, "seed": 2}),
 }
+#: Of the further types, those with operators that the others do not have.
+OWN_OPERATORS = ("gemma2", "starcoder2")
+#: Those that every run takes through an engine, in both forms: the plain one, a window, biases, and layers of two kinds.
+ALWAYS = ("llama", "mistral-window", "qwen2-bias", "gemma3")
 #: All of them, for tests that export for an engine.
-EXPORTED = [*VARIANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MODEL_TYPES)]
+EXPORTED = seldom([*VARIANTS, *MODEL_TYPES], but=ALWAYS)
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,7 @@ def test_a_quarter_of_the_memory_gives_the_same_text_from_a_prompt_of_two_thousa
     assert tight["cache"]["budget_bytes"] * 4 <= 1.01 * (roomy["prefill_tokens"] + 48) * 2048 + 4096
 
 
-@pytest.mark.parametrize("n_tokens", [512, 4096])
+@pytest.mark.parametrize("n_tokens", [512, pytest.param(4096, marks=pytest.mark.slow)])
 def test_peak_memory_stays_within_weights_budget_and_the_overhead_that_the_readme_states(
     n_tokens: int, bundle: Bundle, tmp_path: Path
 ) -> None:

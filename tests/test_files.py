@@ -299,9 +299,11 @@ class Shim:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Shim:
+def compiled(tmp_path_factory: pytest.TempPathFactory, put_shim: Callable[[Path], None]) -> Shim:
     pytest.importorskip("executorch", reason="the extra `executorch` is not installed")
-    return Shim(tmp_path_factory.mktemp("compiled"))
+    cache = tmp_path_factory.mktemp("compiled")
+    put_shim(cache)
+    return Shim(cache)
 
 
 @pytest.fixture

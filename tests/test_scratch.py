@@ -128,7 +128,8 @@ def test_what_was_to_be_replaced_is_back_after_a_kill_between_the_two_renames(tm
     assert list(tmp_path.iterdir()) == [tmp_path / "target"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_export_that_was_ended_leaves_nothing_once_the_next_one_has_begun(
     number: signal.Signals, tmp_path: Path
 ) -> None:

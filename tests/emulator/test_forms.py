@@ -22,15 +22,15 @@ needs_executorch = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("engine", "form"),
     [
-        ("onnx", "inline"),
+        pytest.param("onnx", "inline", marks=pytest.mark.slow),
         pytest.param("executorch", "split", marks=[needs_executorch, pytest.mark.slow]),
         pytest.param("executorch", "inline", marks=[needs_executorch, pytest.mark.slow]),
     ],
 )
 def test_a_device_changes_time_and_no_token_of_any_engine_and_form(
-    engine: str, form: str, bundle: Callable[..., Path], checkpoint: Callable[[str], Path], tmp_path: Path
+    engine: str, form: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = bundle(checkpoint("llama"), engine=engine, form=form)
+    folder = bundle("demo", engine=engine, form=form)
     options = RunOptions(prefixes=False, context=512, kv=KVMode.INT8, offload=tmp_path)
     with Generator.open(folder, options) as plain:
         expected = list(plain.tokens(PROMPT, max_tokens=12))

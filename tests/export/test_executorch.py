@@ -47,11 +47,12 @@ def eager(checkpoint: Checkpoint, index: int, weights: str, operators: str) -> t
     ("weights", "operators", "variant", "rows"),
     [
         pytest.param("int4", "xnnpack", "qwen3-qk-norm", 1, marks=pytest.mark.slow),
-        pytest.param("int8", "xnnpack", "qwen3-qk-norm", 1, marks=pytest.mark.slow),
-        pytest.param("fp32", "xnnpack", "qwen3-qk-norm", 1, marks=pytest.mark.slow),
-        ("int4", "edgekv", "qwen3-qk-norm", 1),
-        ("int4", "edgekv", "qwen2-bias", 40),
-        ("int4", "edgekv", "gemma3", 3),
+        pytest.param("int8", "xnnpack", "qwen3-qk-norm", 1, marks=pytest.mark.exhaustive),
+        pytest.param("fp32", "xnnpack", "qwen3-qk-norm", 1, marks=pytest.mark.exhaustive),
+        # test_engines.py takes this program through the runtime in every run.
+        pytest.param("int4", "edgekv", "qwen3-qk-norm", 1, marks=pytest.mark.exhaustive),
+        pytest.param("int4", "edgekv", "qwen2-bias", 40, marks=pytest.mark.slow),
+        pytest.param("int4", "edgekv", "gemma3", 3, marks=pytest.mark.slow),
     ],
 )
 def test_every_segment_computes_what_its_eager_reference_does(
@@ -121,7 +122,7 @@ def pair(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     ("weights", "operators"),
     [
         ("int4", "xnnpack"),
-        ("int4", "edgekv"),
+        pytest.param("int4", "edgekv", marks=pytest.mark.exhaustive),
         pytest.param("int8", None, marks=pytest.mark.exhaustive),
         pytest.param("fp32", None, marks=pytest.mark.exhaustive),
     ],

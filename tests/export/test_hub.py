@@ -128,9 +128,16 @@ def test_a_name_on_the_hub_is_exported_as_its_folder_is_and_needs_the_hub_once(
     [
         ("nobody/nothing", {}, "is no folder or file here, and the Hugging Face hub has no such model"),
         ("gated/model", {}, "asks for a licence to be accepted"),
-        (f"{NAME}@other", {}, "has the model, but not this revision or file"),
-        (f"{NAME}/model-Q8_0.gguf", {}, "has the model, but not this revision or file"),
-        (NAME, {"HF_HUB_OFFLINE": "1"}, "was not downloaded before, and the Hugging Face hub cannot be reached"),
+        pytest.param(f"{NAME}@other", {}, "has the model, but not this revision or file", marks=pytest.mark.slow),
+        pytest.param(
+            f"{NAME}/model-Q8_0.gguf", {}, "has the model, but not this revision or file", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            NAME,
+            {"HF_HUB_OFFLINE": "1"},
+            "was not downloaded before, and the Hugging Face hub cannot be reached",
+            marks=pytest.mark.slow,
+        ),
         (NAME, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hugging Face hub cannot be reached"),
     ],
 )

@@ -19,6 +19,7 @@ from edgekv.export.rounding import Calibration, Compensator, compensate, symmetr
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.tiers import KVMode
 from tests.checkpoints import TEXT, make_checkpoint
+from tests.conftest import seldom
 
 HELD_OUT = Path(__file__).resolve().parents[2] / "benchmarks" / "quality" / "held_out" / "moby_dick.txt"
 
@@ -94,9 +95,7 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
 UNUSUAL = {"arcee": {"hidden_act": "relu2"}, "gemma2": {"hidden_act": "gelu_pytorch_tanh"}, "cohere2": {}}
 
 
-@pytest.mark.parametrize(
-    "family", ["mistral", "qwen3", "smollm3", *(pytest.param(family, marks=pytest.mark.slow) for family in UNUSUAL)]
-)
+@pytest.mark.parametrize("family", seldom(["mistral", "qwen3", "smollm3", *UNUSUAL], but=["mistral"]))
 def test_the_calibration_text_goes_through_the_decoder_as_the_checkpoint_has_it(tmp_path: Path, family: str) -> None:
     changes: dict[str, Any] = {"sliding_window": 24} if family == "mistral" else UNUSUAL.get(family, {})
     checkpoint = open_checkpoint(make_checkpoint(tmp_path, family, num_hidden_layers=4, **changes))

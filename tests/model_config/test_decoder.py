@@ -17,6 +17,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from edgekv.errors import ConfigError, UsageError
 from edgekv.export.config import decoder_config
 from edgekv.model_config import ARCHITECTURES, TEXT_PARTS, read_model_config
+from tests.conftest import seldom
 from tests.model_config.oracle import built_by_transformers, read_by_edgekv
 
 #: What makes sense for a model type instead of what is in FULL.
@@ -199,8 +200,7 @@ NULL_BREAKS_TRANSFORMERS = [
 ]
 
 #: Of the other model types every key is changed in slow tests: seconds each.
-_ALWAYS = ("llama", "qwen2")
-EVERY_KEY = [pytest.param(kind, marks=[] if kind in _ALWAYS else pytest.mark.slow) for kind in ARCHITECTURES]
+EVERY_KEY = seldom(ARCHITECTURES, but=("llama",))
 
 
 def full(kind: str) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def test_a_key_left_out_or_changed_means_what_it_means_to_transformers_or_is_ref
             assert_same_or_refused_by_name({**full(kind), key: value}, key)
 
 
-@pytest.mark.parametrize("kind", EVERY_KEY)
+@pytest.mark.parametrize("kind", seldom(ARCHITECTURES, but=("llama",), mark=pytest.mark.exhaustive))
 def test_a_value_of_the_wrong_kind_is_refused_in_one_line_unless_transformers_takes_it_too(kind: str) -> None:
     for key in ARCHITECTURES[kind].defaults:
         for value in NONSENSE:

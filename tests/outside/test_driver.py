@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,15 @@ Run = Callable[..., dict[str, Any]]
 Bundle = Callable[..., Path]
 
 
-def cases(*names: str) -> pytest.MarkDecorator:
-    """Parametrise a test with these cases. Those of ExecuTorch take a minute or two to export: CI drives one of them."""
+def cases(*names: str, always: Collection[str], mark: pytest.MarkDecorator = pytest.mark.slow) -> pytest.MarkDecorator:
+    """Parametrise a test with these cases, those with ``mark`` that are not in ``always``.
+
+    Those of ExecuTorch take a minute or two to export: CI drives one of them.
+    """
 
     def marks(name: str) -> list[pytest.MarkDecorator]:
         if not name.startswith("executorch"):
-            return []
+            return [] if name in always else [mark]
         return [pytest.mark.slow if name == "executorch, one layer" else pytest.mark.exhaustive]
 
     return pytest.mark.parametrize("case", [pytest.param(name, marks=marks(name)) for name in names])
@@ -200,7 +203,7 @@ def compare(case: str, tokens: int, answer: int, folder: Path, driver: Run, tmp_
     same(theirs, crossed)
 
 
-@cases(*CASES)
+@cases(*CASES, always=("demo", "window"))
 def test_tokens_pages_and_sessions_are_those_of_edgekv_run(
     case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
 ) -> None:
@@ -208,7 +211,11 @@ def test_tokens_pages_and_sessions_are_those_of_edgekv_run(
 
 
 @pytest.mark.slow
-@cases(*[name for name in CASES if name != "executorch, one layer"])  # whose context is short
+@cases(
+    *[name for name in CASES if name != "executorch, one layer"],  # whose context is short
+    always=("demo", "window"),
+    mark=pytest.mark.exhaustive,
+)
 def test_two_thousand_tokens_are_those_of_edgekv_run(
     case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
 ) -> None:
@@ -235,7 +242,7 @@ def ranges(spans: list[range]) -> str:
     return ",".join(f"{span.start}:{span.stop}" for span in spans)
 
 
-@cases("window", "qk-norm", "executorch, window", "executorch, qk-norm")
+@cases("window", "qk-norm", "executorch, window", "executorch, qk-norm", always=("window",))
 @pytest.mark.parametrize(
     "pruned",
     [
@@ -272,7 +279,7 @@ def test_pruned_tokens_are_seen_by_nobody_and_stay_pruned(
     same(mine, crossed)
 
 
-@cases("qk-norm", "executorch, qk-norm")
+@cases("qk-norm", "executorch, qk-norm", always=("qk-norm",))
 @pytest.mark.parametrize("pruned", [[], [range(3, 20), range(250, 290)], [range(290, 300)]], ids=ranges)
 def test_a_session_whose_last_token_is_known_is_computed_again_from_where_a_step_began(
     pruned: list[range], case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
@@ -285,7 +292,7 @@ def test_a_session_whose_last_token_is_known_is_computed_again_from_where_a_step
     same(mine, theirs)
 
 
-@cases("qk-norm", "executorch, qk-norm")
+@cases("qk-norm", "executorch, qk-norm", always=("qk-norm",))
 @pytest.mark.parametrize("more", ["", " and then"])
 def test_a_session_without_its_open_page_is_resumed_as_edgekv_does_it(
     more: str, case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
@@ -305,7 +312,7 @@ def test_a_session_without_its_open_page_is_resumed_as_edgekv_does_it(
     same(mine, theirs)
 
 
-@cases("qk-norm", "executorch, qk-norm")
+@cases("qk-norm", "executorch, qk-norm", always=("qk-norm",))
 def test_another_prompt_takes_what_it_shares_with_the_session(
     case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from edgekv.runtime.options import SessionOptions
 from edgekv.runtime.sessions.folder import read_state
 from edgekv.runtime.sessions.tools import contents, verify
 from edgekv.runtime.storage.segments import segment_paths
+from tests.conftest import seldom
 
 DATA = Path(__file__).parents[1] / "data"
 BUNDLE = DATA / "bundle-1"
@@ -87,7 +88,7 @@ def test_it_reads_what_edgekv_wrote() -> None:
     assert {kind for _, _, kind in payloads(path, found.shape)} == {0, 1, 2}
 
 
-@pytest.mark.parametrize("count", [17, 32, 33, 40])
+@pytest.mark.parametrize("count", seldom([17, 32, 33, 40], but=[32, 33]))
 def test_what_it_writes_has_the_bytes_of_edgekv_and_goes_on_alike(count: int, tmp_path: Path) -> None:
     make(tmp_path / "theirs.kv", count)
     found = read_session(tmp_path / "theirs.kv")

@@ -21,7 +21,7 @@ from edgekv.runtime.sampling import SamplingOptions
 from edgekv.runtime.storage.flash import FlashStore
 from edgekv.tiers import KVMode, Tier
 from tests.checkpoints import load_reference
-from tests.conftest import EXPORTED
+from tests.conftest import ALWAYS, MODEL_TYPES, OWN_OPERATORS, VARIANTS, seldom
 
 Bundle = Callable[..., Path]
 
@@ -37,7 +37,15 @@ def generate(folder: Path, tokens: list[int], count: int, **options: object) -> 
 
 
 @pytest.mark.parametrize("form", ["split", "inline"])
-@pytest.mark.parametrize("variant", EXPORTED)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *seldom(VARIANTS, but=ALWAYS),
+        # The others differ in what is exported: test_parity.py takes them through both forms.
+        *(pytest.param(name, marks=pytest.mark.slow) for name in OWN_OPERATORS),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MODEL_TYPES if name not in OWN_OPERATORS),
+    ],
+)
 def test_logits_and_greedy_tokens_equal_those_of_transformers(
     variant: str, form: str, checkpoint: Callable[[str], Path], bundle: Bundle
 ) -> None:

@@ -24,6 +24,7 @@ from edgekv.runtime.sessions.tools import contents
 from edgekv.runtime.text import REPLACEMENT
 from edgekv.tiers import KVMode
 from tests.checkpoints import make_checkpoint
+from tests.conftest import seldom
 from tests.tokenizer_kinds import make_tokenizer, token_id
 
 Bundle = Callable[..., Path]
@@ -31,7 +32,7 @@ Bundle = Callable[..., Path]
 WIDELY = SamplingOptions(temperature=1.5, seed=1)
 
 
-@pytest.fixture(scope="module", params=["byte_level", "llama_2"])
+@pytest.fixture(scope="module", params=seldom(["byte_level", "llama_2"], but=["byte_level"]))
 def folder(request: pytest.FixtureRequest, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model whose tokenizer puts special tokens around a text."""
     tokenizer = make_tokenizer(request.param, ends=True)

@@ -15,6 +15,7 @@ from edgekv.errors import UsageError
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
 from edgekv.tiers import PressureMode
+from tests.conftest import seldom
 
 FIRST, SECOND = list(range(20, 60)), list(range(120, 150))
 
@@ -260,9 +261,11 @@ OUTER: dict[str, Callable[[Generator, Callable[[int, int], None]], object]] = {
 }
 
 
-@pytest.mark.parametrize("when", [256, 600], ids=["in the middle", "at the end"])
+@pytest.mark.parametrize(
+    "when", [pytest.param(256, id="in the middle"), pytest.param(600, id="at the end", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("nested", NESTED)
-@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("outer", seldom(OUTER, but=["stream"]))
 def test_a_callback_that_gives_the_generator_another_text_ends_the_one_it_was_called_for(
     outer: str, nested: str, when: int, folder: Path
 ) -> None:

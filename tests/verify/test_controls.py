@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from edgekv.contract import FORMS
 from edgekv.runtime.generate import RunOptions
 from edgekv.tiers import KVMode
 from edgekv.verify.controls import Control, DroppedPage, FlippedBit, ShiftedRope, ShuffledSummaries, SwappedScales
@@ -15,6 +18,7 @@ from edgekv.verify.gate import load_gate
 from edgekv.verify.judge import Settings, verify
 from edgekv.verify.tasks import Suite
 from edgekv.verify.verdict import Verdict
+from tests.conftest import seldom
 
 Bundle = Callable[..., Path]
 
@@ -46,8 +50,17 @@ CONTROLS: dict[str, Callable[[], Control]] = {
 }
 
 
-@pytest.mark.parametrize("form", ["split", "inline"])
-@pytest.mark.parametrize("name", CONTROLS)
+def controls() -> Iterator[Any]:
+    """Yield each control with a form: one of each kind for every run, its other form for slow ones, more places rarely."""
+    every = {("split", name) for name in ("lowest bit of a value", "page dropped", "scales swapped", "RoPE one ahead")}
+    every.add(("inline", "page dropped"))
+    more = ("lowest bit of a key, last layer", "first page dropped, last layer", "RoPE one behind")
+    for name, form in itertools.product(CONTROLS, FORMS):
+        mark = pytest.mark.exhaustive if name in more else pytest.mark.slow
+        yield pytest.param(form, name, marks=[] if (form, name) in every else mark)
+
+
+@pytest.mark.parametrize(("form", "name"), list(controls()))
 def test_the_standard_gate_fails_every_control(form: str, name: str, bundle: Bundle) -> None:
     assert failed(judged(bundle("demo", form), CONTROLS[name]()))
 
@@ -58,7 +71,13 @@ SELECTIVE = replace(
 )
 
 
-@pytest.mark.parametrize("systematic", [False, True], ids=["a fault of memory", "a fault of the code"])
+@pytest.mark.parametrize(
+    "systematic",
+    [
+        pytest.param(False, id="a fault of memory", marks=pytest.mark.slow),
+        pytest.param(True, id="a fault of the code"),
+    ],
+)
 def test_shuffled_summaries_fail_where_attention_is_selective(systematic: bool, bundle: Bundle) -> None:
     """In the inline form there are no summaries: it takes every page, and refuses selective attention."""
     control = ShuffledSummaries(systematic=systematic)
@@ -75,7 +94,7 @@ def test_a_quarter_of_the_pages_passes_without_the_fault(bundle: Bundle) -> None
     assert selection.wanted_per_step < 0.3 * selection.pages_per_step
 
 
-@pytest.mark.parametrize("gate", ["strict", "standard"])
+@pytest.mark.parametrize("gate", seldom(["strict", "standard"], but=["strict"]))
 def test_the_same_run_without_a_fault_passes_both_named_gates(gate: str, bundle: Bundle) -> None:
     assert failed(judged(bundle("demo"), None, gate)) == []
 
@@ -87,7 +106,14 @@ def test_a_flipped_bit_on_flash_fails_although_it_hides_below_the_noise_of_int8(
     assert "differ from those of the same tier" in only
 
 
-@pytest.mark.parametrize("control", [SwappedScales(), ShiftedRope(start=PREFILL)], ids=lambda control: control.name)
+@pytest.mark.parametrize(
+    "control",
+    [
+        pytest.param(SwappedScales(), marks=pytest.mark.slow),
+        ShiftedRope(start=PREFILL),
+    ],
+    ids=lambda control: control.name,
+)
 def test_a_fault_of_the_code_is_found_by_the_comparison_with_fp16_alone(control: Control, bundle: Bundle) -> None:
     """The resident run of the same tier has the fault as well: identity holds, and must not be enough."""
     verdict = judged(bundle("demo"), control)
@@ -95,6 +121,7 @@ def test_a_fault_of_the_code_is_found_by_the_comparison_with_fp16_alone(control:
     assert failed(verdict)
 
 
+@pytest.mark.slow
 def test_an_fp16_run_is_held_against_the_reference_to_the_bit(bundle: Bundle) -> None:
     assert failed(judged(bundle("demo"), None, "strict", kv=KVMode.FP16)) == []
     assert failed(judged(bundle("demo"), FlippedBit(), "strict", kv=KVMode.FP16))

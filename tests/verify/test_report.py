@@ -110,6 +110,7 @@ def test_a_failed_gate_is_one_line_and_exit_code_1_and_the_json_still_comes(bund
     assert "asks for at most 0" in line
 
 
+@pytest.mark.slow
 def test_two_processes_print_the_same_bytes_whatever_came_from_flash_and_when(bundle: Bundle) -> None:
     request: list[str | Path] = [
         "verify",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgekv.cli.main import run_command_line
 from edgekv.errors import UsageError
 from edgekv.export.checkpoint import open_checkpoint
 from edgekv.export.walk import SourceRun
@@ -79,11 +80,13 @@ def test_the_command_compares_with_the_checkpoint(bundle: Bundle, tmp_path: Path
     refused(cli(*command[:3], tmp_path / "gone"), 2, "gone", "is not a folder")
 
 
-def test_an_export_that_is_checked_says_what_its_weights_cost_and_fails_where_that_is_too_much(tmp_path: Path) -> None:
-    options = ("--engine", "onnx", "--weights", "int4", "--calibration", "none", "--check")
-    poor = cli("export", "demo", *options, "--out", tmp_path / "poor")
-    assert poor.returncode == 1
-    assert "check: perplexity +" in poor.stderr
-    assert "against the checkpoint in float, mean KLD 0.0" in poor.stderr
-    assert "the bundle is there, but the gate 'weights' failed" in poor.stderr
+def test_an_export_that_is_checked_says_what_its_weights_cost_and_fails_where_that_is_too_much(
+    tmp_path: Path, traces: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--engine", "onnx", "--weights", "int4", "--calibration", "none", "--check"]
+    assert run_command_line(["export", "demo", *options, "--out", str(tmp_path / "poor")]) == 1
+    said = capsys.readouterr().err
+    assert "check: perplexity +" in said
+    assert "against the checkpoint in float, mean KLD 0.0" in said
+    assert "the bundle is there, but the gate 'weights' failed" in said
     assert (tmp_path / "poor" / "manifest.json").is_file()

@@ -31,7 +31,7 @@ TINY = Settings(tokens=320, decode=96, greedy=8, suite=Suite.none(), baselines=F
     ("engine", "form"),
     [
         ("onnx", "split"),
-        ("onnx", "inline"),
+        pytest.param("onnx", "inline", marks=pytest.mark.slow),
         ("executorch", "split"),
         pytest.param("executorch", "inline", marks=pytest.mark.slow),
     ],

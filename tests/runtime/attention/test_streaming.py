@@ -34,7 +34,9 @@ def greedy(folder: Path, **changes: object) -> Iterator[np.ndarray]:
             assert generator.cache.manager.counters.pages_fetched > COUNT, "most steps read from flash"
 
 
-@pytest.mark.parametrize(("page_size", "budgets"), [(16, ["15%", "40%"]), (32, ["20%", "45%"])])
+@pytest.mark.parametrize(
+    ("page_size", "budgets"), [pytest.param(16, ["15%", "40%"], marks=pytest.mark.slow), (32, ["20%", "45%"])]
+)
 def test_logits_are_those_of_a_run_with_every_page_in_ram_bit_for_bit(
     page_size: int, budgets: list[str], bundle: Bundle, tmp_path: Path
 ) -> None:

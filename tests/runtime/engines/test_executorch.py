@@ -14,7 +14,7 @@ import pytest
 from edgekv.bundle import read_manifest
 from edgekv.runtime.generate import Generator, RunOptions, cache_home
 from edgekv.tiers import KVMode
-from tests.conftest import VARIANTS
+from tests.conftest import VARIANTS, seldom
 
 pytest.importorskip("executorch", reason="the extra `executorch` is not installed")
 
@@ -55,15 +55,7 @@ def test_logits_of_every_row_equal_those_of_onnx(bundle: Bundle) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(
-            variant, marks=[] if variant in ("llama-tied", "qwen2-bias", "qwen3-qk-norm") else pytest.mark.exhaustive
-        )
-        for variant in VARIANTS
-    ],
-)
+@pytest.mark.parametrize("variant", seldom(VARIANTS, but=("qwen2-bias",), mark=pytest.mark.exhaustive))
 def test_every_kind_of_decoder_gives_the_tokens_of_onnx(
     variant: str, checkpoint: Callable[[str], Path], bundle: Bundle
 ) -> None:

@@ -19,6 +19,7 @@ from edgekv.runtime.options import RunOptions
 from edgekv.runtime.sessions import prefixes
 from edgekv.runtime.sessions.tools import compact, copy, describe, fork, verify
 from edgekv.tiers import KVMode
+from tests.conftest import seldom
 from tests.runtime.sessions.toy import Chat, open_session, some_tokens
 from tests.strangers import NOBODY, without_rights
 
@@ -219,7 +220,10 @@ def answer(bundle: Path, tokens: list[int], **options: object) -> list[int]:
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("name", [name for name in FILES if name != "pages-00000002.bin"])
+@pytest.mark.parametrize(
+    "name",
+    seldom([name for name in FILES if name != "pages-00000002.bin"], but=["index.sqlite", "pages-00000001.bin"]),
+)
 def test_a_prefix_with_a_file_in_any_state_costs_time_and_can_be_made_again(
     name: str,
     state: Callable[[Path, Path], None],
