@@ -78,7 +78,7 @@ def make_image_reader(folder: Path, prefix: str, family: str = "gemma3", **chang
     text = {
         "vocab_size": 384,
         "hidden_size": 128,
-        "intermediate_size": 192,
+        "intermediate_size": 256,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -40,6 +40,12 @@ def seldom(cases: Iterable[Any], *, but: Collection[Any], mark: pytest.MarkDecor
     ]
 
 
+def taken(request: pytest.FixtureRequest, test: str, parameter: str) -> list[Any]:
+    """Return the values with which this session runs a test: for a fixture that works for all of them at once."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    return [item.callspec.params[parameter] for item in items if item.originalname == test]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Send cache and configuration to a temporary folder; what tests start has the memory that users have."""
@@ -78,8 +84,13 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 @pytest.fixture(scope="session")
 def traces(once: Once) -> None:
     """Let all processes of the suite share what torch.onnx made of a segment: seconds for each structure."""
+    from torch.onnx._internal.exporter import _registration
+
     from edgekv.export.onnx import pieces
 
+    # Its table of operators is made of their source at each export: a third of the time.
+    library: Any = _registration.onnxscript_apis
+    library.get_torchlib_ops = functools.cache(library.get_torchlib_ops)
     trace = pieces._export_segment
 
     @functools.cache

@@ -26,6 +26,7 @@ from edgekv.runtime.sessions.folder import is_session, read_state
 from edgekv.runtime.sessions.tools import verify
 from edgekv.runtime.storage.wear import WearLedger
 from edgekv.runtime.text import Text
+from tests.conftest import taken
 
 BUNDLE = Path(__file__).parent / "data" / "bundle-1"
 
@@ -110,6 +111,13 @@ NARROW: list[Pair] = [
 ]  # fmt: skip
 
 
+#: Of these, one that writes and one that removes in each group: every run takes them.
+OFTEN: list[Pair] = [
+    ("session", "run", "run"), ("session", "run", "rm"), ("prefix", "add", "add"), ("prefix", "rm", "rm"),
+    ("offload", "run", "run"),
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Ended:
     """How one of the two ended."""
@@ -188,8 +196,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def narrow(world: World) -> dict[Pair, tuple[Path, list[Ended]]]:
-    return world.run(NARROW)
+def narrow(world: World, request: pytest.FixtureRequest) -> dict[Pair, tuple[Path, list[Ended]]]:
+    return world.run(taken(request, "test_two_commands_that_write_the_same_do_their_work_or_say_why_not", "pair"))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +209,9 @@ def named(pair: Pair) -> str:
     return f"{pair[0]}: {pair[1]} and {pair[2]}"
 
 
-@pytest.mark.parametrize("pair", NARROW, ids=named)
+@pytest.mark.parametrize(
+    "pair", [pytest.param(pair, marks=[] if pair in OFTEN else pytest.mark.slow) for pair in NARROW], ids=named
+)
 def test_two_commands_that_write_the_same_do_their_work_or_say_why_not(
     pair: Pair, narrow: dict[Pair, tuple[Path, list[Ended]]], world: World
 ) -> None:
@@ -238,6 +248,7 @@ def check(pair: Pair, folder: Path, both: list[Ended], world: World) -> None:
     assert list((folder / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_prefix_that_is_killed_on_its_way_is_never_listed_and_goes_with_the_next(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import resource
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from edgekv.cli.main import run_command_line
 from edgekv.model_config import ARCHITECTURES, TEXT_PARTS
 from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES
 from edgekv.runtime.storage.flash import FlashStore
@@ -38,6 +41,13 @@ def cli(
         preexec_fn=limit_files if file_limit is not None else None,
         env={**os.environ, "COLUMNS": "200"},
     )
+
+
+def here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The same in this process, where a test needs none of its own: the start of one takes longer than most mistakes."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = run_command_line([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def refused(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -117,7 +127,7 @@ def test_a_profile_sets_the_budget_and_says_how(bundle: Bundle) -> None:
 def test_version_and_help_are_there() -> None:
     assert cli("--version").stdout.startswith("edgekv 0.")
     for command in ("run", "export", "inspect", "profiles"):
-        result = cli(command, "--help")
+        result = here(command, "--help")
         assert result.returncode == 0
         assert f"edgekv {command}" in result.stdout
 
@@ -151,7 +161,7 @@ def test_the_reader_of_the_output_may_go_away(bundle: Bundle) -> None:
 def test_a_mistake_in_the_arguments_is_one_line_and_exit_code_2(
     arguments: list[str], words: list[str], bundle: Bundle
 ) -> None:
-    refused(cli("run", bundle("demo"), *arguments), 2, *words)
+    refused(here("run", bundle("demo"), *arguments), 2, *words)
 
 
 def damaged(bundle: Path, folder: Path, change: Callable[[Path], object]) -> Path:
@@ -187,7 +197,7 @@ def edit_manifest(folder: Path, **changes: object) -> None:
 def test_a_damaged_bundle_is_refused_by_name(
     change: Callable[[Path], object], words: list[str], bundle: Bundle, tmp_path: Path
 ) -> None:
-    refused(cli("run", damaged(bundle("demo"), tmp_path, change), "--prompt", "a"), 2, *words)
+    refused(here("run", damaged(bundle("demo"), tmp_path, change), "--prompt", "a"), 2, *words)
 
 
 def test_a_profile_with_a_bad_number_names_file_and_field(bundle: Bundle, tmp_path: Path) -> None:
@@ -223,7 +233,7 @@ def test_a_checkpoint_that_cannot_be_exported_leaves_nothing_behind(tmp_path: Pa
     source.mkdir()
     refused(cli("export", source, "--out", out), 2, "config.json")
     (source / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
-    refused(cli("export", source, "--out", out), 2, "mamba", "llama")
+    refused(here("export", source, "--out", out), 2, "mamba", "llama")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
@@ -233,10 +243,12 @@ def test_what_export_refuses_is_neither_planned_nor_emulated(tmp_path: Path) -> 
     config.write_text(json.dumps({"model_type": kind, "text_config": {"model_type": f"{kind}_text"}}))
     options = ("--profile", "raspberry-pi-5-8gb", "--context", "4096")
     said = [
-        cli("export", tmp_path, "--out", tmp_path / "out.edgekv"),
-        cli("plan", config, *options),
-        cli("emulate", config, *options),
-        cli("sweep", config, "--profiles", "raspberry-pi-5-8gb", "--contexts", "4096", "--out", tmp_path / "sweep.csv"),
+        here("export", tmp_path, "--out", tmp_path / "out.edgekv"),
+        here("plan", config, *options),
+        here("emulate", config, *options),
+        here(
+            "sweep", config, "--profiles", "raspberry-pi-5-8gb", "--contexts", "4096", "--out", tmp_path / "sweep.csv"
+        ),
     ]
     for result in said:
         refused(

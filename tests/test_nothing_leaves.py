@@ -141,9 +141,7 @@ with Generator.open({inline!r}) as generator:
 
 def test_an_export_asks_nobody_and_leaves_a_bundle(home: Home) -> None:
     out = home.path / "demo.edgekv"
-    seen = home.run(
-        *edgekv("export", "demo", "--out", out, "--weights", "int4", "--engine", "onnx", "--calibration", "none")
-    )
+    seen = home.run(*edgekv("export", "demo", "--out", out, "--weights", "fp32", "--engine", "onnx"))
     assert [line for line in seen.sockets if "AF_UNIX" not in line] == []  # PyTorch asks the system who the user is
     assert seen.names == []
     # The folder beside it that becomes the bundle when it is whole.

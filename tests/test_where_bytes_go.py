@@ -37,6 +37,7 @@ from edgekv.runtime.storage.wear import read_ledger
 from edgekv.runtime.text import Text
 from edgekv.spec import RECORD_HEADER_BYTES
 from edgekv.tiers import KVMode
+from tests.conftest import taken
 from tests.strangers import NOBODY
 
 BUNDLE = Path(__file__).parent / "data" / "bundle-1"
@@ -269,11 +270,19 @@ def world() -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def runs(world: World) -> dict[Case, Written]:
-    return world.run(list(cases()))
+def runs(world: World, request: pytest.FixtureRequest) -> dict[Case, Written]:
+    return world.run(taken(request, "test_bytes_go_where_the_options_say_and_nowhere_else", "case"))
 
 
-@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    # Every run takes at most one of the three at a time.
+    [
+        pytest.param(case, marks=[] if case.prefix + case.encrypted + case.limited < 2 else pytest.mark.slow)
+        for case in cases()
+    ],
+    ids=lambda case: case.name,
+)
 def test_bytes_go_where_the_options_say_and_nowhere_else(case: Case, runs: dict[Case, Written], world: World) -> None:
     run = runs[case]
     refused = "would pass --max-write-per-day" in run.said

@@ -50,16 +50,21 @@ def export_segments(config: DecoderConfig) -> dict[str, Piece]:
     for kind, index in kinds.items():
         rotated = index == config.model.n_layers or config.rotated[index]
         place = 0 if index == 0 else 2 if index == config.model.n_layers else 1
-        pieces[kind] = _export_segment(_structure(config, rotated=rotated), place)
+        pieces[kind] = _export_segment(_structure(config, rotated=rotated, head=place == 2), place)
     return pieces
 
 
-def _structure(config: DecoderConfig, *, rotated: bool) -> DecoderConfig:
-    """Keep what a segment's structure depends on, as a decoder of two layers: equal structures share their pieces."""
+def _structure(config: DecoderConfig, *, rotated: bool, head: bool) -> DecoderConfig:
+    """Keep what a segment's structure depends on, as a decoder of two layers: equal structures share their pieces.
+
+    Args:
+        head: the segment that ends in the logits, of which alone the vocabulary is a part.
+    """
     model = dataclasses.replace(
         config.model,
         architecture="",
         n_layers=2,
+        vocab_size=config.model.vocab_size if head else 1,
         rope=RopeSpec((0.0,) * len(config.model.rope.inv_freq)),
         sliding_rope=None,
         windows=(),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import seldom
+
 Bundle = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +24,7 @@ def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize(("options", "variables"), [((), {"EDGEKV_LOG": "info"}), (("--verbose",), {})])
-@pytest.mark.parametrize("form", ["split", "inline"])
+@pytest.mark.parametrize("form", seldom(["split", "inline"], but=["split"]))
 def test_an_engine_is_heard_only_when_asked(
     bundle: Bundle, form: str, options: tuple[str, ...], variables: dict[str, str]
 ) -> None:

@@ -145,7 +145,15 @@ def typed(
     return typed
 
 
-@pytest.mark.parametrize("line", [line for line in printed() if is_quick(line)])
+@pytest.mark.parametrize(
+    "line",
+    # test_cli.py reads the long prompt in every run.
+    [
+        pytest.param(line, marks=[pytest.mark.slow] if "long_prompt.txt" in line else [])
+        for line in printed()
+        if is_quick(line)
+    ],
+)
 def test_a_printed_command_runs(line: str, typed: Callable[[list[str]], str]) -> None:
     name, arguments = resolved(line)
     if "--continue" in arguments:
@@ -159,8 +167,12 @@ def test_a_printed_command_runs(line: str, typed: Callable[[list[str]], str]) ->
     ("source", "context", "profile"),
     [
         *(("llama.edgekv", context, "raspberry-pi-5-8gb") for context in (64, 256)),
-        *((source, 32768, "tight.toml") for source in ("llama.edgekv", "inline.edgekv", "Llama-3.2-1B")),
-        ("inline.edgekv", 256, "raspberry-pi-5-8gb"),
+        ("llama.edgekv", 32768, "tight.toml"),
+        *(
+            pytest.param(source, 32768, "tight.toml", marks=pytest.mark.slow)
+            for source in ("inline.edgekv", "Llama-3.2-1B")
+        ),
+        pytest.param("inline.edgekv", 256, "raspberry-pi-5-8gb", marks=pytest.mark.slow),
         ("config.json", 4096, "galaxy-s24-8gb"),
     ],
 )

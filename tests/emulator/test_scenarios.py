@@ -75,6 +75,7 @@ def test_a_scenario_that_comes_with_edgekv_ends_in_a_report(path: Path, tiny: Pa
     assert {event.kind for event in scenario.events} - {"kill"} <= set(kinds(weightless))
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tiny: Path, config: Path, tmp_path: Path) -> None:
     scenario = tmp_path / "scenario.toml"
     scenario.write_text(

@@ -280,7 +280,15 @@ def test_pruned_tokens_are_seen_by_nobody_and_stay_pruned(
 
 
 @cases("qk-norm", "executorch, qk-norm", always=("qk-norm",))
-@pytest.mark.parametrize("pruned", [[], [range(3, 20), range(250, 290)], [range(290, 300)]], ids=ranges)
+@pytest.mark.parametrize(
+    "pruned",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        [range(3, 20), range(250, 290)],
+        pytest.param([range(290, 300)], marks=pytest.mark.slow),
+    ],
+    ids=ranges,
+)
 def test_a_session_whose_last_token_is_known_is_computed_again_from_where_a_step_began(
     pruned: list[range], case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
 ) -> None:
@@ -293,7 +301,7 @@ def test_a_session_whose_last_token_is_known_is_computed_again_from_where_a_step
 
 
 @cases("qk-norm", "executorch, qk-norm", always=("qk-norm",))
-@pytest.mark.parametrize("more", ["", " and then"])
+@pytest.mark.parametrize("more", [pytest.param("", marks=pytest.mark.slow), " and then"])
 def test_a_session_without_its_open_page_is_resumed_as_edgekv_does_it(
     more: str, case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
 ) -> None:
@@ -361,6 +369,7 @@ def test_it_says_what_is_damaged_and_what_does_not_fit(
         driver(folder, "--continue", "--session", str(session))
 
 
+@pytest.mark.slow
 def test_a_bundle_for_other_bindings_is_refused(driver: Run, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "checkpoint", "qwen3", num_hidden_layers=1)
     export_model(source, tmp_path / "portable", form="inline", engine="onnx", io="portable", calibration="none")

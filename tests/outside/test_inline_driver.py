@@ -90,6 +90,7 @@ def test_pruned_tokens_are_seen_by_nobody_and_count_for_scales(
     same(driver.save(), read_session(tmp_path / "theirs.kv"))
 
 
+@pytest.mark.slow
 def test_each_continues_the_sequence_of_the_other(bundle: Callable[..., Path], tmp_path: Path) -> None:
     folder, theirs, mine = bundle("demo", "inline"), tmp_path / "theirs.kv", tmp_path / "mine.kv"
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import verified_stamp
 from edgekv.runtime.sampling import SamplingOptions
 from tests.checkpoints import make_checkpoint
+from tests.conftest import seldom
 
 Bundle = Callable[..., Path]
 FORMS = ("split", "inline")
@@ -59,7 +60,7 @@ def loud(tmp_path_factory: pytest.TempPathFactory, bundle: Bundle) -> dict[str, 
     return {form: bundle(source, form) for form in FORMS}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", seldom(FORMS, but=("split",)))
 @pytest.mark.parametrize(
     "wrong", [[3, VOCAB], [-1], [1.0], [2.7], [True], [None], ["a"], [10**30], np.array([0.5]), [[1], [2, 3]]]
 )
@@ -82,7 +83,7 @@ def test_a_token_that_the_vocabulary_does_not_have_is_refused_at_every_entrance(
         assert np.array_equal(generator.prefill([1, 2, 3], max_tokens=8), after)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", seldom(FORMS, but=("split",)))
 @pytest.mark.parametrize(
     "tokens", [[5, 6], (5, 6), np.array([5, 6], np.uint16), torch.tensor([5, 6]), [np.int32(5), 6]]
 )
@@ -94,7 +95,7 @@ def test_tokens_in_any_sequence_of_whole_numbers_are_the_same_tokens(
         assert generator.score(tokens).shape == (2, VOCAB)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", seldom(FORMS, but=("split",)))
 def test_logits_that_are_not_finite_stop_a_run_with_the_position_of_their_token(
     loud: dict[str, Path], form: str
 ) -> None:

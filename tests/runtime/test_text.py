@@ -16,8 +16,8 @@ from edgekv.runtime.text import REPLACEMENT, Text, TextStream
 from tests.conftest import seldom
 from tests.tokenizer_kinds import KINDS, SPECIAL, make_tokenizer, token_id
 
-#: Every run takes bytes, SentencePiece's and word pieces through long searches: the others have parts of these.
-OFTEN = seldom(KINDS, but=("byte_level", "llama_2", "word_piece"))
+#: The kinds that every run takes through long searches: those of nearly all models.
+OFTEN = seldom(KINDS, but=("byte_level", "llama_2"))
 WRITING = st.text(st.sampled_from("Hi there.n't 'THE END▁東é😎\n\t�") | st.characters(codec="utf-8"), max_size=24)
 
 

@@ -19,7 +19,7 @@ from edgekv.verify.html import to_html
 from edgekv.verify.judge import Settings, verify
 from edgekv.verify.tasks import Suite
 from edgekv.verify.verdict import Verdict
-from tests.test_cli import cli, refused
+from tests.test_cli import cli, here, refused
 
 Bundle = Callable[..., Path]
 
@@ -89,7 +89,7 @@ def test_names_from_outside_are_escaped(verdict: Verdict) -> None:
 
 def test_the_command_prints_a_table_and_writes_the_page(bundle: Bundle, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    result = cli("verify", bundle("demo"), "--quick", "--tokens", "256", "--html", page)
+    result = here("verify", bundle("demo"), "--quick", "--tokens", "256", "--html", page)
     assert result.returncode == 0, result.stderr
     assert "this configuration" in result.stdout
     assert "bit-identical to the same tier" in result.stdout
@@ -100,7 +100,7 @@ def test_the_command_prints_a_table_and_writes_the_page(bundle: Bundle, tmp_path
 def test_a_failed_gate_is_one_line_and_exit_code_1_and_the_json_still_comes(bundle: Bundle, tmp_path: Path) -> None:
     gate = tmp_path / "impossible.toml"
     gate.write_text("[exact]\nmean_kld = 0\n", encoding="utf-8")
-    result = cli("verify", bundle("demo"), "--quick", "--tokens", "256", "--gate", gate, "--json")
+    result = here("verify", bundle("demo"), "--quick", "--tokens", "256", "--gate", gate, "--json")
     assert result.returncode == 1
     data = json.loads(result.stdout)
     assert data["passed"] is False
@@ -134,11 +134,11 @@ def test_mistakes_are_refused_before_anything_is_computed(bundle: Bundle, tmp_pa
     short.write_text("Too short.", encoding="utf-8")
     gate = tmp_path / "gate.toml"
     gate.write_text("[exact]\nmean_kdl = 1\n", encoding="utf-8")
-    refused(cli("verify", bundle("demo"), "--gate", "loose"), 2, "no gate 'loose'", "strict, standard or weights")
-    refused(cli("verify", bundle("demo"), "--gate", gate), 2, str(gate), "exact.mean_kdl", 'did you mean "mean_kld"?')
+    refused(here("verify", bundle("demo"), "--gate", "loose"), 2, "no gate 'loose'", "strict, standard or weights")
+    refused(here("verify", bundle("demo"), "--gate", gate), 2, str(gate), "exact.mean_kdl", 'did you mean "mean_kld"?')
     refused(
-        cli("verify", bundle("demo"), "--html", tmp_path / "none" / "page.html"), 2, "cannot write --html", "no folder"
+        here("verify", bundle("demo"), "--html", tmp_path / "none" / "page.html"), 2, "cannot write --html", "no folder"
     )
-    refused(cli("verify", bundle("demo"), "--text", tmp_path / "none.txt"), 2, "cannot read --text")
-    refused(cli("verify", bundle("demo"), "--text", short), 2, "verify needs 128 at least", "--text")
-    refused(cli("verify", tmp_path), 2, "is not a bundle")
+    refused(here("verify", bundle("demo"), "--text", tmp_path / "none.txt"), 2, "cannot read --text")
+    refused(here("verify", bundle("demo"), "--text", short), 2, "verify needs 128 at least", "--text")
+    refused(here("verify", tmp_path), 2, "is not a bundle")

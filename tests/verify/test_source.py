@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from edgekv.cli.main import run_command_line
 from edgekv.errors import UsageError
 from edgekv.export.checkpoint import open_checkpoint
 from edgekv.export.walk import SourceRun
@@ -20,7 +19,7 @@ from edgekv.verify.gate import load_gate
 from edgekv.verify.judge import Settings
 from edgekv.verify.source import verify_source
 from tests.checkpoints import load_reference
-from tests.test_cli import cli, refused
+from tests.test_cli import here, refused
 
 Bundle = Callable[..., Path]
 FEW = Settings(tokens=200, decode=40)
@@ -50,6 +49,7 @@ def test_float_weights_and_an_fp16_cache_are_the_checkpoint(bundle: Bundle) -> N
     assert (verdict.all.tokens, verdict.decode.tokens) == (200, 40)
 
 
+@pytest.mark.slow
 def test_int4_weights_rounded_to_the_nearest_code_fail_the_gate(bundle: Bundle) -> None:
     verdict = verify_source(bundle("demo", "split", "int4"), "demo", RunOptions(threads=2), GATE, Settings(tokens=1500))
     assert not verdict.passed
@@ -68,25 +68,25 @@ def test_another_checkpoint_and_another_kind_of_gate_are_refused(
 
 def test_the_command_compares_with_the_checkpoint(bundle: Bundle, tmp_path: Path) -> None:
     command = ("verify", bundle("demo"), "--reference", "demo", "--tokens", "200")
-    result = cli(*command)
+    result = here(*command)
     assert result.returncode == 0, result.stderr
     assert "checkpoint, float32" in result.stdout
     assert "compared with the checkpoint that was exported" in result.stdout
-    data = json.loads(cli(*command, "--kv", "int8", "--kv-budget", "70%", "--json").stdout)
+    data = json.loads(here(*command, "--kv", "int8", "--kv-budget", "70%", "--json").stdout)
     assert data["gate"] == "weights"
     assert data["text"]["tokens"] == 200
     assert abs(data["whole_text"]["perplexity_change"]) < 0.01
-    refused(cli(*command, "--html", tmp_path / "page.html"), 2, "--html", "--reference")
-    refused(cli(*command[:3], tmp_path / "gone"), 2, "gone", "is not a folder")
+    refused(here(*command, "--html", tmp_path / "page.html"), 2, "--html", "--reference")
+    refused(here(*command[:3], tmp_path / "gone"), 2, "gone", "is not a folder")
 
 
 def test_an_export_that_is_checked_says_what_its_weights_cost_and_fails_where_that_is_too_much(
-    tmp_path: Path, traces: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, traces: None
 ) -> None:
-    options = ["--engine", "onnx", "--weights", "int4", "--calibration", "none", "--check"]
-    assert run_command_line(["export", "demo", *options, "--out", str(tmp_path / "poor")]) == 1
-    said = capsys.readouterr().err
-    assert "check: perplexity +" in said
-    assert "against the checkpoint in float, mean KLD 0.0" in said
-    assert "the bundle is there, but the gate 'weights' failed" in said
+    options = ("--engine", "onnx", "--weights", "int4", "--calibration", "none", "--check")
+    poor = here("export", "demo", *options, "--out", tmp_path / "poor")
+    assert poor.returncode == 1
+    assert "check: perplexity +" in poor.stderr
+    assert "against the checkpoint in float, mean KLD 0.0" in poor.stderr
+    assert "the bundle is there, but the gate 'weights' failed" in poor.stderr
     assert (tmp_path / "poor" / "manifest.json").is_file()

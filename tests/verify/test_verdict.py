@@ -32,7 +32,7 @@ TINY = Settings(tokens=320, decode=96, greedy=8, suite=Suite.none(), baselines=F
     [
         ("onnx", "split"),
         pytest.param("onnx", "inline", marks=pytest.mark.slow),
-        ("executorch", "split"),
+        pytest.param("executorch", "split", marks=pytest.mark.slow),
         pytest.param("executorch", "inline", marks=pytest.mark.slow),
     ],
 )

@@ -35,6 +35,7 @@ def generate(folder: Path, tokens: list[int], count: int, **options: object) -> 
         return list(generator.tokens(tokens, max_tokens=count))
 
 
+@pytest.mark.slow
 def test_greedy_tokens_equal_those_of_onnx_at_any_budget(bundle: Bundle) -> None:
     onnx, executorch = bundle("demo"), bundle("demo", engine="executorch")
     tokens = prompt(700, 1000)

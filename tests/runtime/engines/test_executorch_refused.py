@@ -135,6 +135,7 @@ def test_a_packed_weights_file_that_is_not_as_it_was_written(
     assert run(folder, **cache).stderr == ""
 
 
+@pytest.mark.slow
 def test_two_generators_at_once_and_a_kill_before_the_note_are_no_changed_file(
     bundle: Bundle, put_shim: Callable[[Path], None], tmp_path: Path
 ) -> None:

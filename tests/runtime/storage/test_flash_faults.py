@@ -18,6 +18,7 @@ from edgekv.errors import StoreError
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.storage.flash import FlashStore
 from edgekv.tiers import KVMode, Tier
+from tests.conftest import seldom
 
 from .dying import dying_medium
 
@@ -53,7 +54,7 @@ def swapped(store: FlashStore, records: list[int]) -> None:
         os.pwrite(store.file.handle, other, record * size)
 
 
-@pytest.mark.parametrize("attend", ["exact", "selective:30%"])
+@pytest.mark.parametrize("attend", seldom(["exact", "selective:30%"], but=["exact"]))
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -130,7 +131,7 @@ def expected_tokens(folder: Path, attend: str) -> list[int]:
         return list(roomy.tokens(TOKENS, max_tokens=COUNT))
 
 
-@pytest.mark.parametrize("attend", ["exact", "selective:30%"])
+@pytest.mark.parametrize("attend", seldom(["exact", "selective:30%"], but=["selective:30%"]))
 def test_a_medium_that_answers_eio_ends_the_run_with_one_error(attend: str, bundle: Bundle, tmp_path: Path) -> None:
     sign = tmp_path / "dying"
     done = subprocess.run(
