@@ -49,7 +49,7 @@ def cases() -> Iterator[Any]:
         if engine == "onnx":
             # Float32 of the others is test_generate.py's, and their int8 and fp16 differ from those of one in shapes alone.
             rare = architecture != ALWAYS and (weights != "int4" or (architecture in MODEL_TYPES and form == "inline"))
-            often = architecture == ALWAYS and weights in ("fp32", "int4")
+            often = architecture == ALWAYS and (weights == "fp32" or (form, weights) == ("split", "int4"))
             marks = [] if often else [pytest.mark.exhaustive if rare else pytest.mark.slow]
             yield pytest.param(engine, form, weights, None, architecture, marks=marks)
             continue

@@ -127,7 +127,7 @@ def test_a_name_on_the_hub_is_exported_as_its_folder_is_and_needs_the_hub_once(
     ("source", "more", "said"),
     [
         ("nobody/nothing", {}, "is no folder or file here, and the Hugging Face hub has no such model"),
-        ("gated/model", {}, "asks for a licence to be accepted"),
+        pytest.param("gated/model", {}, "asks for a licence to be accepted", marks=pytest.mark.slow),
         pytest.param(f"{NAME}@other", {}, "has the model, but not this revision or file", marks=pytest.mark.slow),
         pytest.param(
             f"{NAME}/model-Q8_0.gguf", {}, "has the model, but not this revision or file", marks=pytest.mark.slow

@@ -18,7 +18,7 @@ from edgekv.errors import UsageError
 from edgekv.export import export_model
 from edgekv.model_config import ARCHITECTURES
 from tests.checkpoints import load_reference, make_checkpoint, make_image_reader
-from tests.conftest import EXPORTED, seldom
+from tests.conftest import MODEL_TYPES, VARIANTS, seldom
 from tests.export.driver import Float, InlineDriver, SplitDriver
 
 TOLERANCE = 1e-3
@@ -53,7 +53,8 @@ def logits_of(model: PreTrainedModel, tokens: list[int]) -> Float:
     return rows
 
 
-@pytest.mark.parametrize("variant", EXPORTED)
+# Through the runtime test_generate.py takes those of conftest.ALWAYS in every run.
+@pytest.mark.parametrize("variant", seldom([*VARIANTS, *MODEL_TYPES], but=("llama", "gemma3")))
 def test_logits_and_64_greedy_tokens_equal_those_of_transformers(
     variant: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:

@@ -320,6 +320,7 @@ def test_a_session_without_its_open_page_is_resumed_as_edgekv_does_it(
     same(mine, theirs)
 
 
+@pytest.mark.slow
 @cases("qk-norm", "executorch, qk-norm", always=("qk-norm",))
 def test_another_prompt_takes_what_it_shares_with_the_session(
     case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path

@@ -52,7 +52,7 @@ CONTROLS: dict[str, Callable[[], Control]] = {
 
 def controls() -> Iterator[Any]:
     """Yield each control with a form: one of each kind for every run, its other form for slow ones, more places rarely."""
-    every = {("split", name) for name in ("lowest bit of a value", "page dropped", "scales swapped", "RoPE one ahead")}
+    every = {("split", name) for name in ("lowest bit of a value", "page dropped", "scales swapped")}
     more = ("lowest bit of a key, last layer", "first page dropped, last layer", "RoPE one behind")
     for name, form in itertools.product(CONTROLS, FORMS):
         mark = pytest.mark.exhaustive if name in more else pytest.mark.slow
@@ -85,6 +85,7 @@ def test_shuffled_summaries_fail_where_attention_is_selective(systematic: bool, 
     assert any(what.startswith("passkey") for what in failed(verdict))
 
 
+@pytest.mark.slow
 def test_a_quarter_of_the_pages_passes_without_the_fault(bundle: Bundle) -> None:
     verdict = judged(bundle("demo"), None, settings=SELECTIVE, attend="selective:25%")
     assert failed(verdict) == []

@@ -30,7 +30,7 @@ TINY = Settings(tokens=320, decode=96, greedy=8, suite=Suite.none(), baselines=F
 @pytest.mark.parametrize(
     ("engine", "form"),
     [
-        ("onnx", "split"),
+        pytest.param("onnx", "split", marks=pytest.mark.slow),
         pytest.param("onnx", "inline", marks=pytest.mark.slow),
         pytest.param("executorch", "split", marks=pytest.mark.slow),
         pytest.param("executorch", "inline", marks=pytest.mark.slow),

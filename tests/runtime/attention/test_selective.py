@@ -147,6 +147,7 @@ def test_no_head_misses_more_mass_than_is_certified(kind: str, data: st.DataObje
     assert choice.taken[0] or free[0] or window, "the sinks"
 
 
+@pytest.mark.slow
 def test_what_is_chosen_does_not_depend_on_where_pages_are(bundle: Bundle) -> None:
     folder, tokens = bundle("demo"), prompt(900)
     roomy, stats = generate(folder, tokens, 24, attend="selective:20")

@@ -60,6 +60,7 @@ def test_the_short_way_equals_the_general_way(mode: KVMode, bundle: Bundle, monk
 
 
 @pytest.mark.skipif(load_kernels().isa() == "numpy", reason="the native kernels stream")
+@pytest.mark.slow
 def test_the_short_way_over_pages_on_flash_equals_the_general_way(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
