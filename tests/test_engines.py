@@ -48,7 +48,7 @@ def cases() -> Iterator[Any]:
             continue  # a minute each; the split form takes the same weights through every architecture
         if engine == "onnx":
             # Float32 of the others is test_generate.py's, and their int8 and fp16 differ from those of one in shapes alone.
-            rare = architecture != ALWAYS and (weights != "int4" or (architecture in MODEL_TYPES and form == "inline"))
+            rare = architecture != ALWAYS and (form, weights) != ("split", "int4")
             often = architecture == ALWAYS and (weights == "fp32" or (form, weights) == ("split", "int4"))
             marks = [] if often else [pytest.mark.exhaustive if rare else pytest.mark.slow]
             yield pytest.param(engine, form, weights, None, architecture, marks=marks)

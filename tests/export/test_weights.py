@@ -54,7 +54,9 @@ def extents(folder: Path) -> Iterator[tuple[int, int]]:
                 yield int(fields["offset"]), int(fields["length"])
 
 
-@pytest.mark.parametrize("variant", seldom(["llama", "llama-tied", "qwen2-bias"], but=["llama"]))
+@pytest.mark.parametrize(
+    "variant", seldom(["llama", "llama-tied", "qwen2-bias"], but=["llama"], mark=pytest.mark.exhaustive)
+)
 @pytest.mark.parametrize("weights", seldom(TOLERANCE, but=("int4",)))
 def test_smaller_weights_keep_the_logits_close_and_both_forms_alike(
     variant: str, weights: str, checkpoint: Callable[[str], Path], bundle: Bundle

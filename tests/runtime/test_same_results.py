@@ -22,7 +22,13 @@ Logits = list[NDArray[np.float32]]
 CHUNK = 64
 #: Prompts that end before, at and behind a cut of the prefill, and at and beside the end of a page.
 LENGTHS = (33, 64, 150, 263)
-OFTEN = seldom(LENGTHS, but=(150,))
+#: Every run takes the one that ends in the middle of a page, slow tests the one that ends where a step does.
+OFTEN = [
+    pytest.param(33, marks=pytest.mark.exhaustive),
+    pytest.param(64, marks=pytest.mark.slow),
+    150,
+    pytest.param(263, marks=pytest.mark.exhaustive),
+]
 #: The longest prompt and what is generated after it, one by one.
 MANY: list[int] = np.random.default_rng(0).integers(2, 1000, 300).tolist()
 ANSWER: list[int] = np.random.default_rng(1).integers(2, 1000, 24).tolist()

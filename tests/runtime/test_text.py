@@ -53,7 +53,7 @@ def test_streaming_equals_decoding_the_whole_with_special_tokens_anywhere(kind: 
         assert all(REPLACEMENT not in piece for piece in pieces), "no character is split"
 
 
-@pytest.mark.parametrize("kind", seldom(KINDS, but=("llama_2",)))
+@pytest.mark.parametrize("kind", seldom(KINDS, but=("llama_2",), mark=pytest.mark.exhaustive))
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_streaming_equals_decoding_the_whole_for_any_tokens(kind: str, data: st.DataObject) -> None:

@@ -265,7 +265,7 @@ OUTER: dict[str, Callable[[Generator, Callable[[int, int], None]], object]] = {
     "when", [pytest.param(256, id="in the middle"), pytest.param(600, id="at the end", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("nested", NESTED)
-@pytest.mark.parametrize("outer", seldom(OUTER, but=["stream"]))
+@pytest.mark.parametrize("outer", seldom(OUTER, but=["stream"], mark=pytest.mark.exhaustive))
 def test_a_callback_that_gives_the_generator_another_text_ends_the_one_it_was_called_for(
     outer: str, nested: str, when: int, folder: Path
 ) -> None:

@@ -222,7 +222,11 @@ def answer(bundle: Path, tokens: list[int], **options: object) -> list[int]:
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize(
     "name",
-    seldom([name for name in FILES if name != "pages-00000002.bin"], but=["pages-00000001.bin"]),
+    seldom(
+        [name for name in FILES if name != "pages-00000002.bin"],
+        but=["pages-00000001.bin"],
+        mark=pytest.mark.exhaustive,
+    ),
 )
 def test_a_prefix_with_a_file_in_any_state_costs_time_and_can_be_made_again(
     name: str,
@@ -251,7 +255,12 @@ def test_a_prefix_with_a_file_in_any_state_costs_time_and_can_be_made_again(
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize(
-    "name", seldom(sorted(path.name for path in BUNDLE.iterdir()), but=["manifest.json", "weights.bin"])
+    "name",
+    seldom(
+        sorted(path.name for path in BUNDLE.iterdir()),
+        but=["manifest.json", "weights.bin"],
+        mark=pytest.mark.exhaustive,
+    ),
 )
 def test_a_bundle_with_a_file_in_any_state_gives_one_error_or_the_right_text(
     name: str,
