@@ -89,7 +89,7 @@ class Finished:
 
     Attributes:
         prompt_tokens, cached_tokens: of the prompt, and how many of them did not have to be computed.
-        completion_tokens: that were generated, the one that ends the text among them.
+        completion_tokens: that were generated, without one that ends the text.
         seed: of the sampling; None where it was greedy.
     """
 
