@@ -94,6 +94,11 @@ class Text:
         ids: list[int] = self._tokenizer.encode(PROMPT.check(text)).ids
         return ids
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, as the tokenizer spells it: a text has no fewer tokens than its length over this."""
+        return max(map(len, self._tokenizer.get_vocab()), default=1)
+
     def encode_behind(self, tokens: Sequence[int], text: str) -> list[int]:
         """Return the tokens of a text that goes on where ``tokens`` end: no special tokens are added, and no space.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgekv.errors import EdgeKVError, OutOfPages, PromptTooLong, StoreError, TooBusy, UsageError
 from edgekv.schema import did_you_mean, shown
 
+_log = logging.getLogger(__name__)
 #: Seconds after which a client may ask again, where the server is busy or ends.
 RETRY_AFTER_S = 2
 #: What OpenAI calls the kinds of errors, by status; others below 500 are requests that are wrong.
@@ -57,7 +59,10 @@ def told(error: EdgeKVError) -> ApiError:
     if isinstance(error, UsageError):
         return ApiError(400, str(error))
     if isinstance(error, (StoreError, OutOfPages)):
-        return ApiError(503, str(error), code="no_room")
+        _log.error("a request ended: %s", error)  # it names folders, which are none of a client's business
+        return ApiError(
+            503, "the server has no room for this request, or its storage failed; see its log", code="no_room"
+        )
     return ApiError(500, str(error))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,10 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
-from edgekv.errors import EngineError, UsageError
+from edgekv.errors import UsageError
 from edgekv.runtime.engines.base import Float
 
+_log = logging.getLogger(__name__)
 #: Between the parts of JSON; without a limit, a model can go on with blanks for ever.
 _BLANKS = r"[\x20\x0A\x0D\x09]{0,20}"
 
@@ -35,7 +38,12 @@ class Grammars:
         Raises:
             UsageError: it is no schema, or one that llguidance does not understand; in its words.
         """
-        return self._grammar(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _BLANKS}))
+        try:
+            json.dumps(schema, allow_nan=False)
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _BLANKS})
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"the schema is not understood: {_line(str(error))}") from error
+        return self._grammar(grammar)
 
     def lark(self, grammar: str) -> Grammar:
         """Return what holds an answer to a grammar in llguidance's Lark.
@@ -62,7 +70,7 @@ class Grammar:
         """Set the logits [vocab_size] of tokens that do not keep to the grammar to minus infinity, in place.
 
         Raises:
-            EngineError: the grammar has become too complex.
+            UsageError: the grammar cannot be gone on with: it has become too complex, or refers to itself alone.
         """
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
@@ -73,7 +81,7 @@ class Grammar:
         """Take note of the token that came; returns whether nothing may come behind it.
 
         Raises:
-            EngineError: the grammar has become too complex.
+            UsageError: the grammar cannot be gone on with: it has become too complex, or refers to itself alone.
         """
         self._matcher.consume_token(token)
         self._check()
@@ -81,7 +89,11 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise EngineError(f"the answer can no longer be held to its grammar: {_line(self._matcher.get_error())}")
+            _log.warning("an answer cannot be held to its grammar: %s", _line(self._matcher.get_error()))
+            raise UsageError(
+                "the answer cannot be held to this schema or these tools: the grammar is too complex, or refers to itself alone;"
+                " simplify it"
+            )
 
 
 def _line(text: str) -> str:

@@ -45,9 +45,13 @@ class Keys:
             raise UsageError(f"cannot read the key file {path}: {error.strerror}") from error
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UsageError(f"others may read the key file {path}; make it yours alone: chmod 600 {path}")
-        keys = tuple(line.strip() for line in data.splitlines() if line.strip())
-        if not keys or len(data) > _MOST_KEY_BYTES or not all(key.isascii() for key in keys):
-            raise UsageError(f"the key file {path} must hold keys of ASCII characters, one a line, 64 KiB at the most")
+        lines = [line.strip() for line in data.splitlines()]
+        keys = tuple(line for line in lines if line and not line.startswith(b"#"))
+        if not keys or len(data) > _MOST_KEY_BYTES or not all(key.isascii() and len(key.split()) == 1 for key in keys):
+            raise UsageError(
+                f"the key file {path} must hold keys of ASCII characters without blanks, one a line, 64 KiB at the most; a line"
+                " that begins with # is none"
+            )
         return cls(keys)
 
 

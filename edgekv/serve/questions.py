@@ -6,14 +6,17 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from edgekv.errors import UsageError
+from edgekv.errors import PromptTooLong, UsageError
 from edgekv.runtime.sampling import SamplingOptions
 from edgekv.runtime.serving.request import Constraint, Request
+from edgekv.runtime.system.process import return_free_memory
 
 from .calls import HERMES, LLAMA, CallReader, Way, forced, strictly
 from .face import Face
 from .wire import ChatQuestion, CompletionQuestion, Content, Message, NamedTool, Question, ResponseFormat
 
+#: Tokens of a text that goes on, where a request does not say; OpenAI's default.
+COMPLETION_TOKENS = 16
 #: Roles that templates know by another name.
 _ROLES = {"developer": "system"}
 
@@ -36,9 +39,11 @@ def completion(face: Face, body: CompletionQuestion, owner: bytes) -> Prepared:
     if isinstance(body.prompt, list) and not (body.prompt and isinstance(body.prompt[0], str)):
         tokens = [token for token in body.prompt if isinstance(token, int)]
     else:
-        prompt = body.prompt if isinstance(body.prompt, str) else body.prompt[0]
-        tokens = face.service.text.encode(str(prompt))
-    return Prepared(_request(face, body, tokens, body.max_tokens, body.logprobs, _stops(body), None, owner))
+        prompt = str(body.prompt if isinstance(body.prompt, str) else body.prompt[0])
+        _check_characters(face, len(prompt))
+        tokens = _measured(face, face.service.text.encode(prompt))
+    most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    return Prepared(_request(face, body, tokens, most, body.logprobs, _stops(body), None, owner))
 
 
 def chat(face: Face, body: ChatQuestion, owner: bytes) -> Prepared:
@@ -51,7 +56,9 @@ def chat(face: Face, body: ChatQuestion, owner: bytes) -> Prepared:
     way = _way(face) if tools else None
     functions = [tool.function.model_dump(exclude_none=True) for tool in tools or ()]
     described = [{"type": "function", "function": function} for function in functions] or None
-    tokens = text.encode_chat([_message(message) for message in body.messages], described)
+    messages = [_message(message) for message in body.messages]
+    _check_characters(face, sum(len(message["content"]) for message in messages))
+    tokens = _measured(face, text.encode_chat(messages, described))
     stops, calls, mark = _stops(body), None, None
     constraint: Constraint | None = None
     if way is not None:
@@ -68,6 +75,27 @@ def chat(face: Face, body: ChatQuestion, owner: bytes) -> Prepared:
         constraint = _held_to_format(face, body.response_format)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return Prepared(_request(face, body, tokens, body.most_tokens, logprobs, stops, constraint, owner), calls, mark)
+
+
+def _check_characters(face: Face, count: int) -> None:
+    """Refuse, before it is cut into tokens, a text that is too long however that is done: cutting takes memory and time.
+
+    Raises:
+        PromptTooLong: the message says by how much.
+    """
+    context, longest = face.service.context, face.service.text.longest_token
+    if count > context * longest:
+        raise PromptTooLong(
+            f"{count} characters do not fit the context of {context} tokens, none of which has more than {longest}; shorten the"
+            " prompt"
+        )
+
+
+def _measured(face: Face, tokens: list[int]) -> list[int]:
+    """Return tokens; the memory of many more than fit is given back, before they are refused."""
+    if len(tokens) > face.service.context:
+        return_free_memory()
+    return tokens
 
 
 def _way(face: Face) -> Way:

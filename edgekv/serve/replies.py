@@ -271,8 +271,13 @@ def usage(end: Finished) -> Usage:
     }
 
 
+#: Characters at which some clients end a line, though the format of events does not; inside JSON they may be spelled.
+_LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+
+
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text.translate(_LINE_ENDS)}\n\n"
 
 
 def _call(called: Called) -> Call:

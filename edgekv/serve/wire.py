@@ -26,6 +26,8 @@ from edgekv.settings import MOST_TOKENS, REPETITION_PENALTY, SEED, TEMPERATURE, 
 MOST_MESSAGES = 4096
 MOST_TOOLS = 128
 MOST_STOPS = 4
+#: Of one of them: it is looked for at every token.
+MOST_STOP_CHARACTERS = 1000
 MOST_LOGPROBS = 20
 
 
@@ -57,6 +59,9 @@ class Only:
 
 
 # -- what is asked ---------------------------------------------------------------------------------------------------
+
+
+Stop = Annotated[str, Field(max_length=MOST_STOP_CHARACTERS)]
 
 
 class StreamOptions(Asked):
@@ -189,7 +194,7 @@ class Question(Asked):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
     seed: int | None = Field(default=None, ge=SEED.least, le=SEED.most)
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[Any, Only(None, 1, why="n must be 1: this server gives one answer to a request")] = None
@@ -249,7 +254,7 @@ class CompletionQuestion(Question):
     """The body of a request for a text that goes on."""
 
     prompt: str | list[str] | list[int]
-    max_tokens: int | None = Field(default=16, ge=0, le=MOST_TOKENS)
+    max_tokens: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     echo: Annotated[Any, Only(None, False, why="echo is refused: this server gives the answer alone")] = None
     suffix: Annotated[Any, Only(None, "", why="suffix is refused: this server does not fill in the middle")] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from edgekv.errors import StoreError
+from edgekv.errors import StoreError, StoreFull, WriteLimit
 from edgekv.spec import PageSpec
 from edgekv.tiers import Tier
 
@@ -249,8 +249,19 @@ class _Shelf:
         return self._store.freed
 
     def write(self, tags: list[int], pages: list[Bytes]) -> list[int]:
-        """Store pages, in one batch, and return their record indices."""
-        return self._store.write(tags, pages)
+        """Store pages, in one batch, and return their record indices; on a full medium what was not used for longest makes room.
+
+        Raises:
+            StoreFull, StoreError: see :meth:`SegmentStore.write`.
+        """
+        try:
+            return self._store.write(tags, pages)
+        except WriteLimit:
+            raise
+        except StoreFull:
+            if not self._library.give_way(len(pages)):
+                raise
+            return self._store.write(tags, pages)
 
     def read(self, records: list[int], tags: list[int], out: Bytes) -> None:
         """Read records into out [n, record_bytes] uint8, checked; from any thread."""

@@ -189,6 +189,16 @@ class Library:
                 break
         return self.used_bytes + needed <= self.limit_bytes
 
+    def give_way(self, n_records: int) -> bool:
+        """Let the oldest go until so many records are free to be overwritten, since the medium is full; says whether they are."""
+        wanted = self.used_bytes - n_records * self.spec.record_bytes
+        for item in self.tree.oldest():
+            if self.used_bytes <= wanted:
+                break
+            self.remove(item)
+        self.commit()  # what a commit refers to is never overwritten
+        return self.used_bytes <= wanted and not self._gone
+
     def add_page(
         self, parent: Node, owner: bytes, tokens: tuple[int, ...], cuts: tuple[int, ...], records: tuple[int, ...]
     ) -> Node:
@@ -305,6 +315,8 @@ class Library:
         """Make all changes durable and let other processes in."""
         try:
             self.commit()
+            if not (self._added or self._gone):
+                self.store.trim()
         finally:
             self._held.close()
 

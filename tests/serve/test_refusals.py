@@ -91,8 +91,39 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(place: Place) ->
     with pytest.raises(
         openai.BadRequestError, match=r"a prompt of \d+ tokens does not fit the context of 1024"
     ) as caught:
-        place.client().completions.create(model="demo", prompt="river " * 2000)
+        place.client().completions.create(model="demo", prompt="a " * 3000)
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_text_that_cannot_fit_however_it_is_cut_is_refused_before_it_is_cut(place: Place) -> None:
+    text = "zq " * 1_000_000
+    for path, body in (
+        ("/v1/completions", {"prompt": text}),
+        (CHAT, {"messages": [{"role": "user", "content": text}]}),
+    ):
+        answer = place.post(path, body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert "3000000 characters do not fit the context of" in answer.json()["error"]["message"]
+    long = place.post("/v1/completions", {"prompt": "It was", "stop": "x" * 1001})
+    assert (long.status_code, "at most 1000 characters" in long.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"const": 10**40}, {"const": "\udfff"}, {"$ref": "#"}, {"const": float("nan")}], ids=repr
+)
+def test_a_schema_that_cannot_be_kept_to_is_no_fault_of_the_server(place: Place, schema: Any) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    body = json.dumps({**HELLO, "response_format": wanted})  # as no library would send it
+    answer = place.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert len(answer.json()["error"]["message"]) < 500
+
+
+def test_no_max_tokens_and_null_are_the_same(place: Place) -> None:
+    answers = [
+        place.post("/v1/completions", {"prompt": "It was", **more}).json() for more in ({}, {"max_tokens": None})
+    ]
+    assert [answer["usage"]["completion_tokens"] for answer in answers] == [16, 16]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +178,18 @@ def test_a_key_is_asked_for_everywhere_but_at_the_door(demo: Path, tmp_path: Pat
         cached = [detail.cached_tokens or 0 for detail in details if detail is not None]
         assert cached[:2] == [0, 0], "what one key asked is not told to another by the time"
         assert cached[2] > 0
+
+
+def test_a_comment_in_a_key_file_is_no_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# mine\nsk-1\n\n")
+    path.chmod(0o600)
+    keys = Keys.read(path)
+    assert keys.known(b"sk-1")
+    assert not keys.known(b"# mine")
+    path.write_text("sk 1\n")
+    with pytest.raises(UsageError, match="without blanks"):
+        Keys.read(path)
 
 
 def test_a_key_file_that_others_may_read_or_that_holds_none_is_refused(tmp_path: Path) -> None:

@@ -418,6 +418,27 @@ def test_a_full_disk_costs_what_would_be_kept_and_no_answer(
         settled(service)._library.check()
 
 
+def test_on_a_full_disk_what_was_kept_makes_room_for_what_runs(bundle: Bundle, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    folder, prompts = bundle("demo"), [tokens(400, seed) for seed in range(1, 6)]
+    expected = [alone(folder, prompt, count=3) for prompt in prompts]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run = replace(RUN, kv_budget="200KiB")
+    with serving(folder, run, cache_dir=tmp_path / "cache", parallel=1) as service:
+        ask(service, prompts[0], 3)
+        size = settled(service)._library.used_bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size, limits[1]))
+        try:
+            for prompt, answer in zip(prompts, expected, strict=True):
+                assert ask(service, prompt, 3).tokens == answer
+                settled(service)._library.check()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert service._library.used_bytes <= 2 * size
+    pages = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("pages-*.bin"))
+    assert pages <= 2 * size + 64 * 1024, "with the open page of the last one, which came behind"
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_conversations_get_the_answers_of_runs_of_their_own(bundle: Bundle, tmp_path: Path, seed: int) -> None:
     """Turns, branches, restarts, small limits and budgets in any order, against an oracle that knows none of it."""
