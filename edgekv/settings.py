@@ -154,7 +154,7 @@ class Real(Setting[float]):
         return "X"
 
     def _from_value(self, value: object) -> float | None:
-        if isinstance(value, (str, bytes, bool)) or np.ndim(value) or not isinstance(value, SupportsFloat):  # type: ignore[arg-type]
+        if isinstance(value, (str, bytes, bool, type)) or np.ndim(value) or not isinstance(value, SupportsFloat):  # type: ignore[arg-type]
             return None
         number = float(value)
         inside = self.least < number if self.above else self.least <= number
