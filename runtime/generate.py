@@ -166,7 +166,7 @@ class Generator(Chats, OneSequence):
             PromptTooLong: the prompt leaves no room in the context. BudgetError: the budget is too small.
             OutOfPages, StoreError: no room, or flash failed; the text so far is right.
         """
-        tokens = self._begun(self.text.encode(prompt) if isinstance(prompt, str) else self._ids(prompt))
+        tokens = self.prompt(self.text.encode(prompt) if isinstance(prompt, str) else prompt)
         stream = TextStream(self.text, stop, self._ids(before))
         if isinstance(pin, str):
             pin = common_prefix(self.text.encode(pin), tokens)
@@ -224,7 +224,7 @@ class Generator(Chats, OneSequence):
         sampler = Sampler(sampling)
         self.stats.seed = sampler.seed if sampling.temperature else None
         stop_tokens = self.manifest.model.eos_token_ids
-        prompt = self._begun(self._ids(prompt))
+        prompt = self.prompt(prompt)
         with self._turns:
             self.stats.finish_reason, self.stats.context_full = None, False
             logits = self.prefill(prompt, max_tokens=MAX_TOKENS.check(max_tokens), pin=pin, progress=progress)
@@ -266,7 +266,7 @@ class Generator(Chats, OneSequence):
         Args:
             pin: the first so many tokens of the prompt are pinned, and no others; see :meth:`stream`.
         """
-        prompt = self._begun(self._ids(prompt))
+        prompt = self.prompt(prompt)
         with self._turns:
             self._turns.begin()
             return self._prefill(prompt, max_tokens, pin, progress)
@@ -278,7 +278,7 @@ class Generator(Chats, OneSequence):
 
         Yields (tokens done, tokens to do) after each step, and returns the logits.
         """
-        prompt = self._begun(self._ids(prompt))
+        prompt = self.prompt(prompt)
         with self._turns:
             self._turns.begin()
         steps = self._read(prompt, max_tokens, pin)
@@ -388,6 +388,19 @@ class Generator(Chats, OneSequence):
                 self._extend(held, "none")
             return np.concatenate(self._extend(tokens, "all"))
 
+    def prompt(self, tokens: Sequence[int]) -> list[int]:
+        """Return the tokens of a prompt as plain integers; an empty one begins with the token that begins a text.
+
+        Raises:
+            UsageError: one is not of the vocabulary, or the prompt is empty and the model has no such token.
+        """
+        prompt = self._ids(tokens)
+        if not prompt:
+            if self.manifest.model.bos_token_id is None:
+                raise UsageError("the prompt is empty, and this model has no token that begins a text; write a prompt")
+            prompt = [self.manifest.model.bos_token_id]
+        return prompt
+
     def _ids(self, tokens: Sequence[int]) -> list[int]:
         """Check that tokens are numbers of the vocabulary, and return them as plain integers."""
         return token_row(tokens, most=self.manifest.model.vocab_size - 1)
@@ -416,18 +429,6 @@ class Generator(Chats, OneSequence):
             self.stats.unused_prefix_tokens = tokens
             return
         self._keeper = with_prefix(keeper, path, options, manifest, self._machine)
-
-    def _begun(self, prompt: Sequence[int]) -> list[int]:
-        """Return the tokens of a prompt; an empty one begins with the token that begins a text.
-
-        Raises:
-            UsageError: the model has none.
-        """
-        if len(prompt):
-            return list(prompt)
-        if self.manifest.model.bos_token_id is None:
-            raise UsageError("the prompt is empty, and this model has no token that begins a text; write a prompt")
-        return [self.manifest.model.bos_token_id]
 
     # -- memory ------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from .wire import (
 )
 
 T = TypeVar("T")
+Asks = TypeVar("Asks", bound=Question)
 
 #: What nginx calls a client that is gone; nobody receives it.
 _CLIENT_IS_GONE = 499
@@ -122,21 +123,26 @@ def _owner(face: Face, request: Request) -> bytes:
 
 
 def _add_questions(app: FastAPI, face: Face) -> None:
+    async def answered(
+        request: Request,
+        body: Asks,
+        prepare: Callable[[Face, Asks, bytes], questions.Prepared],
+        forms: type[ChatAnswer | CompletionAnswer],
+    ) -> Response:
+        face.check_model(body.model)
+        owner = _owner(face, request)
+        prepared = await face.read(lambda: prepare(face, body, owner))
+        return await _reply(request, body, forms(face, face.ask(prepared.request), prepared))
+
     @app.post("/v1/chat/completions", responses={200: {"model": ChatReply}})
     async def chat(request: Request, body: ChatQuestion) -> Response:
         """Answer in a conversation."""
-        face.check_model(body.model)
-        owner = _owner(face, request)
-        prepared = await face.read(lambda: questions.chat(face, body, owner))
-        return await _reply(request, body, ChatAnswer(face, face.ask(prepared.request), prepared))
+        return await answered(request, body, questions.chat, ChatAnswer)
 
     @app.post("/v1/completions", responses={200: {"model": CompletionReply}})
     async def complete(request: Request, body: CompletionQuestion) -> Response:
         """Go on with a text."""
-        face.check_model(body.model)
-        owner = _owner(face, request)
-        prepared = await face.read(lambda: questions.completion(face, body, owner))
-        return await _reply(request, body, CompletionAnswer(face, face.ask(prepared.request), prepared))
+        return await answered(request, body, questions.completion, CompletionAnswer)
 
     @app.post("/v1/embeddings")
     async def embed(body: EmbeddingQuestion) -> Response:

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgekv.spec import ModelSpec
 
-from ..engines.base import Float, SegmentEngine, StepBuffers
+from ..engines.base import Float, SegmentEngine, StepBuffers, rows_of
 from .split import SplitForward
 
 
@@ -24,20 +24,21 @@ def step_together(forwards: Sequence[SplitForward], tokens: Sequence[int], posit
     Raises:
         CorruptPage, StoreError, KeysOverflow: no token was added to any sequence.
     """
-    engine, model_layers = forwards[0].engine, forwards[0].cache.spec.n_layers
+    engine, n_layers = forwards[0].engine, forwards[0].cache.spec.n_layers
     at = np.asarray(positions, np.int64)
     buffers = engine.prepare(len(forwards))
     forwards[0].embedding.look_up(np.asarray(tokens, np.int64), buffers.residual[0])
     forwards[0].rope.fill(at, buffers.cos, buffers.sin)
     rows = [
-        (forward.token_step, row_of(buffers, index), at[index : index + 1]) for index, forward in enumerate(forwards)
+        (forward.token_step, rows_of(buffers, index, 1), at[index : index + 1])
+        for index, forward in enumerate(forwards)
     ]
     for forward in forwards:
         forward.cache.begin_step()
     try:
         for forward, position in zip(forwards, positions, strict=True):
             forward.token_step.begin(position)
-        for layer in range(model_layers):
+        for layer in range(n_layers):
             engine.run(layer, buffers)
             for step, row, place in rows:
                 step.attend(layer, row, place)
@@ -47,21 +48,7 @@ def step_together(forwards: Sequence[SplitForward], tokens: Sequence[int], posit
         raise
     for forward, position in zip(forwards, positions, strict=True):
         forward.token_step.commit(position)
-    return engine.head(buffers.residual[(model_layers - 1) % 2], buffers.attention)
-
-
-def row_of(buffers: StepBuffers, index: int) -> StepBuffers:
-    """Return row ``index`` of the buffers of a step, as those of a step of one token."""
-    part = slice(index, index + 1)
-    return StepBuffers(
-        residual=(buffers.residual[0][part], buffers.residual[1][part]),
-        cos=tuple(array[part] for array in buffers.cos),
-        sin=tuple(array[part] for array in buffers.sin),
-        q=buffers.q[part],
-        k=buffers.k[part],
-        v=buffers.v[part],
-        attention=buffers.attention[part],
-    )
+    return engine.head(buffers.residual[(n_layers - 1) % 2], buffers.attention)
 
 
 def rows_agree(engine: SegmentEngine, model: ModelSpec, most: int) -> bool:

@@ -30,6 +30,23 @@ class StepBuffers:
     attention: Float
 
 
+def rows_of(buffers: StepBuffers, start: int, count: int) -> StepBuffers:
+    """Return views of ``count`` rows of every buffer."""
+
+    def part(array: Float) -> Float:
+        return array[start : start + count]
+
+    return StepBuffers(
+        residual=(part(buffers.residual[0]), part(buffers.residual[1])),
+        cos=tuple(part(array) for array in buffers.cos),
+        sin=tuple(part(array) for array in buffers.sin),
+        q=part(buffers.q),
+        k=part(buffers.k),
+        v=part(buffers.v),
+        attention=part(buffers.attention),
+    )
+
+
 #: Steps of so few tokens are those of answers: their buffers are small, and kept. Of longer ones the last size is.
 FEW_TOKENS = 8
 

@@ -78,7 +78,6 @@ class LibraryKeeper:
         in_ram, found = self.reuse(owner, prompt), library.find(owner, prompt)
         if in_ram >= found.count and in_ram:
             if self._goes_on(prompt):
-                self._turn = None
                 return None
             count, steps = self._cut(in_ram)
         else:
@@ -91,7 +90,6 @@ class LibraryKeeper:
     def _cut(self, count: int) -> tuple[int, Steps]:
         """Keep the first tokens in the cache, which a fresh run computes alike."""
         assert self._cache is not None
-        self._turn = None
         self._cache.truncate(count)
         self._let_go(count // self._spec.page_size)
         return count, self._library.tree.steps_of(Found(count))
@@ -137,7 +135,7 @@ class LibraryKeeper:
         del self._path[n_pages:]
 
     def began(self, cache: KVCache, reused: int, total: int) -> None:
-        """A prompt begins."""
+        """A prompt begins: the sequence is not a turn until its answer is over."""
         self._turn = None
 
     def stepped(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps) -> None:
@@ -210,11 +208,7 @@ class LibraryKeeper:
         cache, turn, library = self._cache, self._turn, self._library
         if cache is not None and turn is not None and not (turn.gone or turn.records):
             page, inside = divmod(turn.n_kv, self._spec.page_size)
-            here = (
-                int(cache.table.n_slots[0]) == turn.n_kv and (cache.table.tier[:, page] == Tier.HOT).all()
-                if inside
-                else False
-            )
+            here = inside and int(cache.table.n_slots[0]) == turn.n_kv and (cache.table.tier[:, page] == Tier.HOT).all()
             if here and library.make_room(2 * self._spec.n_layers) and not turn.gone:
                 try:
                     records = store_open(cache, turn.n_kv, library.store, FORMAT)

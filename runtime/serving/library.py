@@ -13,7 +13,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from edgekv.bundle import Manifest
@@ -21,9 +20,8 @@ from edgekv.errors import SessionMismatch, StoreError, StoreLocked
 from edgekv.files import make_own_folder
 from edgekv.spec import PageSpec
 
-from ..sessions.folder import bits_key, make_cipher, take_lock
-from ..sessions.index import FORMAT, Meta
-from ..storage.cipher import SALT_BYTES, Cipher
+from ..sessions.folder import bits_key, make_cipher, new_meta, take_lock
+from ..storage.cipher import Cipher
 from ..storage.medium import Medium
 from ..storage.segments import SegmentStore
 from ..storage.wear import WearLedger
@@ -100,7 +98,6 @@ class Library:
             raise
         self._number = 0
         self._owned: set[int] = set()
-        self.entries = 0
         self._added: dict[tuple[str, int], tuple[Node | Turn, bytes]] = {}
         self._gone: dict[tuple[str, int], Node | Turn] = {}
         self._touched: dict[tuple[str, int], Node | Turn] = {}
@@ -115,12 +112,9 @@ class Library:
     def _meet(self, key: dict[str, str | int], secret: bytes | None) -> Cipher | None:
         meta = self._index.meta()
         if meta is None:
-            meta = Meta(FORMAT, key, self.spec, created=time.time(), encrypted=False)
-            if secret is not None:
-                salt = os.urandom(SALT_BYTES)
-                probe = Cipher(secret, salt).encrypt(b"", b"probe").hex()
-                meta = replace(meta, encrypted=True, salt=salt.hex(), probe=probe)
+            meta, self._index.cipher = new_meta(key, self.spec, secret)
             self._index.begin(meta)
+            return self._index.cipher
         if meta.encrypted != (secret is not None):
             raise SessionMismatch(
                 f"the cache of requests {self.folder} is {'' if meta.encrypted else 'not '}encrypted: serve"
@@ -141,15 +135,13 @@ class Library:
                 continue
             node = nodes[number] = Node(number, parent, row.tokens, row.cuts, row.records, used)
             self.tree.add(node)
-            self.entries += 1
             records.update(zip(row.records, row.checks, strict=False))
         for number, used, turn in self._index.rows(TurnRow):
             self._number = max(self._number, number)
             where = nodes.get(turn.node) if turn.node else self.tree.root(turn.owner)
             if where is None or len(turn.records) not in (0, 2 * self.spec.n_layers):
                 continue
-            self.entries += 1
-            where.turns.append(Turn(number, where, turn.tokens, turn.n_kv, turn.cuts, turn.records, used))
+            self.tree.add(Turn(number, where, turn.tokens, turn.n_kv, turn.cuts, turn.records, used))
             records.update(zip(turn.records, turn.checks, strict=False))
         self.store.adopt(records.keys(), records.values())
         self._owned = set(records)
@@ -204,7 +196,6 @@ class Library:
     ) -> Node:
         """Keep a page whose records are written; they belong to the library from now on."""
         node = Node(self._next(), parent, tokens, cuts, records)
-        self.entries += 1
         self.tree.add(node)
         self._keep(node, owner, records)
         return node
@@ -216,8 +207,7 @@ class Library:
                 self._touch(turn)
                 return turn
         turn = Turn(self._next(), node, tokens, n_kv, cuts)
-        self.entries += 1
-        node.turns.append(turn)
+        self.tree.add(turn)
         self._keep(turn, owner, ())
         return turn
 
@@ -229,7 +219,6 @@ class Library:
     def remove(self, item: Node | Turn) -> None:
         """Forget a page with all behind it, or a turn."""
         for gone in self.tree.remove(item):
-            self.entries -= 1
             self.used_bytes -= len(gone.records) * self.spec.record_bytes
             self._touched.pop(_name(gone), None)
             self._added.pop(_name(gone), None)
@@ -275,7 +264,7 @@ class Library:
         assert len(records) == len(set(records)), "a record belongs to two"
         assert self._owned >= set(records)
         assert self.used_bytes == len(records) * self.spec.record_bytes
-        assert self.entries == len(items)
+        assert self.tree.size == len(items)
 
     # -- durability ------------------------------------------------------------------------------------------------
 

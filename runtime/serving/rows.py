@@ -13,7 +13,6 @@ As in a session's index, a row carries its own checksum, over its table, number 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -23,40 +22,39 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from edgekv.errors import FormatError, StoreError
-from edgekv.files import open_file, reason
+from edgekv.files import reason
 from edgekv.schema import checked, plain_json
 
-from ..sessions.index import Meta, row_check
+from ..sessions.index import Meta, check_own, connect, row_check, write_at_once
 from ..storage.cipher import Cipher
 
-Natural = Annotated[int, msgspec.Meta(ge=0)]
+Number = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class PageRow(msgspec.Struct, frozen=True, array_like=True):
     """A page: behind which other (0: none), whose, and what :class:`~edgekv.runtime.serving.tree.Node` has."""
 
-    parent: Natural
+    parent: Number
     owner: bytes
-    tokens: tuple[Natural, ...]
-    cuts: tuple[Natural, ...]
-    records: tuple[Natural, ...]
-    checks: tuple[Natural, ...]
+    tokens: tuple[Number, ...]
+    cuts: tuple[Number, ...]
+    records: tuple[Number, ...]
+    checks: tuple[Number, ...]
 
 
 class TurnRow(msgspec.Struct, frozen=True, array_like=True):
     """A turn: behind which page (0: none), whose, and what :class:`~edgekv.runtime.serving.tree.Turn` has."""
 
-    node: Natural
+    node: Number
     owner: bytes
-    tokens: tuple[Natural, ...]
-    n_kv: Natural
-    cuts: tuple[Natural, ...]
-    records: tuple[Natural, ...]
-    checks: tuple[Natural, ...]
+    tokens: tuple[Number, ...]
+    n_kv: Number
+    cuts: tuple[Number, ...]
+    records: tuple[Number, ...]
+    checks: tuple[Number, ...]
 
 
 Row = TypeVar("Row", PageRow, TurnRow)
-_KINDS = {"page": PageRow, "turn": TurnRow}
 
 
 class LibraryIndex:
@@ -70,25 +68,21 @@ class LibraryIndex:
         self.path = path
         self.cipher: Cipher | None = None
         try:
-            for name in (path, path.with_name(f"{path.name}-wal")):
-                if name == path or name.exists():
-                    os.close(open_file(name, os.O_RDWR | os.O_CREAT))
+            check_own(path, create=True)
         except OSError as error:
             raise StoreError(f"cannot open the cache of requests {path}: {reason(error)}") from error
-        self._db = sqlite3.connect(
-            f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None, check_same_thread=False
-        )
         try:
-            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            for table, key in (("item", "name TEXT"), ("page", "number INTEGER"), ("turn", "number INTEGER")):
-                used = "" if table == "item" else "used INTEGER, "
-                self._db.execute(
-                    f"CREATE TABLE IF NOT EXISTS {table}({key} PRIMARY KEY, {used}value BLOB, xxh3 BLOB) WITHOUT ROWID"
-                )
+            self._db = connect(path)
+            try:
+                for table, key in (("item", "name TEXT"), ("page", "number INTEGER"), ("turn", "number INTEGER")):
+                    used = "" if table == "item" else "used INTEGER, "
+                    self._db.execute(
+                        f"CREATE TABLE IF NOT EXISTS {table}({key} PRIMARY KEY, {used}value BLOB, xxh3 BLOB) WITHOUT ROWID"
+                    )
+            except BaseException:
+                self._db.close()
+                raise
         except sqlite3.Error as error:
-            self._db.close()
             raise StoreError(
                 f"cannot open the cache of requests {path}: {error}; move it away to begin anew"
             ) from error
@@ -171,13 +165,8 @@ class LibraryIndex:
 
     def _write(self, steps: list[tuple[str, list[tuple[object, ...]]]]) -> None:
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            for statement, values in steps:
-                self._db.executemany(statement, values)
-            self._db.execute("COMMIT")
+            write_at_once(self._db, steps)
         except sqlite3.Error as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
             raise StoreError(f"cannot write the cache of requests {self.path}: {error}") from error
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from edgekv.bundle import Manifest, read_manifest
 from edgekv.errors import BudgetError, EdgeKVError, EngineError, TooBusy, UsageError
 from edgekv.files import make_folder
 from edgekv.scratch import ScratchFolder
-from edgekv.settings import MAX_WRITE_PER_DAY, token_row
+from edgekv.settings import MAX_WRITE_PER_DAY
 from edgekv.tiers import KVMode, Together
 
 from ..generate import Generator
@@ -139,7 +139,7 @@ class Service:
         self._changed = threading.Condition()
         self._closing = False
         self._turn = itertools.count()
-        self._counts = Counts(Counter())
+        self._counts = Counts()
         self._look = 0.0
         self._snapshot = self._facts()
         self._thread = threading.Thread(target=self._serve, name="edgekv-serve", daemon=True)
@@ -204,11 +204,7 @@ class Service:
             UsageError: a token is not of the vocabulary; the service is closed. PromptTooLong: the prompt leaves no room in
                 the context. TooBusy: the queue is full.
         """
-        prompt = token_row(request.tokens, most=self.manifest.model.vocab_size - 1)
-        if not prompt:
-            if self.manifest.model.bos_token_id is None:
-                raise UsageError("the prompt is empty, and this model has no token that begins a text; write a prompt")
-            prompt = [self.manifest.model.bos_token_id]
+        prompt = self._first.prompt(request.tokens)
         answer_room(self.context, len(prompt), self.context if request.max_tokens is None else request.max_tokens)
         asked = _Asked(request, prompt, deliver)
         with self._changed:
@@ -289,7 +285,7 @@ class Service:
             bytes_by_tier=sizes,
             cache_bytes=library.used_bytes,
             cache_limit_bytes=library.limit_bytes,
-            cache_entries=library.entries,
+            cache_entries=library.tree.size,
             requests=dict(counts.requests),
             prompt_tokens=counts.prompt_tokens,
             reused_tokens=counts.reused_tokens,
@@ -331,10 +327,11 @@ class Service:
     def _begin(self, asked: _Asked, free: Sequence[_Seat]) -> None:
         """Give a request the seat that has most of its prompt in RAM, or the one that was not used for longest."""
         owner, prompt = asked.request.owner, asked.prompt
-        most = max(seat.keeper.reuse(owner, prompt) for seat in free)
+        in_ram = [(seat.keeper.reuse(owner, prompt), seat) for seat in free]
+        most = max(count for count, _ in in_ram)
         if most < self._library.find(owner, prompt).count:
             most = 0
-        fitting = [seat for seat in free if not most or seat.keeper.reuse(owner, prompt) == most]
+        fitting = [seat for count, seat in in_ram if not most or count == most]
         seat = min(fitting, key=lambda seat: seat.used)
         seat.used = next(self._turn)
         seat.keeper.ask(owner)

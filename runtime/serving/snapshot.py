@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from edgekv.spec import PageSpec
@@ -66,7 +66,7 @@ class Snapshot:
 class Counts:
     """What a service has done since it began."""
 
-    requests: Counter[str]
+    requests: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     reused_tokens: int = 0
     generated_tokens: int = 0

@@ -75,6 +75,9 @@ class Tree:
     Args:
         chunk: at whose multiples a prompt is cut into steps.
         exact: go on only from where a fresh run begins a step.
+
+    Attributes:
+        size: how many pages and turns there are.
     """
 
     def __init__(self, page_size: int, chunk: int, *, exact: bool) -> None:
@@ -83,6 +86,7 @@ class Tree:
         self._exact = exact
         self._roots: dict[bytes, Node] = {}
         self._clock = 0
+        self.size = 0
 
     def root(self, owner: bytes) -> Node:
         """Return where the sequences of an owner begin."""
@@ -90,20 +94,24 @@ class Tree:
 
     def find(self, owner: bytes, prompt: Sequence[int]) -> Found:
         """Return from where most of a prompt is kept; at least its last token is not, but behind a turn that is all of it."""
-        best, size = Found(0), self._size
-        tokens = tuple(prompt)
-        pending: list[tuple[tuple[Node, ...], Node, bool]] = [((), self.root(owner), True)]
+        size, tokens = self._size, tuple(prompt)
+        best: tuple[int, Node | None, Turn | None] = (0, None, None)
+        pending = [(self.root(owner), 0, True)]
         while pending:
-            path, node, fresh = pending.pop()
-            done = len(path) * size
-            if fresh and best.count < done < len(tokens) and done % self._chunk == 0:
-                best = Found(done, path)
+            node, done, fresh = pending.pop()
+            if fresh and best[0] < done < len(tokens) and done % self._chunk == 0:
+                best = (done, node, None)
             for turn in () if self._exact else node.turns:
-                if turn.n_kv > best.count and tokens[done : done + len(turn.tokens)] == turn.tokens:
-                    best = Found(turn.n_kv, path, turn)
+                if turn.n_kv > best[0] and tokens[done : done + len(turn.tokens)] == turn.tokens:
+                    best = (turn.n_kv, node, turn)
             for child in node.children.get(tokens[done : done + size], ()):
-                pending.append(((*path, child), child, fresh and child.cuts == self.fresh_cuts(done)))
-        return best
+                pending.append((child, done + size, fresh and child.cuts == self.fresh_cuts(done)))
+        count, last, turn_found = best
+        path: list[Node] = []
+        while last is not None and last.parent is not None:
+            path.append(last)
+            last = last.parent
+        return Found(count, tuple(reversed(path)), turn_found)
 
     def fresh_cuts(self, start: int) -> tuple[int, ...]:
         """Return the cuts of the page at ``start`` in a run that reads it as a part of a prompt, in whole steps."""
@@ -135,10 +143,14 @@ class Tree:
         """Return the page behind ``node`` with these tokens, computed in these steps."""
         return next((child for child in node.children.get(tokens, ()) if child.cuts == cuts), None)
 
-    def add(self, node: Node) -> None:
-        """Put a page behind its parent."""
-        assert node.parent is not None
-        node.parent.children.setdefault(node.tokens, []).append(node)
+    def add(self, item: Node | Turn) -> None:
+        """Put a page behind its parent, or a turn behind its page."""
+        self.size += 1
+        if isinstance(item, Turn):
+            item.node.turns.append(item)
+            return
+        assert item.parent is not None
+        item.parent.children.setdefault(item.tokens, []).append(item)
 
     def use(self, item: Node | Turn) -> None:
         """Note that something is used now."""
@@ -154,20 +166,19 @@ class Tree:
         """Take a page out, with all behind it, or a turn; returns what is gone."""
         if isinstance(item, Turn):
             item.node.turns.remove(item)
-            item.gone = True
-            return [item]
-        assert item.parent is not None
-        item.parent.used = max(item.parent.used, item.used)
-        siblings = item.parent.children[item.tokens]
-        siblings.remove(item)
-        if not siblings:
-            del item.parent.children[item.tokens]
-        item.gone = True
+        else:
+            assert item.parent is not None
+            item.parent.used = max(item.parent.used, item.used)
+            siblings = item.parent.children[item.tokens]
+            siblings.remove(item)
+            if not siblings:
+                del item.parent.children[item.tokens]
         gone: list[Node | Turn] = [item]
-        for turn in list(item.turns):
-            gone += self.remove(turn)
-        for child in [child for children in list(item.children.values()) for child in children]:
-            gone += self.remove(child)
+        for one in gone:  # which grows by what is behind each; a conversation may be deeper than calls may nest
+            one.gone = True
+            if isinstance(one, Node):
+                gone += [*one.turns, *itertools.chain.from_iterable(one.children.values())]
+        self.size -= len(gone)
         return gone
 
     def oldest(self) -> Iterator[Node | Turn]:

@@ -25,6 +25,7 @@ from edgekv.errors import SessionError, SessionMismatch, StoreLocked, UsageError
 from edgekv.files import create_file, make_folder, open_file, reason
 from edgekv.schema import printable
 from edgekv.scratch import ScratchFolder
+from edgekv.spec import PageSpec
 
 from ..storage.cipher import SALT_BYTES, Cipher
 from ..storage.segments import count_records, is_counted, segment_paths, sync_folder
@@ -321,16 +322,21 @@ def open_index(path: Path, manifest: Manifest | None, secret: bytes | None) -> t
         index.close()
         return state, None
     pages = manifest.model.pages(manifest.page_size)
-    meta = Meta(FORMAT, session_key(manifest), pages, created=time.time(), encrypted=False)
-    if secret is not None:
-        salt = os.urandom(SALT_BYTES)
-        cipher = Cipher(secret, salt)
-        probe = cipher.encrypt(b"", b"probe").hex()
-        meta = dataclasses.replace(meta, encrypted=True, salt=salt.hex(), probe=probe)
-        index.cipher = cipher
+    meta, index.cipher = new_meta(session_key(manifest), pages, secret)
     index.begin(meta)
     sync_folder(path)
     return State(meta=meta), index
+
+
+def new_meta(key: dict[str, str | int], pages: PageSpec, secret: bytes | None) -> tuple[Meta, Cipher | None]:
+    """Return what a new session is, and its cipher where it is encrypted."""
+    meta = Meta(FORMAT, key, pages, created=time.time(), encrypted=False)
+    if secret is None:
+        return meta, None
+    salt = os.urandom(SALT_BYTES)
+    cipher = Cipher(secret, salt)
+    probe = cipher.encrypt(b"", b"probe").hex()
+    return dataclasses.replace(meta, encrypted=True, salt=salt.hex(), probe=probe), cipher
 
 
 def _check_readable(backup: Path) -> None:

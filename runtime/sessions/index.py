@@ -211,17 +211,11 @@ class SessionIndex:
         self.cipher: Cipher | None = None
         self._db = sqlite3.connect(":memory:")
         try:
-            _check_own(path, create=create)
+            check_own(path, create=create)
         except OSError as error:
             raise cannot_open(path, error) from error
         try:
-            self._db = sqlite3.connect(
-                f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None, check_same_thread=False
-            )
-            # The lock of the session keeps others out; without shared memory this works on any file system.
-            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
+            self._db = connect(path)
             if create:
                 self._db.execute(
                     "CREATE TABLE IF NOT EXISTS item(name TEXT PRIMARY KEY, value BLOB, xxh3 BLOB) WITHOUT ROWID"
@@ -373,17 +367,18 @@ class SessionIndex:
 
     def _run(self, items: list[tuple[str, bytes]], n_pages: int, old: int, version: int) -> None:
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("DELETE FROM item WHERE name = ?", [(f"page {page}",) for page in range(n_pages, old)])
-            self._db.executemany(
-                "INSERT OR REPLACE INTO item VALUES (?, ?, ?)",
-                [(name, value, row_check(name, value, version)) for name, value in items],
+            write_at_once(
+                self._db,
+                [
+                    ("DELETE FROM item WHERE name = ?", [(f"page {page}",) for page in range(n_pages, old)]),
+                    (
+                        "INSERT OR REPLACE INTO item VALUES (?, ?, ?)",
+                        [(name, value, row_check(name, value, version)) for name, value in items],
+                    ),
+                ],
             )
-            self._db.execute("COMMIT")
             self.version = version
         except sqlite3.Error as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
             raise SessionError(f"cannot write the index {self.path}: {error}; the last checkpoint stands") from error
 
     def fold(self) -> None:
@@ -393,6 +388,41 @@ class SessionIndex:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open a file of SQLite whose folder a lock keeps to one process; each commit survives a power loss.
+
+    Raises:
+        sqlite3.Error: it cannot be opened.
+    """
+    db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None, check_same_thread=False)
+    try:
+        # The lock keeps others out; without shared memory this works on any file system.
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def write_at_once(db: sqlite3.Connection, steps: Sequence[tuple[str, Sequence[tuple[Any, ...]]]]) -> None:
+    """Run statements, each for all of its rows of values, in one transaction.
+
+    Raises:
+        sqlite3.Error: one failed; nothing changed.
+    """
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        for statement, values in steps:
+            db.executemany(statement, values)
+        db.execute("COMMIT")
+    except sqlite3.Error:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 def cannot_open(path: Path, error: OSError) -> SessionError:
@@ -409,7 +439,7 @@ def _wrong_file(error: sqlite3.Error) -> bool:
     return code & 0xFF in _WRONG_FILE or code == _SHORT_READ
 
 
-def _check_own(path: Path, *, create: bool) -> None:
+def check_own(path: Path, *, create: bool) -> None:
     """Refuse files of SQLite that are links or another user's; ``create``: make the first if it is not there."""
     os.close(open_file(path, os.O_RDWR | (os.O_CREAT if create else 0)))
     for suffix in ("-wal", "-journal"):

@@ -284,9 +284,8 @@ class SegmentStore:
 
     def committed(self, records: Iterable[int]) -> None:
         """A commit is on the medium that refers to exactly these records; what it left out may be overwritten."""
-        self._committed = set(records)
-        self._give_back(sorted(self._released - self._committed))
-        self._released &= self._committed
+        now = set(records)
+        self.changed(now, self._committed - now)
 
     def changed(self, more: Iterable[int], less: Iterable[int]) -> None:
         """A commit is on the medium that refers to these records besides, and no longer to those."""

@@ -11,8 +11,8 @@ from edgekv.bundle import Manifest
 from edgekv.contract import EXECUTORCH_HEAD_ROWS, executorch_method
 from edgekv.errors import EngineError, EngineMissing
 
-from ..base import Float, StepBuffers, outdated
-from .blocks import allocate, plan_blocks, rows_of
+from ..base import Float, StepBuffers, outdated, rows_of
+from .blocks import allocate, plan_blocks
 from .build import version
 
 

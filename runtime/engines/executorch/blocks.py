@@ -51,20 +51,3 @@ def allocate(model: ModelSpec, rows: int) -> StepBuffers:
         v=empty(model.n_kv_heads, model.head_dim),
         attention=empty(model.n_q_heads, model.head_dim),
     )
-
-
-def rows_of(buffers: StepBuffers, start: int, count: int) -> StepBuffers:
-    """Return views of ``count`` rows of every buffer."""
-
-    def part(array: Float) -> Float:
-        return array[start : start + count]
-
-    return StepBuffers(
-        residual=(part(buffers.residual[0]), part(buffers.residual[1])),
-        cos=tuple(part(array) for array in buffers.cos),
-        sin=tuple(part(array) for array in buffers.sin),
-        q=part(buffers.q),
-        k=part(buffers.k),
-        v=part(buffers.v),
-        attention=part(buffers.attention),
-    )

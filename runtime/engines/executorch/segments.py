@@ -15,8 +15,8 @@ from edgekv.bundle import Manifest
 from edgekv.contract import EXECUTORCH_HEAD_ROWS, EXECUTORCH_ROWS, executorch_method, segment_spec
 from edgekv.errors import EngineError
 
-from ..base import Float, StepBuffers, outdated
-from .blocks import allocate, plan_blocks, rows_of
+from ..base import Float, StepBuffers, outdated, rows_of
+from .blocks import allocate, plan_blocks
 from .build import version
 from .library import Call, CallList, load_library
 from .packed import PackedCache
