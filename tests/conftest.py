@@ -9,7 +9,7 @@ import os
 import pickle
 import shutil
 import signal
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +26,6 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 # A deadline would fail whoever waits for the processor.
 hypothesis.settings.register_profile("edgekv", hypothesis.settings.default, deadline=None)
 hypothesis.settings.load_profile("edgekv")
-
-
-def seldom(cases: Iterable[Any], *, but: Collection[Any], mark: pytest.MarkDecorator = pytest.mark.slow) -> list[Any]:
-    """Return the cases of a parametrised test, those with ``mark`` for which one of ``but`` stands in kind in every run.
-
-    Args:
-        cases: a tuple is a value for each of several names.
-    """
-    return [
-        pytest.param(*(case if isinstance(case, tuple) else [case]), marks=[] if case in but else mark)
-        for case in cases
-    ]
-
-
-def taken(request: pytest.FixtureRequest, test: str, parameter: str) -> list[Any]:
-    """Return the values with which this session runs a test: for a fixture that works for all of them at once."""
-    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
-    return [item.callspec.params[parameter] for item in items if item.originalname == test]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,7 +26,7 @@ from edgekv.runtime.sessions.folder import is_session, read_state
 from edgekv.runtime.sessions.tools import verify
 from edgekv.runtime.storage.wear import WearLedger
 from edgekv.runtime.text import Text
-from tests.conftest import taken
+from tests.cases import taken
 
 BUNDLE = Path(__file__).parent / "data" / "bundle-1"
 

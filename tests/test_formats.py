@@ -35,7 +35,7 @@ from edgekv.runtime.sessions.index import BACKUP, FORMAT, INDEX, row_check
 from edgekv.runtime.sessions.tools import contents, describe, verify
 from edgekv.runtime.storage.wear import LEDGER, read_ledger
 from edgekv.verify.gate import parse_gate
-from tests.conftest import seldom
+from tests.cases import seldom
 from tests.mutation import faulty, faulty_bytes, faulty_json
 
 if sys.version_info >= (3, 11):

@@ -37,7 +37,7 @@ from edgekv.runtime.storage.wear import read_ledger
 from edgekv.runtime.text import Text
 from edgekv.spec import RECORD_HEADER_BYTES
 from edgekv.tiers import KVMode
-from tests.conftest import taken
+from tests.cases import taken
 from tests.strangers import NOBODY
 
 BUNDLE = Path(__file__).parent / "data" / "bundle-1"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import seldom
+from tests.cases import seldom
 
 Bundle = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from edgekv.errors import UsageError
 from edgekv.export import export_model
 from edgekv.model_config import ARCHITECTURES
+from tests.cases import seldom
 from tests.checkpoints import load_reference, make_checkpoint, make_image_reader
-from tests.conftest import MODEL_TYPES, VARIANTS, seldom
+from tests.conftest import MODEL_TYPES, VARIANTS
 from tests.export.driver import Float, InlineDriver, SplitDriver
 
 TOLERANCE = 1e-3

@@ -18,8 +18,8 @@ from edgekv.export.onnx.matmul_nbits import pack, quantise
 from edgekv.export.rounding import Calibration, Compensator, compensate, symmetric_grid
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.tiers import KVMode
+from tests.cases import seldom
 from tests.checkpoints import TEXT, make_checkpoint
-from tests.conftest import seldom
 
 HELD_OUT = Path(__file__).resolve().parents[2] / "benchmarks" / "quality" / "held_out" / "moby_dick.txt"
 

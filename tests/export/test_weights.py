@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from edgekv.bundle import read_manifest
 from edgekv.export.checkpoint import open_checkpoint
 from edgekv.export.onnx.matmul_nbits import quantise
+from tests.cases import seldom
 from tests.checkpoints import make_checkpoint
-from tests.conftest import seldom
 from tests.export.driver import Float, InlineDriver, SplitDriver, embedding_rows
 
 Bundle = Callable[..., Path]

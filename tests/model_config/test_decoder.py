@@ -17,7 +17,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from edgekv.errors import ConfigError, UsageError
 from edgekv.export.config import decoder_config
 from edgekv.model_config import ARCHITECTURES, TEXT_PARTS, read_model_config
-from tests.conftest import seldom
+from tests.cases import seldom
 from tests.model_config.oracle import built_by_transformers, read_by_edgekv
 
 #: What makes sense for a model type instead of what is in FULL.

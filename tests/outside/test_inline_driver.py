@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
+from tests.cases import seldom
 from tests.checkpoints import make_checkpoint
-from tests.conftest import seldom
 from tests.sessions import session_options
 
 

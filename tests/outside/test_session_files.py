@@ -20,7 +20,7 @@ from edgekv.runtime.options import SessionOptions
 from edgekv.runtime.sessions.folder import read_state
 from edgekv.runtime.sessions.tools import contents, verify
 from edgekv.runtime.storage.segments import segment_paths
-from tests.conftest import seldom
+from tests.cases import seldom
 
 DATA = Path(__file__).parents[1] / "data"
 BUNDLE = DATA / "bundle-1"

@@ -20,8 +20,9 @@ from edgekv.runtime.options import SessionOptions
 from edgekv.runtime.sampling import SamplingOptions
 from edgekv.runtime.storage.flash import FlashStore
 from edgekv.tiers import KVMode, Tier
+from tests.cases import seldom
 from tests.checkpoints import load_reference
-from tests.conftest import ALWAYS, MODEL_TYPES, OWN_OPERATORS, VARIANTS, seldom
+from tests.conftest import ALWAYS, MODEL_TYPES, OWN_OPERATORS, VARIANTS
 
 Bundle = Callable[..., Path]
 

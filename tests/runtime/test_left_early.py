@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.cases import seldom
 from tests.checkpoints import make_checkpoint
-from tests.conftest import seldom
 from tests.runtime.leaver import WAYS
 
 #: Small, but for its cache: a step has many pieces to read ahead.

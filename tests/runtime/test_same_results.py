@@ -14,7 +14,7 @@ from edgekv.runtime.add_prefix import add_prefix
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
 from edgekv.tiers import KVMode
-from tests.conftest import seldom
+from tests.cases import seldom
 
 Bundle = Callable[..., Path]
 Logits = list[NDArray[np.float32]]

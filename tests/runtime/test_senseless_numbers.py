@@ -19,8 +19,8 @@ from edgekv.export import export_model
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import verified_stamp
 from edgekv.runtime.sampling import SamplingOptions
+from tests.cases import seldom
 from tests.checkpoints import make_checkpoint
-from tests.conftest import seldom
 
 Bundle = Callable[..., Path]
 FORMS = ("split", "inline")

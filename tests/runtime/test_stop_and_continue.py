@@ -23,8 +23,8 @@ from edgekv.runtime.sampling import SamplingOptions
 from edgekv.runtime.sessions.tools import contents
 from edgekv.runtime.text import REPLACEMENT
 from edgekv.tiers import KVMode
+from tests.cases import seldom
 from tests.checkpoints import make_checkpoint
-from tests.conftest import seldom
 from tests.tokenizer_kinds import make_tokenizer, token_id
 
 Bundle = Callable[..., Path]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from edgekv.errors import BundleError
 from edgekv.runtime.text import REPLACEMENT, Text, TextStream
-from tests.conftest import seldom
+from tests.cases import seldom
 from tests.tokenizer_kinds import KINDS, SPECIAL, make_tokenizer, token_id
 
 #: The kinds that every run takes through long searches: those of nearly all models.

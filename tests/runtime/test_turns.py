@@ -15,7 +15,7 @@ from edgekv.errors import UsageError
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
 from edgekv.tiers import PressureMode
-from tests.conftest import seldom
+from tests.cases import seldom
 
 FIRST, SECOND = list(range(20, 60)), list(range(120, 150))
 

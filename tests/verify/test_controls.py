@@ -18,7 +18,7 @@ from edgekv.verify.gate import load_gate
 from edgekv.verify.judge import Settings, verify
 from edgekv.verify.tasks import Suite
 from edgekv.verify.verdict import Verdict
-from tests.conftest import seldom
+from tests.cases import seldom
 
 Bundle = Callable[..., Path]
 

@@ -24,7 +24,7 @@ from edgekv.runtime.stats import RunStats
 from edgekv.settings import AttendOptions, parse_attend
 from edgekv.spec import PageSpec
 from edgekv.tiers import KVMode, Tier
-from tests.conftest import seldom
+from tests.cases import seldom
 
 Bundle = Callable[..., Path]
 

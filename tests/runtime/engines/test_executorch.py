@@ -14,7 +14,8 @@ import pytest
 from edgekv.bundle import read_manifest
 from edgekv.runtime.generate import Generator, RunOptions, cache_home
 from edgekv.tiers import KVMode
-from tests.conftest import VARIANTS, seldom
+from tests.cases import seldom
+from tests.conftest import VARIANTS
 
 pytest.importorskip("executorch", reason="the extra `executorch` is not installed")
 

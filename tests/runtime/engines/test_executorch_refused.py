@@ -19,7 +19,7 @@ from edgekv.bundle import read_manifest, write_manifest
 from edgekv.contract import segment_spec
 from edgekv.errors import EngineError
 from edgekv.runtime.generate import Generator, RunOptions, cache_home
-from tests.conftest import seldom
+from tests.cases import seldom
 
 pytest.importorskip("executorch", reason="the extra `executorch` is not installed")
 

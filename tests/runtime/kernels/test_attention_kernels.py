@@ -15,7 +15,7 @@ from edgekv import codec, seam
 from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.kernels.interface import KIND_HOT, KIND_WARM, PAGE_REF, Kernels
 from edgekv.spec import PageSpec
-from tests.conftest import seldom
+from tests.cases import seldom
 
 NUMPY = load_kernels("numpy")
 try:

@@ -25,8 +25,8 @@ from edgekv.runtime.pages.policy import SPARE_PAGES, CacheOptions
 from edgekv.runtime.sessions import restore
 from edgekv.spec import PageSpec
 from edgekv.tiers import KVMode, Tier
+from tests.cases import seldom
 from tests.checkpoints import make_checkpoint
-from tests.conftest import seldom
 
 PROMPT = np.random.default_rng(0).integers(3, 250, 650).tolist()
 WINDOW, PAGE, LAYERS = 64, 32, 3

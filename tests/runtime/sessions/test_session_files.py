@@ -19,7 +19,7 @@ from edgekv.runtime.options import RunOptions
 from edgekv.runtime.sessions import prefixes
 from edgekv.runtime.sessions.tools import compact, copy, describe, fork, verify
 from edgekv.tiers import KVMode
-from tests.conftest import seldom
+from tests.cases import seldom
 from tests.runtime.sessions.toy import Chat, open_session, some_tokens
 from tests.strangers import NOBODY, without_rights
 

@@ -21,7 +21,7 @@ from edgekv.runtime.sessions.tools import compact, verify
 from edgekv.runtime.storage.segments import segment_paths
 from edgekv.schema import from_json
 from edgekv.tiers import KVMode, Tier
-from tests.conftest import seldom
+from tests.cases import seldom
 
 Bundle = Callable[..., Path]
 PROMPT: list[int] = np.random.default_rng(0).integers(2, 1000, 150).tolist()

@@ -18,7 +18,7 @@ from edgekv.errors import StoreError
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.storage.flash import FlashStore
 from edgekv.tiers import KVMode, Tier
-from tests.conftest import seldom
+from tests.cases import seldom
 
 from .dying import dying_medium
 

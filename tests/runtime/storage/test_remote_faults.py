@@ -24,7 +24,7 @@ from edgekv.runtime.options import SessionOptions
 from edgekv.runtime.storage.objects import list_runs
 from edgekv.runtime.storage.remote import ObjectStore
 from edgekv.tiers import KVMode
-from tests.conftest import seldom
+from tests.cases import seldom
 from tests.runtime.storage.conftest import S3Server, Wire
 
 Bundle = Callable[..., Path]
