@@ -42,6 +42,6 @@ class PressureMode(str, enum.Enum):
 class Together(str, enum.Enum):
     """Whether the next tokens of several answers are computed in one step."""
 
-    AUTO = "auto"  #: where each then gets the same bits as alone, which is tried at the start
-    ALWAYS = "always"  #: faster; the last bits of an answer may depend on what else is answered
+    AUTO = "auto"  #: where each then gets the same bits as alone, and sooner, which is tried at the start
+    ALWAYS = "always"  #: the last bits of an answer may depend on what else is answered
     NEVER = "never"

@@ -118,6 +118,39 @@ def read_sampling(folder: Path) -> SamplingSpec | None:
     return None if spec == SamplingSpec() else spec
 
 
+#: Settings of generation_config.json that change an answer in transformers, by their values that change nothing there.
+#: Source: transformers, GenerationConfig and GenerationMixin._get_logits_processor.
+_CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
+    "begin_suppress_tokens": (None, []), "bad_words_ids": (None, []), "diversity_penalty": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0), "encoder_repetition_penalty": (None, 1), "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0), "exponential_decay_length_penalty": (None,), "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,), "guidance_scale": (None, 1), "min_length": (None, 0), "min_new_tokens": (None, 0),
+    "min_p": (None, 0), "no_repeat_ngram_size": (None, 0), "num_beams": (None, 1), "num_beam_groups": (None, 1),
+    "penalty_alpha": (None, 0), "sequence_bias": (None, [], {}), "stop_strings": (None, []), "suppress_tokens": (None, []),
+    "top_h": (None,), "typical_p": (None, 1), "watermarking_config": (None,),
+}  # fmt: skip
+#: Those of them that only change which token is drawn, so that greedy answers do not know them.
+_ONLY_DRAWN = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "typical_p")
+
+
+def not_applied(folder: Path) -> dict[str, Any]:
+    """Return what ``generation_config.json`` asks for that edgekv does not do, and that would change an answer, with its value.
+
+    Raises:
+        CheckpointError: the file is no JSON object.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    values = read_json_object(path)
+    passed = () if values.get("do_sample") is True else _ONLY_DRAWN
+    return {
+        name: values[name]
+        for name, nothing in _CHANGES_NOTHING.items()
+        if name in values and values[name] not in nothing and name not in passed
+    }
+
+
 def decoder_config(config: ModelConfig, further_eos: tuple[int, ...] = (), context: int | None = None) -> DecoderConfig:
     """Turn a configuration into what the exporter needs.
 

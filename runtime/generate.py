@@ -25,7 +25,7 @@ from edgekv.settings import BUNDLE, KV_BUDGET, MAX_TOKENS, PINNED, TO_FOLLOW, TO
 from edgekv.tiers import KVMode
 
 from .chat import Chats, Progress
-from .decoder.together import rows_agree
+from .decoder.together import rows_agree, rows_pay
 from .engines.base import Float
 from .governor import LEVEL, Level, Reclaim
 from .keeper import Keeper, SessionKeeper, with_prefix
@@ -447,6 +447,11 @@ class Generator(Chats, OneSequence):
         """Say whether up to so many sequences that step together get the same bits as alone; see :func:`rows_agree`."""
         dense = self._dense
         return isinstance(dense, Segments) and rows_agree(dense.engine, self.manifest.model, most)
+
+    def rows_pay(self, most: int) -> bool:
+        """Say whether up to so many sequences that step together take less time than in turn; see :func:`rows_pay`."""
+        dense = self._dense
+        return isinstance(dense, Segments) and rows_pay(dense.engine, self.manifest.model, most)
 
     @property
     def computed_by(self) -> str:

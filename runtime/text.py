@@ -135,20 +135,21 @@ class Text:
         return text
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **more: Any
     ) -> list[int]:
         """Return the tokens of a conversation, ready for the assistant's answer.
 
         Args:
             messages: ``{"role": "user" | "assistant" | "system", "content": ...}`` in order.
             tools: JSON schemas of functions that the assistant may call, for templates that know tools.
+            more: what else the template may ask for, such as ``enable_thinking``.
 
         Raises:
             UsageError: the bundle has no chat template, or the template refuses the conversation.
         """
         if self._template_source is None:
             raise UsageError("this bundle has no chat template; use --prompt instead of --chat")
-        return self._encode_part(self._template.render(messages, tools))
+        return self._encode_part(self._template.render(messages, tools, **more))
 
     @functools.cached_property
     def _template(self) -> ChatTemplate:

@@ -140,6 +140,7 @@ def export_command(
     from edgekv.device_profiles.geometry import Geometry
     from edgekv.export import export_model
     from edgekv.export.choose_engine import default_engine, slow_on
+    from edgekv.export.config import not_applied
     from edgekv.export.hub import fetch_source
     from edgekv.export.target import choose_for
 
@@ -167,10 +168,11 @@ def export_command(
         )
         verdict = _check(out, checkpoint, bar) if check else None
     machine = device.processor if device is not None else None
+    unlike = not_applied(checkpoint) if checkpoint.is_dir() else {}
     warning = slow_on(manifest.engine, form, manifest.weights, manifest.operators, machine)
     if as_json:
         found = {} if verdict is None else {"check": _check_facts(verdict)}
-        print_json({**manifest.to_json(), "slow_on": warning, **found})
+        print_json({**manifest.to_json(), "slow_on": warning, "not_applied": unlike, **found})
         _hold(verdict)
         return
     model = manifest.model
@@ -194,6 +196,10 @@ def export_command(
     elif engine is None:
         reason = default_engine(form, manifest.weights).reason
         console.print(escape(f"{manifest.engine}: {reason} (--engine decides)"), soft_wrap=True, highlight=False)
+    if unlike:
+        settings = ", ".join(f"{name}={value}" for name, value in unlike.items())
+        line = f"generation_config.json asks for {settings[:200]}, which edgekv does not do: answers are made without"
+        console.print(escape(line), soft_wrap=True, highlight=False)
     if warning is not None:
         console.print(escape(f"{manifest.engine}: {warning}"), soft_wrap=True, highlight=False)
     if verdict is not None:

@@ -50,7 +50,7 @@ def serve_command(
     encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt the cache with a key from --key-file, $EDGEKV_SESSION_KEY or the keyring.")] = False,
     key_file: Annotated[Path | None, option(settings.FILE, "--key-file", metavar="FILE", help="Secret of 16 bytes or more; implies --encrypt.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Every answer is, to the bit, that of a run of its own; the turns of a conversation are then read again from each answer on.")] = False,
-    together: Annotated[Together, option(settings.Mode("together", Together), "--together", help="auto: answers that are written at once share a step where each gets the same bits as alone (tried at the start). always: also where the last bits then depend on what else is answered; faster. never: one after the other.")] = Together.AUTO,
+    together: Annotated[Together, option(settings.Mode("together", Together), "--together", help="auto: answers that are written at once share a step where each gets the same bits as alone, and sooner (tried at the start). always: also where the last bits then depend on what else is answered. never: one after the other.")] = Together.AUTO,
     model_name: Annotated[list[str] | None, option(settings.WORD, "--model-name", help="Name of the model for clients, beside that of the bundle; may be given several times.")] = None,
     api_key_file: Annotated[Path | None, option(settings.FILE, "--api-key-file", metavar="FILE", help="Keys, one a line; clients must show one of them. Nobody else may read the file.")] = None,
     isolate: Annotated[bool, typer.Option("--isolate", help="Clients with different keys share no pages, so that none can tell by the time what another one asked.")] = False,

@@ -6,12 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from edgekv.errors import PromptTooLong, UsageError
+from edgekv.errors import PromptTooLong
 from edgekv.runtime.sampling import SamplingOptions
 from edgekv.runtime.serving.request import Constraint, Request
 from edgekv.runtime.system.process import return_free_memory
 
 from .calls import HERMES, LLAMA, CallReader, Way, forced, strictly
+from .errors import ApiError
 from .face import Face
 from .wire import ChatQuestion, CompletionQuestion, Content, Message, NamedTool, Question, ResponseFormat
 
@@ -50,7 +51,7 @@ def chat(face: Face, body: ChatQuestion, owner: bytes) -> Prepared:
     """Return the request for the next message of a conversation.
 
     Raises:
-        UsageError: it cannot be met: the template does not know tools, the schema is not understood.
+        ApiError: it cannot be met: the template does not know tools. UsageError: the schema is not understood.
     """
     text, tools = face.service.text, body.tools if body.tool_choice != "none" else None
     way = _way(face) if tools else None
@@ -58,7 +59,7 @@ def chat(face: Face, body: ChatQuestion, owner: bytes) -> Prepared:
     described = [{"type": "function", "function": function} for function in functions] or None
     messages = [_message(message) for message in body.messages]
     _check_characters(face, sum(len(message["content"]) for message in messages))
-    tokens = _measured(face, text.encode_chat(messages, described))
+    tokens = _measured(face, text.encode_chat(messages, described, **body.chat_template_kwargs or {}))
     stops, calls, mark = _stops(body), None, None
     constraint: Constraint | None = None
     if way is not None:
@@ -71,7 +72,11 @@ def chat(face: Face, body: ChatQuestion, owner: bytes) -> Prepared:
             stops = (*stops, way.end)
     if body.response_format is not None and body.response_format.type != "text":
         if tools:
-            raise UsageError("response_format does not go with tools: a call is no such answer; give tool_choice none")
+            raise ApiError(
+                400,
+                "response_format does not go with tools: a call is no such answer; give tool_choice none",
+                param="response_format",
+            )
         constraint = _held_to_format(face, body.response_format)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return Prepared(_request(face, body, tokens, body.most_tokens, logprobs, stops, constraint, owner), calls, mark)
@@ -100,9 +105,11 @@ def _measured(face: Face, tokens: list[int]) -> list[int]:
 
 def _way(face: Face) -> Way:
     if face.way is None:
-        raise UsageError(
+        raise ApiError(
+            400,
             f"the chat template of {face.name} does not know tools, or has them called in a way that is not understood;"
-            " ask without tools"
+            " ask without tools",
+            param="tools",
         )
     return face.way
 
@@ -114,7 +121,11 @@ def _held_to_calls(
     if isinstance(choice, NamedTool):
         functions = [function for function in functions if function["name"] == choice.function.name]
         if not functions:
-            raise UsageError(f"tool_choice names {choice.function.name[:100]!r}, which is none of the tools")
+            raise ApiError(
+                400,
+                f"tool_choice names {choice.function.name[:100]!r}, which is none of the tools",
+                param="tool_choice",
+            )
     if choice == "required" or isinstance(choice, NamedTool):
         return face.grammars.lark(forced(way, functions, numbers, several=several and choice == "required"))
     if any(function.get("strict") for function in functions):
@@ -160,7 +171,11 @@ def _bias(body: Question, vocab_size: int) -> dict[int, float]:
     bias = {}
     for name, value in (body.logit_bias or {}).items():
         if not (name.isascii() and name.isdecimal() and len(name) < 10 and int(name) < vocab_size):
-            raise UsageError(f"logit_bias: {name[:40]!r} is no token; tokens are numbers from 0 to {vocab_size - 1}")
+            raise ApiError(
+                400,
+                f"logit_bias: {name[:40]!r} is no token; tokens are numbers from 0 to {vocab_size - 1}",
+                param="logit_bias",
+            )
         bias[int(name)] = value
     return bias
 
@@ -191,7 +206,7 @@ def _arguments(text: str) -> dict[str, Any]:
     try:
         arguments = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
-        raise UsageError("the arguments of a call in tool_calls are not valid JSON") from error
+        raise ApiError(400, "the arguments of a call in tool_calls are not valid JSON", param="messages") from error
     if not isinstance(arguments, dict):
-        raise UsageError("the arguments of a call in tool_calls must be a JSON object")
+        raise ApiError(400, "the arguments of a call in tool_calls must be a JSON object", param="messages")
     return arguments

@@ -238,7 +238,14 @@ class CompletionAnswer(_Forms):
             "tokens": words,
             "token_logprobs": [max(fact.logprob or 0.0, _NEVER) for fact in facts],
             "top_logprobs": [
-                {self.word(token): max(logprob, _NEVER) for token, logprob in fact.likeliest} for fact in facts
+                {
+                    self.word(token): max(logprob, _NEVER)
+                    for token, logprob in (
+                        *fact.likeliest,
+                        (fact.token, fact.logprob or 0.0),
+                    )  # also where it is less likely
+                }
+                for fact in facts
             ],
             "text_offset": offsets,
         }

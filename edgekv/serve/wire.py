@@ -214,6 +214,10 @@ class Question(Asked):
         return self
 
 
+#: What a template is given that is no setting of it.
+_OWN_NAMES = frozenset(("self", "messages", "tools", "documents", "add_generation_prompt"))
+
+
 class ChatQuestion(Question):
     """The body of a request for the next message of a conversation."""
 
@@ -228,6 +232,7 @@ class ChatQuestion(Question):
     modalities: list[Literal["text"]] | None = None
     prediction: dict[str, Any] | None = None  # taken, and not used: it only says what may be fast
     audio: Annotated[Any, _NO_AUDIO] = None
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=64)
     functions: Annotated[Any, Only(None, why="functions was replaced by tools")] = None
     function_call: Annotated[Any, Only(None, why="function_call was replaced by tool_choice")] = None
     reasoning_effort: Annotated[Any, Only(None, why="reasoning_effort is not understood by this server")] = None
@@ -242,6 +247,9 @@ class ChatQuestion(Question):
             raise ValueError("max_tokens and max_completion_tokens are two names of one limit; give one of them")
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
             raise ValueError("tool_choice asks for a call, and there are no tools")
+        taken = _OWN_NAMES.intersection(self.chat_template_kwargs or ())
+        if taken:
+            raise ValueError(f"chat_template_kwargs: {min(taken)} is given to every template by the server itself")
         return self
 
     @property

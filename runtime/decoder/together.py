@@ -5,6 +5,7 @@ Where memory is what decoding waits for, the weights are read once for all of th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,9 @@ from edgekv.spec import ModelSpec
 
 from ..engines.base import Float, SegmentEngine, StepBuffers, rows_of
 from .split import SplitForward
+
+#: How often a step is timed; the first also loads what the engine loads at first use.
+_TRIES = 4
 
 
 def step_together(forwards: Sequence[SplitForward], tokens: Sequence[int], positions: Sequence[int]) -> Float:
@@ -67,6 +71,29 @@ def rows_agree(engine: SegmentEngine, model: ModelSpec, most: int) -> bool:
             if any(not np.array_equal(out[row], own[0]) for out, own in zip(together, alone[row], strict=True)):
                 return False
     return True
+
+
+def rows_pay(engine: SegmentEngine, model: ModelSpec, most: int) -> bool:
+    """Say whether 2 and ``most`` rows at once take less time than one after the other, tried on zeros.
+
+    They do where weights are read from memory, and few methods are called; not where an engine has methods of 1 and of 16 rows
+    alone, and no fast integer products: XNNPACK on AVX2 takes 13 times as long for 16 rows as for one.
+    """
+    one = _least_s(engine, model, 1)
+    return all(_least_s(engine, model, count) < count * one for count in {2, most})
+
+
+def _least_s(engine: SegmentEngine, model: ModelSpec, count: int) -> float:
+    """Return seconds of a step of ``count`` rows without attention: the least of a few, which other programs disturb least."""
+    found = []
+    for _ in range(_TRIES):
+        began = time.perf_counter()
+        buffers = engine.prepare(count)
+        for layer in range(model.n_layers):
+            engine.run(layer, buffers)
+        engine.head(buffers.residual[(model.n_layers - 1) % 2], buffers.attention)
+        found.append(time.perf_counter() - began)
+    return min(found)
 
 
 def _arrays(buffers: StepBuffers) -> list[Float]:

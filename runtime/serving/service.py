@@ -163,8 +163,10 @@ class Service:
         )
 
     def _may_write_together(self) -> bool:
-        mode = self.options.together
-        return mode == Together.ALWAYS or (mode == Together.AUTO and self._first.rows_agree(self.options.parallel))
+        mode, most = self.options.together, self.options.parallel
+        if mode == Together.AUTO:
+            return self._first.rows_agree(most) and self._first.rows_pay(most)
+        return mode == Together.ALWAYS
 
     def _seat(self, run: RunOptions) -> _Seat:
         keeper = LibraryKeeper(self._library)

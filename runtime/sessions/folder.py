@@ -99,7 +99,7 @@ def take_lock(path: Path) -> int | None:
         except OSError as error:
             os.close(handle)
             raise StoreLocked(
-                f"another process has the session {path} open; wait until it ends, or name another session"
+                f"the session {path} is open already, here or in another process; wait until it ends, or name another session"
             ) from error
     return handle
 

@@ -20,6 +20,7 @@ from edgekv.bundle import SamplingSpec
 from edgekv.errors import CheckpointError
 from edgekv.export import export_model
 from edgekv.export.checkpoint import expected_shapes, open_checkpoint
+from edgekv.export.config import not_applied
 from edgekv.export.executorch.split import write_embedding
 from edgekv.export.weights import to_half
 from tests.checkpoints import load_reference, make_checkpoint
@@ -276,6 +277,17 @@ def test_a_senseless_sampling_is_refused_by_name(copy: Path, name: str, value: o
     (copy / "generation_config.json").write_text(json.dumps({"do_sample": True, name: value}))
     with pytest.raises(CheckpointError, match=rf"generation_config.json: {name} is .*; it must be"):
         open_checkpoint(copy)
+
+
+def test_what_a_generation_config_asks_for_in_vain_is_told(copy: Path) -> None:
+    path = copy / "generation_config.json"
+    assert not_applied(copy) == {}
+    path.write_text(
+        json.dumps({"min_p": 0.1, "typical_p": 1.0, "num_beams": 4, "suppress_tokens": [], "max_length": 20})
+    )
+    assert not_applied(copy) == {"num_beams": 4}, "greedy answers do not know min_p"
+    path.write_text(json.dumps({"do_sample": True, "min_p": 0.1, "suppress_tokens": [3], "no_repeat_ngram_size": 0}))
+    assert not_applied(copy) == {"min_p": 0.1, "suppress_tokens": [3]}
 
 
 def rename_all(folder: Path, name: Callable[[str], str]) -> None:

@@ -110,6 +110,19 @@ def test_a_template_tells_how_its_model_calls(
     assert way_of(Text.open(folder, read_manifest(folder))) is way
 
 
+def test_a_template_gets_what_a_request_gives_it(with_template: WithTemplate) -> None:
+    with serving(with_template("qwen3"), parallel=1) as place:
+        ask: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        create = place.client().chat.completions.create
+        thinks = create(**ask).usage
+        answers = create(**ask, extra_body={"chat_template_kwargs": {"enable_thinking": False}}).usage
+        assert thinks is not None
+        assert answers is not None
+        assert answers.prompt_tokens > thinks.prompt_tokens, "this template puts empty thoughts before the answer"
+        with pytest.raises(openai.BadRequestError, match="messages is given to every template by the server itself"):
+            create(**ask, extra_body={"chat_template_kwargs": {"messages": []}})
+
+
 @pytest.mark.parametrize("name", ["qwen3", "mistral-tools", "llama-3"])
 def test_a_call_is_forced_and_comes_whole_and_in_parts(with_template: WithTemplate, name: str) -> None:
     with serving(with_template(name), parallel=1) as place:

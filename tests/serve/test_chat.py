@@ -98,6 +98,17 @@ def test_log_probabilities_come_in_the_form_of_each_api(place: Place) -> None:
     assert older.logprobs is not None
     assert "".join(older.logprobs.tokens or []) == older.text
     assert all(len(likely) == 2 for likely in older.logprobs.top_logprobs or [])
+    likely = client.completions.create(model="demo", prompt="It was", max_tokens=1, logprobs=1)
+    never = {str(token): -100 for token in range(384) if token != 70}
+    rare = client.completions.create(model="demo", prompt="It was", max_tokens=1, logprobs=1, logit_bias=never)
+    assert rare.choices[0].logprobs is not None
+    assert likely.choices[0].logprobs is not None
+    (first,), (both,) = likely.choices[0].logprobs.top_logprobs or [], rare.choices[0].logprobs.top_logprobs or []
+    assert both == {
+        **first,
+        (rare.choices[0].logprobs.tokens or [""])[0]: (rare.choices[0].logprobs.token_logprobs or [0])[0],
+    }
+    assert len(both) == 2, "the token of the answer is always told"
     words = older.logprobs.tokens or []
     assert older.logprobs.text_offset == [len("".join(words[:at])) for at in range(5)]
 

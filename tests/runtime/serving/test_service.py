@@ -107,14 +107,14 @@ def alone(folder: Path, *turns: list[int], count: int = 12, sampling: SamplingOp
         return answer
 
 
-@pytest.mark.parametrize("together", [Together.AUTO, Together.NEVER])
+@pytest.mark.parametrize("together", [Together.ALWAYS, Together.NEVER])
 @pytest.mark.parametrize("budget", [None, "600KiB"])
 def test_many_at_once_get_what_each_gets_alone(bundle: Bundle, budget: str | None, together: Together) -> None:
     folder = bundle("demo")
     prompts = [tokens(count, count) for count in (3, 40, 100, 33, 260, 64)]
     expected = [alone(folder, prompt) for prompt in prompts]
     with serving(folder, replace(RUN, kv_budget=budget), parallel=3, together=together) as service:
-        assert service.writes_together == (together == Together.AUTO), "rows of fp32 products get the same bits"
+        assert service.writes_together == (together == Together.ALWAYS)
         asked = [Asked(service, Request(tuple(prompt), max_tokens=12)) for prompt in prompts]
         ends = [one.end for one in asked]
         assert [one.tokens for one in asked] == expected
@@ -124,6 +124,20 @@ def test_many_at_once_get_what_each_gets_alone(bundle: Bundle, budget: str | Non
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert service.snapshot().generated_tokens == 6 * 12
+
+
+@pytest.mark.parametrize(("agree", "pay"), [(True, True), (True, False), (False, True)])
+def test_answers_share_a_step_where_that_changes_no_bit_and_saves_time(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, agree: bool, pay: bool
+) -> None:
+    folder = bundle("demo")
+    with Generator.open(folder, RUN) as generator:
+        assert generator.rows_agree(3), "rows of fp32 products get the same bits"
+        assert generator.rows_pay(3) in (True, False)
+    monkeypatch.setattr(Generator, "rows_agree", lambda self, most: agree)
+    monkeypatch.setattr(Generator, "rows_pay", lambda self, most: pay)
+    with serving(folder, RUN, parallel=3, together=Together.AUTO) as service:
+        assert service.writes_together == (agree and pay)
 
 
 def test_text_ends_where_a_run_ends_it_and_says_why(bundle: Bundle) -> None:

@@ -186,7 +186,7 @@ def test_a_second_process_is_told_that_the_session_is_open(bundle: Bundle, tmp_p
         command = [sys.executable, "-m", "edgekv", "run", str(bundle("demo")), "--session", str(path), "--prompt", "x"]
         second = subprocess.run(command, capture_output=True, text=True, check=False)
         assert second.returncode == 2
-        assert f"another process has the session {path} open; wait until it ends" in second.stderr
+        assert f"the session {path} is open already, here or in another process; wait until it ends" in second.stderr
         assert second.stderr.count("\n") == 1
         with pytest.raises(StoreLocked):
             verify(path)
