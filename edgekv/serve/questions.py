@@ -134,8 +134,7 @@ def _held_to_calls(
 
 
 def _held_to_format(face: Face, wanted: ResponseFormat) -> Constraint:
-    schema: dict[str, Any] = {"type": "object"}
-    return face.grammars.json_schema(wanted.json_schema.schema_ if wanted.json_schema is not None else schema)
+    return face.grammars.json_schema(wanted.wanted)
 
 
 def _request(

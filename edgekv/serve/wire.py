@@ -169,16 +169,32 @@ class Schema(Asked):
 
 
 class ResponseFormat(Asked):
-    """What an answer must be."""
+    """What an answer must be.
+
+    ``value`` and ``schema_``: a schema as Hugging Face's client and llama.cpp's server have it, which call it ``json_object``.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
+    value: dict[str, Any] | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
     @model_validator(mode="after")
     def _whole(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema goes with the type json_schema, and only with it")
+        if self.type != "json_object" and (self.value is not None or self.schema_ is not None):
+            raise ValueError("value and schema go with the type json_object only")
+        if self.value is not None and self.schema_ is not None:
+            raise ValueError("value and schema are two names of one schema; give one of them")
         return self
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """The schema of the answer."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return next((schema for schema in (self.value, self.schema_) if schema is not None), {"type": "object"})
 
 
 class Question(Asked):
