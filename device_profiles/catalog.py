@@ -84,6 +84,8 @@ def _find(name_or_path: str | os.PathLike[str], chain: tuple[Path, ...]) -> Path
         path = folder / f"{text}.toml"
         if path.is_file() and path.resolve() not in chain:
             return path
+        if os.path.lexists(path) and not path.is_file():
+            raise ProfileError(f"{path} is no file that can be read as a profile; remove it")
     if text in names():
         raise ProfileError(f"{chain[-1]}: extends = {text!r} leads back to itself; extend another profile")
     problem = f"{chain[-1]}: extends names the unknown profile {text!r}" if chain else f"no profile is named {text!r}"

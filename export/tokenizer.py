@@ -72,7 +72,8 @@ class TokenizerFiles:
 def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:
     """Read the tokenizer files of a checkpoint folder.
 
-    Tokens that only tokenizer_config.json (or added_tokens.json) knows are added, truncation and padding are turned off.
+    Tokens that only tokenizer_config.json (or added_tokens.json) knows are added, truncation, padding and
+    dropout are turned off.
 
     Args:
         vocab_size: rows of the embedding; a named token (often a pad token) that would get none is not added.
@@ -127,6 +128,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerFiles:
             added[token["content"]] = {**token, "id": number}
     tokens = sorted(added.values(), key=_number)
     made = as_class(data, settings, cls)
+    if made["model"].get("dropout"):  # for training: one text would be cut into other tokens each time
+        made = {**made, "model": {**made["model"], "dropout": None}}
     if made is not data or tokens != before or data.get("truncation") or data.get("padding"):
         text = json.dumps({**made, "added_tokens": tokens, "truncation": None, "padding": None}, ensure_ascii=False)
         tokenizer = _load(path, text)

@@ -52,6 +52,10 @@ class Text:
             raise BundleError(f"cannot read {tokenizer}: {error}; export the bundle again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if getattr(
+            self._tokenizer.model, "dropout", None
+        ):  # for training: one text would be cut into other tokens each time
+            self._tokenizer.model.dropout = None
         # The cache of words outlives its tokenizer (tokenizers 0.23: some 45 KiB for a prompt of 1,000 characters), and text is
         # encoded as fast without it.
         resize = getattr(self._tokenizer.model, "_resize_cache", None)

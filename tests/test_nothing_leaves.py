@@ -155,3 +155,25 @@ def test_what_these_tests_look_for_is_seen(home: Home) -> None:
     assert seen.outside() == [home.path / "deviceid"]
     ask = "import socket\ntry: socket.getaddrinfo('nowhere.invalid', 1)\nexcept OSError: pass"
     assert home.run(sys.executable, "-c", ask).names
+
+
+def test_a_server_speaks_on_its_own_address_alone_and_writes_only_into_its_folders(bundle: Bundle, home: Home) -> None:
+    program = f"""
+import json, signal, subprocess, sys, urllib.request
+command = [sys.executable, "-m", "edgekv", "serve", {str(bundle("demo"))!r}, "--port", "0", "--cache-dir", "mine",
+    "--cache-limit", "64MiB"]
+with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    url = next(word for line in server.stderr for word in line.split() if word.startswith("http://"))
+    body = json.dumps({{"prompt": "It was a dark night. " * 40, "max_tokens": 5}}).encode()
+    asked = urllib.request.Request(url + "/v1/completions", body, {{"Content-Type": "application/json"}})
+    assert json.load(urllib.request.build_opener(urllib.request.ProxyHandler({{}})).open(asked))["choices"]
+    server.send_signal(signal.SIGTERM)
+    server.stderr.read()
+assert server.returncode in (0, 143), server.returncode
+"""
+    seen = home.run(sys.executable, "-c", program)
+    addresses = {found for line in seen.sockets for found in re.findall(r"sin6?_addr[^\"]*\"([^\"]+)\"", line)}
+    assert addresses == {"127.0.0.1"}
+    assert [line for line in seen.names if "hosts" not in line] == []
+    assert seen.outside(home.path / "mine", home.cache) == []
+    assert any(path.is_relative_to(home.path / "mine") for path in seen.written), "nothing would have been seen"

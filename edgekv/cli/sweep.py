@@ -51,6 +51,8 @@ def sweep_command(
     from edgekv.emulator.sweep.html import to_html
     from edgekv.emulator.sweep.sweep import all_cases, sweep
 
+    if page is not None and page.resolve() == out.resolve():
+        raise UsageError(f"--page and --out are one file, {out}; give the page another name")
     chosen = names() if profiles == "all" else _words(profiles)
     cases = all_cases(
         chosen, [settings.CONTEXT.read(word, "--contexts") for word in _words(contexts)], _words(policies), _words(budgets), _words(attends),

@@ -99,6 +99,12 @@ def verify_source(
                 raise UsageError(
                     f"{folder} was not made from {source}: the weights are others; give --reference what was exported"
                 )
+            same = replace(checkpoint.config.model, eos_token_ids=manifest.model.eos_token_ids)
+            if same != manifest.model:
+                raise UsageError(
+                    f"{folder} was not made from {source}: the weights are the same, the configuration is another;"
+                    " give --reference what was exported"
+                )
             advance("reading the checkpoint", 1, 1)
             reference = SourceRun(
                 checkpoint, tokens, lambda done, total: advance("reading the text with the checkpoint", done, total)

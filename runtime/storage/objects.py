@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 PATIENCE_S = 60.0
 #: The same for requests on which no run depends yet.
 FIRST_PATIENCE_S = 10.0
+#: Characters of what a server says that are told.
+_MOST_SAID = 400
 #: The folder of a run begins with this.
 RUN_PREFIX = "edgekv-"
 
@@ -90,7 +92,12 @@ def list_runs(url: str, patience_s: float = FIRST_PATIENCE_S) -> list[LeftRun]:
     store = open_objects(url, patience_s)
     runs: dict[str, list[Any]] = {}
     try:
+        seen: set[str] = set()
         for batch in obstore.list(store):
+            paths = {entry["path"] for entry in batch}
+            if paths & seen:
+                raise StoreError("it lists the same objects again and again")
+            seen |= paths
             for entry in batch:
                 name, _, rest = entry["path"].partition("/")
                 if name.startswith(RUN_PREFIX) and rest:
@@ -120,9 +127,14 @@ def delete_run(url: str, name: str, patience_s: float = FIRST_PATIENCE_S) -> Non
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error of obstore, with what the server said, and without how retries were configured."""
+    """Return the first line of an error of obstore, with what the server said, and without how retries were configured.
+
+    What a server says goes to a terminal: no character of it but those that are printed, and no more than a line holds.
+    """
     text = str(error).strip()
     line = (text.splitlines() or [type(error).__name__])[0]
-    said = re.search("<Message>(.*?)</Message>", text)
-    line = re.sub(r": <\?xml.*", f": {said[1]}" if said else "", line)
-    return re.sub(r",? max_retries: \d+, retry_timeout: \S+", "", line).strip().rstrip(".")
+    said = re.search("<Message>(.*?)</Message>", text, re.DOTALL)
+    line = re.sub(r": <(\?xml|Error>).*", lambda _: f": {said[1]}" if said else "", line)
+    line = re.sub(r",? max_retries: \d+, retry_timeout: \S+", "", line).strip().rstrip(".")
+    line = "".join(character if character.isprintable() else " " for character in line)
+    return line if len(line) <= _MOST_SAID else f"{line[:_MOST_SAID]}..."

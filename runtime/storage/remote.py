@@ -294,7 +294,11 @@ class ObjectStore:
             raise StoreError(
                 f"cannot {doing} {self.url}: an object or the bucket is gone ({first_line(error)})"
             ) from error
-        except Exception as error:  # obstore's errors share no base with those of the system
+        except (
+            BaseException
+        ) as error:  # obstore's errors share no base with those of the system, and its panics none with errors
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             self._lost = True
             raise StoreError(
                 f"cannot {doing} {self.url}: {first_line(error)}. Every token so far is right. Make the store usable, give it"

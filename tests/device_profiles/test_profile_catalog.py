@@ -82,6 +82,17 @@ def test_a_fault_of_the_base_names_the_file_of_the_base(user_profiles: Path, tmp
     assert str(caught.value).startswith(f"{base}: memory.app_limit_bytes")
 
 
+def test_a_name_that_is_no_file_is_named_and_the_others_are_listed(user_profiles: Path) -> None:
+    (user_profiles / "gone.toml").symlink_to(user_profiles / "nowhere")
+    (user_profiles / "folder.toml").mkdir()
+    good, problems = load_many(names())
+    assert [str(problem) for problem in problems] == [
+        f"{user_profiles / name}.toml is no file that can be read as a profile; remove it"
+        for name in ("folder", "gone")
+    ]
+    assert len(good) == len(names()) - 2
+
+
 def test_profiles_that_extend_each_other_are_refused(user_profiles: Path) -> None:
     write(user_profiles, "one", base="two")
     write(user_profiles, "two", base="one")

@@ -102,6 +102,20 @@ def test_a_table_comes_back_as_it_was_written(shape: Shape, tmp_path: Path) -> N
     assert "android-low-4gb" in to_html("two cases", rows)
 
 
+def test_a_table_keeps_the_rows_of_other_sweeps(shape: Shape, tmp_path: Path) -> None:
+    out, more = tmp_path / "table.csv", {"max_tokens": 8, "seed": 0}
+    first, second = (
+        all_cases(["raspberry-pi-5-8gb", "raspberry-pi-5-8gb"], contexts, ["lru"], ["device"], ["exact"], **more)
+        for contexts in ([512], [256, 256, 512])
+    )
+    assert (len(first), len(second)) == (1, 2), "what is named twice is run once"
+    sweep(shape, second, out, workers=1)
+    whole = read_rows(out)
+    again = sweep(shape, first, out, workers=1, progress=lambda done, total: None)
+    assert again == [row for row in whole if row["context"] == 512]
+    assert sorted(read_rows(out), key=lambda row: row["context"]) == whole
+
+
 def test_a_table_of_something_else_is_never_overwritten(shape: Shape, tmp_path: Path) -> None:
     cases = all_cases(["android-low-4gb"], [512], ["lru"], ["device"], ["exact"], max_tokens=8, seed=0)
     other = tmp_path / "other.csv"

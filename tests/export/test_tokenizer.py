@@ -174,6 +174,17 @@ def test_truncation_and_padding_are_turned_off(folder: Path) -> None:
     assert text.encode(saying) == KINDS["byte_level"]().encode(saying).ids
 
 
+def test_dropout_is_turned_off(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    plain = opened(folder)[1]
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(data), encoding="utf-8")
+    _, text = opened(folder)
+    saying = "An operating system runs programs larger than memory. " * 3
+    assert {tuple(text.encode(saying)) for _ in range(5)} == {tuple(plain.encode(saying))}
+
+
 def two_numbers(folder: Path) -> None:
     make_tokenizer("byte_level").save(str(folder / "tokenizer.json"))
     change(folder, "tokenizer_config.json", added_tokens_decoder={"7": flags("<|im_end|>")})

@@ -87,7 +87,8 @@ def all_cases(
     if min(contexts) <= max_tokens:
         raise UsageError(f"a context of {min(contexts)} leaves no prompt beside {max_tokens} tokens to generate")
     combined = itertools.product(profiles, contexts, policies, budgets, attends)
-    return [Case(*values, max_tokens=max_tokens, seed=seed) for values in combined]
+    cases = [Case(*values, max_tokens=max_tokens, seed=seed) for values in combined]
+    return list(dict.fromkeys(cases))  # what is named twice is run once
 
 
 def run_case(shape: Shape, case: Case) -> Row:
@@ -122,7 +123,7 @@ def sweep(
     """Run the cases that ``out`` and its journal do not hold yet; returns the rows of all, in the order of the cases.
 
     Each case is in the journal (``OUT.partial``) as soon as it is done, so that an interrupted sweep goes on where it was. At the
-    end the rows are written to ``out``, atomically, and the journal goes.
+    end the rows are written to ``out``, atomically, behind those of other sweeps that it held, and the journal goes.
 
     Args:
         out: ``.csv`` or ``.parquet``. scheduler: address of a dask scheduler; None: ``workers`` processes here.
@@ -133,7 +134,8 @@ def sweep(
     from .table import read_rows, write_rows
 
     journal = out.with_name(out.name + ".partial")
-    done = {row["key"]: row for row in [*read_rows(out), *_read_journal(journal)]}
+    held = [*read_rows(out), *_read_journal(journal)]
+    done = {row["key"]: row for row in held}
     keys = [case.key(shape) for case in cases]
     missing = [case for case, key in zip(cases, keys, strict=True) if key not in done]
     count = len(cases) - len(missing)
@@ -151,7 +153,8 @@ def sweep(
                 count += 1
                 progress(count, len(cases))
     rows = [done[key] for key in keys]
-    write_rows(out, rows)
+    others = {row["key"]: row for row in held if row["key"] not in set(keys)}
+    write_rows(out, [*others.values(), *rows])
     journal.unlink(missing_ok=True)
     return rows
 

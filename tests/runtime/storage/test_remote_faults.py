@@ -21,7 +21,7 @@ import pytest
 from edgekv.errors import StoreError, UsageError
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
-from edgekv.runtime.storage.objects import list_runs
+from edgekv.runtime.storage.objects import first_line, list_runs
 from edgekv.runtime.storage.remote import ObjectStore
 from edgekv.tiers import KVMode
 from tests.cases import seldom
@@ -210,3 +210,19 @@ def test_a_session_refuses_an_object_store(bundle: Bundle, tmp_path: Path) -> No
     run = options(offload="memory://", session=SessionOptions(tmp_path / "a.kv"))
     with pytest.raises(UsageError, match="run it without --offload"):
         Generator.open(bundle("demo"), run)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (r"the file C:\users\1\g<0> is locked", r"the file C:\users\1\g<0> is locked"),
+        ("\x1b[31mred\r\nand\x07 more", " [31mred  and  more"),
+        ("long " * 500, "long " * 80),
+    ],
+)
+def test_what_a_server_says_is_told_as_one_line_of_plain_characters(said: str, told: str) -> None:
+    error = RuntimeError(f"403 Forbidden: <?xml version='1.0'?><Error><Message>{said}</Message></Error>")
+    line = first_line(error)
+    assert line.startswith(f"403 Forbidden: {told}"[:300])
+    assert line.isprintable()
+    assert len(line) <= 403
