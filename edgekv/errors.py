@@ -1,7 +1,7 @@
 """Every error that edgekv raises on purpose.
 
 The command line prints an :class:`EdgeKVError` as one line and exits with its ``exit_code``:
-2 when the request itself cannot be met (usage), 1 when something failed while running.
+2 when the request itself cannot be met (usage), 1 when something failed while running, 3 when a device gives other tokens.
 Anything else is a bug and keeps its traceback. A message names what was asked, the limit,
 and the way out.
 """
@@ -120,3 +120,13 @@ class EngineMissing(UsageError):
 
 class TooBusy(EdgeKVError):
     """A service has as many requests waiting as it takes; a later one may be taken."""
+
+
+class DeviceLost(EdgeKVError):
+    """A device does not answer, or no longer."""
+
+
+class TokensDiffer(EdgeKVError):
+    """A device gives other tokens than this machine."""
+
+    exit_code = 3

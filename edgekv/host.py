@@ -58,19 +58,29 @@ def ram_bytes() -> int:
 
 
 def machine_class() -> str:
-    """Name the class of this machine: its architecture and the widest integer products that it has.
+    """Name the class of this machine, as :func:`class_of` does."""
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return "arm64, dotprod"
+    return class_of(platform.machine(), processor_features())
+
+
+def class_of(machine: str, features: set[str]) -> str:
+    """Name the class of a machine: its architecture and the widest integer products that it has.
 
     One of :data:`MACHINES`, or another architecture.
+
+    Args:
+        machine: the architecture, as ``uname -m`` names it.
+        features: of its processor, as Linux names them.
     """
-    machine = platform.machine().lower()
+    machine = machine.lower()
     if machine in ("x86_64", "amd64"):
-        features = processor_features()
         for flag, name in (("avx512_vnni", "AVX-512 VNNI"), ("avx2", "AVX2")):
             if flag in features:
                 return f"x86-64, {name}"
         return "x86-64"
     if machine in ("aarch64", "arm64"):
-        return "arm64, dotprod" if sys.platform == "darwin" or "asimddp" in processor_features() else "arm64"
+        return "arm64, dotprod" if "asimddp" in features else "arm64"
     return machine
 
 

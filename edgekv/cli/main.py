@@ -22,8 +22,8 @@ from .process import exit_code, open_streams
 
 #: In the order of --help; each is a module here, with a group called ``app`` or a function ``NAME_command``.
 COMMANDS = (
-    "export", "run", "serve", "inspect", "bench", "plan", "emulate", "sweep", "verify", "stats", "profiles", "sessions",
-    "prefix", "offload",
+    "export", "run", "serve", "deploy", "inspect", "bench", "plan", "emulate", "sweep", "verify", "stats", "profiles",
+    "sessions", "prefix", "offload",
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ EXIT_CODES = {
     0: "it is done",
     1: "it failed while running: the medium, the network, memory, a gate that was not passed",
     2: "it cannot be done as asked: an option, a file, a model; nothing was changed",
+    3: "the device gives other tokens than this machine (`edgekv deploy`)",
     70: "a fault of edgekv; the line names a file with the traceback",
     128 + signal.SIGHUP: "the terminal was closed (SIGHUP)",
     128 + signal.SIGINT: "Ctrl-C (SIGINT)",
