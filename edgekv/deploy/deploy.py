@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -190,17 +191,18 @@ class _Runtime:
     device: Device
     packages: Sequence[str]
 
-    def run(self, module: str, *words: str) -> Finished:
-        """Run a module of edgekv there.
+    def run(self, *words: str, stdin: bytes = b"") -> Finished:
+        """Run Python there with these words; ``-`` is a program on stdin.
 
         Raises:
             EdgeKVError: it failed; the message has its last line.
         """
-        path = shlex.quote(":".join(self.packages))
-        done = self.device.run(f"env PYTHONPATH={path} python3 -m {shlex.join([module, *words])}")
+        done = self.device.run(
+            f"env PYTHONPATH={shlex.quote(':'.join(self.packages))} python3 {shlex.join(words)}", stdin
+        )
         if done.code != 0:
             last = (done.stderr.strip() or f"exit code {done.code}").splitlines()[-1].removeprefix("edgekv: ")
-            raise EdgeKVError(f"{self.device.name}: {module} failed there: {last}")
+            raise EdgeKVError(f"{self.device.name}: edgekv fails there: {last}")
         return done
 
 
@@ -242,7 +244,8 @@ def compare_tokens(there: _Runtime, bundle: Path, where: str) -> list[int]:
             f"{bundle} does not run on this machine, so nothing can be compared: {last}; --check none skips it"
         )
     wanted: list[int] = json.loads(here.stdout)
-    got: list[int] = json.loads(there.run(f"{__package__}.tokens", where).stdout)
+    program = files(__package__).joinpath("tokens.py").read_bytes()  # an edgekv there may be an older one
+    got: list[int] = json.loads(there.run("-", where, stdin=program).stdout)
     if got != wanted:
         at = next(
             (at for at, (one, two) in enumerate(zip(got, wanted, strict=False)) if one != two),
@@ -270,6 +273,7 @@ def _calibrate(there: _Runtime, facts: DeviceFacts, bundle: str | None, again: b
         return path
     engine = ["--bundle", bundle] if bundle else []
     there.run(
+        "-m",
         "edgekv",
         "profiles",
         "calibrate",
