@@ -153,7 +153,7 @@ def deploy(
         sent += copy(device, found.plan, progress)
         device.ask("place", folder=found.plan.folder, target=where, names=[item.name for item in found.items])
 
-    there = _Runtime(device, packages)
+    there = Runtime(device, packages)
     tokens = None
     if options.check == "greedy":
         say("comparing tokens")
@@ -185,7 +185,7 @@ def command_line(target: Target, words: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Runtime:
+class Runtime:
     """edgekv on a device."""
 
     device: Device
@@ -228,7 +228,7 @@ def _distribution(folder: str) -> str:
     return posixpath.basename(folder).split("-")[0]
 
 
-def compare_tokens(there: _Runtime, bundle: Path, where: str) -> list[int]:
+def compare_tokens(there: Runtime, bundle: Path, where: str) -> list[int]:
     """Return the tokens for a short prompt, which are the same here and there.
 
     Raises:
@@ -264,7 +264,7 @@ def profile_name(facts: DeviceFacts) -> str:
     return re.sub(r"[^a-z0-9]+", "-", facts.node.lower()).strip("-") or "device"
 
 
-def _calibrate(there: _Runtime, facts: DeviceFacts, bundle: str | None, again: bool) -> Path:
+def _calibrate(there: Runtime, facts: DeviceFacts, bundle: str | None, again: bool) -> Path:
     """Measure the device and bring its profile to those of this user; one that is there is sent instead."""
     name = profile_name(facts)
     path, remote = user_dir() / f"{name}.toml", f"{facts.folder}/{name}.toml"

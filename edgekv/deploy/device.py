@@ -102,7 +102,7 @@ class Device:
 
     def _checked(self, code: int, stdout: bytes, stderr: bytes) -> Finished:
         found = Finished(code, stdout, stderr.decode(errors="replace"))
-        of_adb = self.shell[0].endswith("adb") and found.stderr.startswith(_OF_ADB)
+        of_adb = self.shell[0].endswith("adb") and any(line.startswith(_OF_ADB) for line in found.stderr.splitlines())
         if code != 0 and (of_adb or (code == _SSH_FAILED and not self.shell[0].endswith("adb"))):
             raise DeviceLost(
                 f"{self.name} does not answer: {found.said or 'the connection ended'}; the same command goes on where it ended"

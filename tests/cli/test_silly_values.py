@@ -36,6 +36,7 @@ class Case:
         self.values: dict[str, dict[str, object]] = {
             "run": {"bundle": bundle, "--prompt": "It was", "--max-tokens": "1"},
             "inspect": {"bundle": bundle},
+            "deploy": {"bundle": bundle, "target": "nobody@127.0.0.1:9", "--calibrate": "none"},  # nobody listens there
             "bench": {"bundle": bundle, "--prompt-tokens": "1", "--generate": "1", "--repeat": "1"},
             "plan": {"model": bundle, "--profile": "laptop-16gb"},
             "emulate": {"model": bundle, "--profile": "laptop-16gb", "--prompt-tokens": "8", "--max-tokens": "1"},

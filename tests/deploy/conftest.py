@@ -123,7 +123,7 @@ def shim(board: Board) -> Iterator[Callable[[str, str], None]]:
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with wheels of edgekv and all that it needs, from which pip takes them instead of from a network."""
     folder = tmp_path_factory.mktemp("index")
-    for found in needed("edgekv"):
+    for found in needed("edgekv", "serve"):
         make_wheel(found, folder)
     return folder
 
