@@ -36,7 +36,18 @@ def room(module: str) -> str:
         return parts[0]
     if len(parts) > 2 and parts[1] == "runtime":
         return parts[2]
-    folders = {"cli", "bench", "verify", "plan", "emulator", "serve", "calibrate", "export", "device_profiles"}
+    folders = {
+        "cli",
+        "bench",
+        "verify",
+        "plan",
+        "emulator",
+        "serve",
+        "deploy",
+        "calibrate",
+        "export",
+        "device_profiles",
+    }
     return parts[1] if len(parts) > 1 and parts[1] in folders else "vocabulary"
 
 

@@ -42,7 +42,7 @@ def test_a_copy_that_was_cut_off_goes_on_and_sends_only_the_rest(board: Board, i
     small.source.write_bytes(b"abc")
 
     def cut(name: str, done: int, total: int) -> None:
-        if done > SIZE // 2:
+        if done > SIZE * 5 // 6:
             for process in psutil.Process(board.sshd).children(recursive=True):
                 process.kill()
 
