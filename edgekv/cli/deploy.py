@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +18,10 @@ from edgekv.deploy import deploy as steps
 from edgekv.deploy.deploy import CALIBRATE, CHECK, FOLDER, DeployOptions, Survey
 from edgekv.deploy.device import connect
 from edgekv.deploy.target import parse_target
-from edgekv.errors import UsageError
+from edgekv.errors import DeviceLost, UsageError
 from edgekv.sizes import format_bytes
 
+from .interrupt import Signals
 from .options import argument, option
 from .output import Facts, print_json, stderr, stdout
 
@@ -34,6 +37,7 @@ Examples:
 
 
 def deploy_command(
+    command: typer.Context,
     bundle: Annotated[Path, argument(settings.BUNDLE, "BUNDLE", help="A folder made by `edgekv export`.")],
     target: Annotated[str, argument(settings.WORD, "TARGET", help="user@host[:port] over ssh, or adb[:SERIAL].")],
     to: Annotated[str, option(FOLDER, "--to", metavar="DIR", help="Folder on the device; a relative one is below the user's home there.")] = "edgekv",
@@ -56,7 +60,7 @@ def deploy_command(
         folder=_folder(to), own=wheel, check=check, calibrate=calibrate, again=force, serve=_serve_words(serve_options) if service else None
     )  # fmt: skip
     console = stderr()
-    with connect(where, ssh_option or ()) as device:
+    with _interrupted_first(command), connect(where, ssh_option or ()) as device:
         if dry_run:
             found = steps.survey(device, bundle, options)
             if as_json:
@@ -84,6 +88,16 @@ def deploy_command(
     _facts(done.survey).print(console)
     _results(done, console)
     print(done.command)
+
+
+@contextmanager
+def _interrupted_first(command: typer.Context) -> Iterator[None]:
+    """Ctrl-C reaches ssh, too, which ends: that the device is lost then is not the news."""
+    try:
+        yield
+    except DeviceLost:
+        (command.find_object(Signals) or Signals()).check()
+        raise
 
 
 def _folder(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from edgekv.bundle import file_sha256
 from edgekv.deploy.copy import Item, copy, plan_copy
 from edgekv.deploy.device import Device, connect
+from edgekv.deploy.facts import ask_device
 from edgekv.deploy.target import Target, parse_target
 from edgekv.errors import DeviceLost, EdgeKVError, UsageError
 
@@ -126,6 +128,13 @@ def adb(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     with connect(parse_target("adb:emulator-5554")) as found:
         yield found
+
+
+def test_over_adb_a_device_says_the_same_of_itself(adb: Device, device: Device) -> None:
+    one, other = ask_device(adb, "x"), ask_device(device, "x")
+    assert dataclasses.replace(one, available_bytes=0, free_flash_bytes=0) == dataclasses.replace(
+        other, available_bytes=0, free_flash_bytes=0
+    )
 
 
 def test_over_adb_files_go_the_same_way(adb: Device, item: Item, folder: Path) -> None:
