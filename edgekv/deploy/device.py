@@ -25,6 +25,8 @@ _OF_ADB = ("adb: ", "error: ")
 _SSH_FAILED = 255
 #: A link that is silent for so long, four times, is gone.
 _ALIVE_S = 15
+#: A device that has not answered by then is not there.
+_CONNECT_S = 20
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,13 @@ def connect(target: Target, ssh_options: Sequence[str] = ()) -> Iterator[Device]
 @contextlib.contextmanager
 def _ssh(client: str, target: Target, given: Sequence[str]) -> Iterator[Device]:
     """Hold one connection that all commands share: a password is asked once, on the terminal."""
-    options = _each(*given, f"ServerAliveInterval={_ALIVE_S}", "ServerAliveCountMax=4", "RemoteCommand=none")
+    options = _each(
+        *given,
+        f"ConnectTimeout={_CONNECT_S}",
+        f"ServerAliveInterval={_ALIVE_S}",
+        "ServerAliveCountMax=4",
+        "RemoteCommand=none",
+    )
     options += ["-T", *(["-p", str(target.port)] if target.port is not None else [])]
     host = target.address.replace("[", "").replace("]", "")
     # The path of a socket is a hundred characters at the most, which a temporary folder of the user's own may exceed.

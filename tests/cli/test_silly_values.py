@@ -36,7 +36,8 @@ class Case:
         self.values: dict[str, dict[str, object]] = {
             "run": {"bundle": bundle, "--prompt": "It was", "--max-tokens": "1"},
             "inspect": {"bundle": bundle},
-            "deploy": {"bundle": bundle, "target": "nobody@127.0.0.1:9", "--calibrate": "none"},  # nobody listens there
+            # nobody listens there
+            "deploy": {"bundle": bundle, "target": "nobody@127.0.0.1:9", "--ssh-option": "ConnectTimeout=1"},
             "bench": {"bundle": bundle, "--prompt-tokens": "1", "--generate": "1", "--repeat": "1"},
             "plan": {"model": bundle, "--profile": "laptop-16gb"},
             "emulate": {"model": bundle, "--profile": "laptop-16gb", "--prompt-tokens": "8", "--max-tokens": "1"},
