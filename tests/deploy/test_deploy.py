@@ -87,7 +87,7 @@ def test_a_device_with_nothing_of_ours_gives_the_same_tokens_and_gets_only_what_
     (where / "tokenizer.json").write_bytes(b"{}")
     changed = ("chat_template.jinja", "manifest.json", "tokenizer.json")
     again = deployed(demo, [*quick, "--check", "none", "--service"], capsys)
-    assert again["sent_bytes"] == sum((demo / name).stat().st_size for name in changed)
+    assert again["bundle_bytes_to_copy"] == sum((demo / name).stat().st_size for name in changed)
     assert again["tokens"] is None
     assert (board.home / ".config/systemd/user/edgekv-demo.service").read_text().count(f'ExecStart="{launcher}"') == 1
     assert (board.home / "systemctl.log").read_text().split("\n")[-3:] == [
