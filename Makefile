@@ -7,7 +7,7 @@ STAMP := $(VENV)/.edgekv-ready
 PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONMALLOC=malloc $(VENV)/bin/pytest -q -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-exhaustive soak arm64 sanitize check duplicates map bench bench-flash bench-inline format clean
+.PHONY: help setup demo test test-slow test-exhaustive soak arm64 sanitize wheels check duplicates map bench bench-flash bench-inline format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -38,6 +38,9 @@ arm64: setup ## the kernels and the ExecuTorch shim, cross-compiled, under qemu;
 
 sanitize: setup ## the native kernels and their tests under AddressSanitizer, UBSan and ThreadSanitizer
 	@tools/sanitize.sh
+
+wheels: setup ## wheels for Linux, x86-64 and aarch64, into dist/, each run where no compiler is
+	@tools/wheels.sh
 
 check: setup duplicates ## lint, types, repeated code and quick tests
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(PYTEST) -x

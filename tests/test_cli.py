@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -15,8 +16,11 @@ from pathlib import Path
 
 import pytest
 
+import edgekv
+from edgekv.build import describe_build
 from edgekv.cli.main import run_command_line
 from edgekv.model_config import ARCHITECTURES, TEXT_PARTS
+from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES
 from edgekv.runtime.storage.flash import FlashStore
 from edgekv.spec import PageSpec
@@ -124,8 +128,23 @@ def test_a_profile_sets_the_budget_and_says_how(bundle: Bundle) -> None:
     assert "= KV cache" in result.stderr
 
 
-def test_version_and_help_are_there() -> None:
-    assert cli("--version").stdout.startswith("edgekv 0.")
+def test_the_version_names_the_build_in_one_line() -> None:
+    line = cli("--version").stdout
+    assert line.startswith(f"edgekv {edgekv.__version__} (commit ")
+    assert line.endswith(")\n")
+    assert line.count("\n") == 1
+    if (processor := load_kernels().build()["processor"]) and platform.machine() in ("x86_64", "aarch64"):
+        assert processor == platform.machine()
+        for isa in load_kernels().available_isas():
+            assert isa == "scalar" or isa in line
+
+
+def test_the_version_of_a_build_without_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekv.build.load_kernels", lambda: load_kernels("numpy"))
+    assert "NumPy's, since it was built without a C++ compiler" in describe_build()
+
+
+def test_help_is_there() -> None:
     for command in ("run", "export", "inspect", "profiles"):
         result = here(command, "--help")
         assert result.returncode == 0

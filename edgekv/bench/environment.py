@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import edgekv
+from edgekv.build import build_commit
 from edgekv.host import machine_name, ram_bytes, usable_cores
 from edgekv.runtime.generate import Generator
-
-#: Seconds that git may take to say which commit this is.
-_GIT_S = 10
 
 
 @dataclass(frozen=True)
 class Environment:
-    """``commit``: of edgekv, where it runs from a checkout; ``-dirty`` behind it where files were changed since."""
+    """``commit``: of edgekv, where it is known; ``-dirty`` behind it where files were changed since."""
 
     processor: str
     cores: int
@@ -40,7 +35,7 @@ def environment(generator: Generator) -> Environment:
         ram_bytes=ram_bytes(),
         system=_system(),
         edgekv_version=edgekv.__version__,
-        commit=commit(Path(edgekv.__file__).resolve().parents[1]),
+        commit=build_commit(),
         kernels=generator.kernels.isa(),
         engine=generator.engine,
         python_version=platform.python_version(),
@@ -52,15 +47,3 @@ def _system() -> str:
     with contextlib.suppress(OSError):
         return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {kernel}"
     return kernel
-
-
-def commit(root: Path) -> str | None:
-    """Return the commit of a checkout, or None: the folder is none itself, or git is not there."""
-    if not (root / ".git").exists():  # an environment inside of another project's checkout
-        return None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"],
-            capture_output=True, text=True, check=True, timeout=_GIT_S, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        ).stdout.strip()  # fmt: skip
-    return None

@@ -12,7 +12,6 @@ from typing import Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
-import edgekv
 from edgekv import settings
 from edgekv.errors import EdgeKVError
 from edgekv.logs import show_logs
@@ -74,14 +73,17 @@ app = typer.Typer(
 
 def _print_version(value: bool) -> None:
     if value:
-        print(f"edgekv {edgekv.__version__}")
+        from edgekv.build import describe_build  # loads the kernels
+
+        print(describe_build())
         raise typer.Exit
 
 
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version and build, and exit."),
     ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show what engines and libraries log, as EDGEKV_LOG=info does.")

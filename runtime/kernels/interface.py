@@ -6,7 +6,7 @@ meaning and the same independence of how pages are cut into pieces, and are slow
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,20 @@ PAGE_REF = np.dtype(
         "itemsize": 48,
     }
 )
+
+
+class BuildFacts(TypedDict):
+    """What kernels were compiled from, for and with; empty where that is not known, or nothing was compiled.
+
+    ``isas``: instruction sets beyond the baseline, by their names; which of them runs is decided when it is known where.
+    ``c_library``: the C library compiled for, with its version: the oldest that will do.
+    """
+
+    commit: str
+    processor: str
+    isas: str
+    c_library: str
+    compiler: str
 
 
 class Pool(Protocol):
@@ -193,6 +207,9 @@ class Kernels(Protocol):
 
     def isa(self) -> str:
         """Name of the instruction set in use; "numpy" for the NumPy kernels."""
+
+    def build(self) -> BuildFacts:
+        """What the kernels were compiled from and for."""
 
     def available_isas(self) -> tuple[str, ...]:
         """Names that EDGEKV_ISA may have here, the preferred one first."""

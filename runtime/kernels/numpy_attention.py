@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgekv.spec import PageSpec
 
-from .interface import Float, Int64, Refs
+from .interface import BuildFacts, Float, Int64, Refs
 from .numpy_pages import RecordReader as RecordReader
 from .numpy_pages import check_array, check_refs, decode_page, live_slots
 from .numpy_pages import checksums as checksums
@@ -35,6 +35,11 @@ Bools = NDArray[np.bool_]
 def isa() -> str:
     """Name of the instruction set in use."""
     return "numpy"
+
+
+def build() -> BuildFacts:
+    """Nothing was compiled."""
+    return {"commit": "", "processor": "", "isas": "", "c_library": "", "compiler": ""}
 
 
 def available_isas() -> tuple[str, ...]:

@@ -270,6 +270,7 @@ NB_MODULE(_kernels, m) {
     nb::set_leak_warnings(false);
     m.attr("RUN_PAGES") = kRunPages;
     m.def("isa", &isa);
+    m.def("build", &build_facts);
     m.def("available_isas", &available_isas);
     m.def("dense_names", &dense_names);
     m.def("operators", [](int n_threads) { return reinterpret_cast<uintptr_t>(&operators(n_threads)); },

@@ -128,5 +128,6 @@ class RefsView {
 Geometry make_geometry(int n_kv_heads, int group, int head_dim, int page_size, float softcap);
 
 void bind_pages(nb::module_& m);
+nb::dict build_facts();
 
 }  // namespace edgekv
