@@ -40,10 +40,11 @@ build() { # PYTHON SYSTEM: its wheel, as linux_SYSTEM, into $dir/raw
   digits=$("$1" -c 'import sys; print("%d%d" % sys.version_info[:2])')
   soabi=cpython-$digits-$2-linux-gnu
   rm -rf "$dir/raw" "$dir/cmake"
-  if ! _PYTHON_HOST_PLATFORM=linux-$2 SETUPTOOLS_EXT_SUFFIX=.$soabi.so "$1" -m pip wheel -q --disable-pip-version-check --no-deps \
+  # stdio.h: nanobind's headers need it, and Python.h of the stable ABI does not bring it.
+  if ! _PYTHON_HOST_PLATFORM=linux-$2 SETUPTOOLS_EXT_SUFFIX=.$soabi.so "$1" -m pip wheel -v --disable-pip-version-check --no-deps \
     --wheel-dir "$dir/raw" . -C build-dir="$dir/cmake" -C install.strip=false -C cmake.define.EDGEKV_COMMIT="$commit" \
     -C cmake.define.CMAKE_SYSTEM_NAME=Linux -C cmake.define.CMAKE_SYSTEM_PROCESSOR="$2" \
-    -C cmake.define.CMAKE_CXX_COMPILER="$dir/bin/$2-c++" -C cmake.define.CMAKE_AR="$dir/bin/ar" \
+    -C cmake.define.CMAKE_CXX_COMPILER="$dir/bin/$2-c++" -C cmake.define.CMAKE_CXX_FLAGS="-include stdio.h -g0" -C cmake.define.CMAKE_AR="$dir/bin/ar" \
     -C cmake.define.CMAKE_RANLIB="$dir/bin/ranlib" -C cmake.define.CMAKE_MODULE_LINKER_FLAGS=-Wl,-s >"$dir/build.txt" 2>&1; then
     cat "$dir/build.txt" >&2
     return 1

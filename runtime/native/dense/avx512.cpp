@@ -71,7 +71,7 @@ void prepare(const float* x, int, int k, int row0, int row1, uint8_t* ready) {
 // at half the speed only: it stops at the end of each 4 KiB.
 constexpr size_t kFar = 16384, kNear = 2048;  // bytes ahead: to the second level, from there to the first
 
-template <_mm_hint kHint>
+template <auto kHint>  // of GCC's enum, or an int
 inline void prefetch(const void* p, size_t ahead) {
     _mm_prefetch(static_cast<const char*>(p) + ahead, kHint);
 }
