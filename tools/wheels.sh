@@ -44,7 +44,7 @@ build() { # PYTHON SYSTEM: its wheel, as linux_SYSTEM, into $dir/raw
   if ! _PYTHON_HOST_PLATFORM=linux-$2 SETUPTOOLS_EXT_SUFFIX=.$soabi.so "$1" -m pip wheel -v --disable-pip-version-check --no-deps \
     --wheel-dir "$dir/raw" . -C build-dir="$dir/cmake" -C install.strip=false -C cmake.define.EDGEKV_COMMIT="$commit" \
     -C cmake.define.CMAKE_SYSTEM_NAME=Linux -C cmake.define.CMAKE_SYSTEM_PROCESSOR="$2" \
-    -C cmake.define.CMAKE_CXX_COMPILER="$dir/bin/$2-c++" -C cmake.define.CMAKE_CXX_FLAGS="-include stdio.h -g0" -C cmake.define.CMAKE_AR="$dir/bin/ar" \
+    -C cmake.define.CMAKE_CXX_COMPILER="$dir/bin/$2-c++" -C cmake.define.CMAKE_CXX_FLAGS="-include stdio.h -Wno-macro-redefined -g0" -C cmake.define.CMAKE_AR="$dir/bin/ar" \
     -C cmake.define.CMAKE_RANLIB="$dir/bin/ranlib" -C cmake.define.CMAKE_MODULE_LINKER_FLAGS=-Wl,-s >"$dir/build.txt" 2>&1; then
     cat "$dir/build.txt" >&2
     return 1
@@ -61,9 +61,24 @@ for python in "${pythons[@]}"; do
   for system in "${systems[@]}"; do
     say "compiling for $system, $python"
     build "$python" "$system"
-    "$tool" -m auditwheel -q repair --only-plat --plat "manylinux_${glibc/./_}_$system" -w dist "$dir"/raw/*.whl 2>"$dir/audit.txt" ||
+    "$tool" -m auditwheel -q repair --only-plat --plat auto -w dist "$dir"/raw/*.whl 2>"$dir/audit.txt" ||
       { cat "$dir/audit.txt" >&2; exit 1; }
     wheel=$(ls -t dist/edgekv-*.whl | head -1)
+    # auto: auditwheel names platforms of its own processor only, and finds out the oldest that a wheel of another one keeps to
+    case $wheel in *manylinux_2_[0-9]_* | *manylinux_2_1?_* | *manylinux_2_2[0-8]_*) ;; *) say "$wheel asks for more than glibc $glibc" >&2; exit 1 ;; esac
+    "$tool" - "$wheel" <<'PY'
+import re, sys, zipfile
+
+names = [name.removeprefix("edgekv/") for name in zipfile.ZipFile(sys.argv[1]).namelist() if name.startswith("edgekv/")]
+shim = {f"runtime/native/engines/executorch/{name}.cpp" for name in ("shim", "operators")}  # compiled on first use
+needed = {"export/demo_model/model.safetensors", "device_profiles/raspberry-pi-5-8gb.toml", "serve/page.html", *shim}
+if missing := needed.difference(names):
+    sys.exit(f"wheels: {sys.argv[1]} lacks {', '.join(sorted(missing))}")
+if len([name for name in names if re.fullmatch(r"runtime/_kernels\..*so", name)]) != 1:
+    sys.exit(f"wheels: {sys.argv[1]} has not one file of kernels")
+if stray := [name for name in names if re.search(r"\.(pyc|o|h|cpp)$", name) and name not in shim]:
+    sys.exit(f"wheels: {sys.argv[1]} has what nobody needs: {', '.join(stray)}")
+PY
     built+=("$wheel") interpreters[$wheel]=$python
     say "$wheel, $(($(stat -c %s "$wheel") / 1024)) KiB"
   done
