@@ -61,7 +61,7 @@ for python in "${pythons[@]}"; do
   for system in "${systems[@]}"; do
     say "compiling for $system, $python"
     build "$python" "$system"
-    "$tool" -m auditwheel -q repair --only-plat --plat auto -w dist "$dir"/raw/*.whl 2>"$dir/audit.txt" ||
+    "$tool" -m auditwheel repair --only-plat --plat auto -w dist "$dir"/raw/*.whl >"$dir/audit.txt" 2>&1 ||
       { cat "$dir/audit.txt" >&2; exit 1; }
     wheel=$(ls -t dist/edgekv-*.whl | head -1)
     # auto: auditwheel names platforms of its own processor only, and finds out the oldest that a wheel of another one keeps to
@@ -94,7 +94,7 @@ skip() { say "the wheels for aarch64 were not run: $1"; exit 0; }
 python=.venv/bin/python
 "$python" -c "import torch" 2>/dev/null || { say "none was run: exporting the demo bundle needs torch, in .venv (make setup)"; exit 0; }
 bundle=$dir/demo.edgekv
-"$python" -m edgekv export demo --weights fp32 --engine onnxruntime --out "$bundle" --force >/dev/null
+"$python" -m edgekv export demo --weights fp32 --engine onnx --out "$bundle" --force >/dev/null
 expected=$("$python" -c "$tokens_code" "$bundle")
 compare() { # TOKENS WHERE
   [ "$1" = "$expected" ] || { say "$2 gives $1, not $expected" >&2; exit 1; }
