@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 import edgekv
-from edgekv.build import describe_build
 from edgekv.cli.main import run_command_line
 from edgekv.model_config import ARCHITECTURES, TEXT_PARTS
+from edgekv.runtime.build import describe_build
 from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.pages.budget import RUNTIME_OVERHEAD_BYTES
 from edgekv.runtime.storage.flash import FlashStore
@@ -140,7 +140,7 @@ def test_the_version_names_the_build_in_one_line() -> None:
 
 
 def test_the_version_of_a_build_without_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekv.build.load_kernels", lambda: load_kernels("numpy"))
+    monkeypatch.setattr("edgekv.runtime.build.load_kernels", lambda: load_kernels("numpy"))
     assert "NumPy's, since it was built without a C++ compiler" in describe_build()
 
 

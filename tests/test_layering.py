@@ -17,7 +17,6 @@ FLOORS = (
      "edgekv.scratch", "edgekv.settings", "edgekv.logs", "edgekv.ort"),
     ("edgekv.device_profiles",),
     ("edgekv.runtime", "edgekv.export"),
-    ("edgekv.build",),
     ("edgekv.verify", "edgekv.plan", "edgekv.emulator", "edgekv.bench", "edgekv.serve", "edgekv.deploy"),
     ("edgekv.calibrate",),
     ("edgekv.cli", "edgekv.__main__"),

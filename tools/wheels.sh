@@ -44,8 +44,8 @@ build() { # PYTHON SYSTEM: its wheel, as linux_SYSTEM, into $dir/raw
   if ! _PYTHON_HOST_PLATFORM=linux-$2 SETUPTOOLS_EXT_SUFFIX=.$soabi.so "$1" -m pip wheel -v --disable-pip-version-check --no-deps \
     --wheel-dir "$dir/raw" . -C build-dir="$dir/cmake" -C install.strip=false -C cmake.define.EDGEKV_COMMIT="$commit" \
     -C cmake.define.CMAKE_SYSTEM_NAME=Linux -C cmake.define.CMAKE_SYSTEM_PROCESSOR="$2" \
-    -C cmake.define.CMAKE_CXX_COMPILER="$dir/bin/$2-c++" -C cmake.define.CMAKE_CXX_FLAGS="-include stdio.h -Wno-macro-redefined -g0" -C cmake.define.CMAKE_AR="$dir/bin/ar" \
-    -C cmake.define.CMAKE_RANLIB="$dir/bin/ranlib" -C cmake.define.CMAKE_MODULE_LINKER_FLAGS=-Wl,-s >"$dir/build.txt" 2>&1; then
+    -C cmake.define.CMAKE_CXX_COMPILER="$dir/bin/$2-c++" -C cmake.define.CMAKE_AR="$dir/bin/ar" \
+    -C cmake.define.CMAKE_CXX_FLAGS="-include stdio.h -Wno-macro-redefined -g0" -C cmake.define.CMAKE_RANLIB="$dir/bin/ranlib" -C cmake.define.CMAKE_MODULE_LINKER_FLAGS=-Wl,-s >"$dir/build.txt" 2>&1; then
     cat "$dir/build.txt" >&2
     return 1
   fi
@@ -61,7 +61,7 @@ for python in "${pythons[@]}"; do
   for system in "${systems[@]}"; do
     say "compiling for $system, $python"
     build "$python" "$system"
-    "$tool" -m auditwheel repair --only-plat --plat auto -w dist "$dir"/raw/*.whl >"$dir/audit.txt" 2>&1 ||
+    PATH=$dir/tools/bin:$PATH "$tool" -m auditwheel repair --only-plat --plat auto -w dist "$dir"/raw/*.whl >"$dir/audit.txt" 2>&1 ||
       { cat "$dir/audit.txt" >&2; exit 1; }
     wheel=$(ls -t dist/edgekv-*.whl | head -1)
     # auto: auditwheel names platforms of its own processor only, and finds out the oldest that a wheel of another one keeps to
@@ -91,7 +91,7 @@ native='from edgekv.runtime.kernels.choose import load_kernels; load_kernels("na
 # shellcheck source=tools/emulate_arm64.sh
 . tools/emulate_arm64.sh
 skip() { say "the wheels for aarch64 were not run: $1"; exit 0; }
-python=.venv/bin/python
+python=$PWD/.venv/bin/python
 "$python" -c "import torch" 2>/dev/null || { say "none was run: exporting the demo bundle needs torch, in .venv (make setup)"; exit 0; }
 bundle=$dir/demo.edgekv
 "$python" -m edgekv export demo --weights fp32 --engine onnx --out "$bundle" --force >/dev/null
@@ -110,6 +110,8 @@ for wheel in "${built[@]}"; do
   compare "$(cd "$bare" && "${run[@]}" -c "$tokens_code" "$bundle")" "$wheel, run"
 done
 [[ " ${built[*]} " == *aarch64.whl* ]] || exit 0
+cd "$dir"  # Python looks where it stands first, and there are the sources
+for at in "${!built[@]}"; do built[at]=$OLDPWD/${built[at]}; done
 install_emulator
 unpack_python "$dir"
 for wheel in "${built[@]}"; do

@@ -7,8 +7,8 @@ import platform
 from dataclasses import dataclass
 
 import edgekv
-from edgekv.build import build_commit
 from edgekv.host import machine_name, ram_bytes, usable_cores
+from edgekv.runtime.build import build_commit
 from edgekv.runtime.generate import Generator
 
 

@@ -73,7 +73,7 @@ app = typer.Typer(
 
 def _print_version(value: bool) -> None:
     if value:
-        from edgekv.build import describe_build  # loads the kernels
+        from edgekv.runtime.build import describe_build  # loads the kernels
 
         print(describe_build())
         raise typer.Exit

@@ -16,9 +16,9 @@ import pytest
 from edgekv.bench.measurement import Bench, Result, Sample, measure
 from edgekv.bench.table import to_csv, to_json, to_markdown
 from edgekv.bench.workload import DEPTHS, Case, Workload
-from edgekv.build import commit
 from edgekv.cli.main import run_command_line
 from edgekv.errors import UsageError
+from edgekv.runtime.build import commit
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.governor import Governor
 

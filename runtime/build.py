@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import edgekv
-from edgekv.runtime.kernels.choose import load_kernels
+
+from .kernels.choose import load_kernels
 
 #: Seconds that git may take to say which commit this is.
 _GIT_S = 10
