@@ -24,8 +24,8 @@ FLOORS = (
 )  # fmt: skip
 #: The rooms of the runtime, from low to high; each may import what stands before it.
 ROOMS = (
-    "system", "kernels", "meter", "engines", "storage", "options", "pages", "machine", "attention", "sessions", "decoder",
-    "governor", "keeper", "stats", "turns", "prepare", "sequence", "chat_template", "text", "sampling", "chat", "generate",
+    "system", "kernels", "build", "meter", "engines", "storage", "options", "pages", "machine", "attention", "sessions",
+    "decoder", "governor", "keeper", "stats", "turns", "prepare", "sequence", "chat_template", "text", "sampling", "chat", "generate",
     "add_prefix", "memory_manager", "serving",
 )  # fmt: skip
 

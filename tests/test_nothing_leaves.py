@@ -162,13 +162,13 @@ def test_a_server_speaks_on_its_own_address_alone_and_writes_only_into_its_folde
 import json, signal, subprocess, sys, urllib.request
 command = [sys.executable, "-m", "edgekv", "serve", {str(bundle("demo"))!r}, "--port", "0", "--cache-dir", "mine",
     "--cache-limit", "64MiB"]
-with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-    url = next(word for line in server.stderr for word in line.split() if word.startswith("http://"))
+with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    url = next(word for line in server.stdout for word in line.split() if word.startswith("http://"))
     body = json.dumps({{"prompt": "It was a dark night. " * 40, "max_tokens": 5}}).encode()
     asked = urllib.request.Request(url + "/v1/completions", body, {{"Content-Type": "application/json"}})
     assert json.load(urllib.request.build_opener(urllib.request.ProxyHandler({{}})).open(asked))["choices"]
     server.send_signal(signal.SIGTERM)
-    server.stderr.read()
+    server.stdout.read()
 assert server.returncode in (0, 143), server.returncode
 """
     seen = home.run(sys.executable, "-c", program)

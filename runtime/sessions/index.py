@@ -402,6 +402,9 @@ def connect(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA locking_mode=EXCLUSIVE")
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
+    except UnicodeDecodeError as error:  # a damaged file: SQLite's message quotes what it holds
+        db.close()
+        raise sqlite3.DatabaseError(f"damaged, in what its tables are called ({error.reason})") from error
     except BaseException:
         db.close()
         raise

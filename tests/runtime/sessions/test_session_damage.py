@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 from edgekv.errors import EdgeKVError, SessionError
 from edgekv.runtime.generate import Generator, RunOptions
 from edgekv.runtime.options import SessionOptions
-from edgekv.runtime.sessions.index import BACKUP, DAMAGED, INDEX
+from edgekv.runtime.sessions.index import BACKUP, DAMAGED, INDEX, connect
 from edgekv.runtime.sessions.tools import describe, verify
 from edgekv.runtime.storage.segments import segment_paths
 from edgekv.tiers import KVMode
@@ -346,3 +347,13 @@ def test_pages_that_come_into_a_window_again_behind_a_damaged_one_are_checked_to
     assert re.fullmatch(
         r"(page \d+|the open page) is damaged or missing; the tokens from \d+ on are computed again", problems[0]
     )
+
+
+def test_a_table_whose_name_is_no_text_is_damage_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "index.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE pages(number)")
+        db.commit()
+    path.write_bytes(path.read_bytes().replace(b"tablepages", b"tablep\xa7ges").replace(b"pages(", b"p\xa7ges("))
+    with pytest.raises(sqlite3.DatabaseError, match="damaged, in what its tables are called"):
+        connect(path)
