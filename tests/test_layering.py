@@ -25,8 +25,8 @@ FLOORS = (
 #: The rooms of the runtime, from low to high; each may import what stands before it.
 ROOMS = (
     "system", "kernels", "build", "meter", "engines", "storage", "options", "pages", "machine", "attention", "sessions",
-    "decoder", "governor", "keeper", "stats", "turns", "prepare", "sequence", "chat_template", "text", "sampling", "chat", "generate",
-    "add_prefix", "memory_manager", "serving",
+    "decoder", "governor", "keeper", "stats", "turns", "prepare", "sequence", "chat_template", "text", "sampling", "chat",
+    "generate", "add_prefix", "memory_manager", "serving",
 )  # fmt: skip
 
 
