@@ -45,7 +45,8 @@ build() { # PYTHON SYSTEM: its wheel, as linux_SYSTEM, into $dir/raw
     --wheel-dir "$dir/raw" . -C build-dir="$dir/cmake" -C install.strip=false -C cmake.define.EDGEKV_COMMIT="$commit" \
     -C cmake.define.CMAKE_SYSTEM_NAME=Linux -C cmake.define.CMAKE_SYSTEM_PROCESSOR="$2" \
     -C cmake.define.CMAKE_CXX_COMPILER="$dir/bin/$2-c++" -C cmake.define.CMAKE_AR="$dir/bin/ar" \
-    -C cmake.define.CMAKE_CXX_FLAGS="-include stdio.h -Wno-macro-redefined -g0" -C cmake.define.CMAKE_RANLIB="$dir/bin/ranlib" -C cmake.define.CMAKE_MODULE_LINKER_FLAGS=-Wl,-s >"$dir/build.txt" 2>&1; then
+    -C cmake.define.CMAKE_CXX_FLAGS="-include stdio.h -Wno-macro-redefined -g0" \
+    -C cmake.define.CMAKE_RANLIB="$dir/bin/ranlib" -C cmake.define.CMAKE_MODULE_LINKER_FLAGS=-Wl,-s >"$dir/build.txt" 2>&1; then
     cat "$dir/build.txt" >&2
     return 1
   fi

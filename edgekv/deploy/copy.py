@@ -131,17 +131,12 @@ def copy(device: Device, plan: Plan, progress: Progress) -> int:
 def _send(device: Device, one: Missing, path: str, count: Callable[[int], None]) -> None:
     item, begun = one.item, one.begun
     for _ in range(_TRIES):
-        if begun < item.size:
+        if begun < item.size or item.size == 0:
             device.append(f"{path}.part", _chunks(item.source, begun, count))
-        elif item.size == 0:
-            device.append(f"{path}.part", ())
         if device.ask("finish", path=path, size=item.size, digest=item.sha256):
             return
-        found = device.ask(
-            "missing", folders=[posixpath.dirname(path)], items=[[posixpath.basename(path), -1, "", None]]
-        )
-        begun = found[0][0]
-        if begun and not _begins_with(item.source, begun, found[0][1]):
+        begun, digest = device.ask("begun", path=path)
+        if begun and not _begins_with(item.source, begun, digest):
             break
     raise EdgeKVError(
         f"{device.name}: {path} does not become what was sent; is its drive full (`df`), or was {item.source} changed?"

@@ -180,7 +180,7 @@ def command_line(target: Target, words: Sequence[str]) -> str:
         client = ["adb", *(["-s", target.address] if target.address else []), "shell", "-t"]
     else:
         port = ["-p", str(target.port)] if target.port is not None else []
-        client = ["ssh", "-t", *port, target.address.replace("[", "").replace("]", "")]
+        client = ["ssh", "-t", *port, target.host]
     return shlex.join([*client, shlex.join(words)])
 
 

@@ -104,8 +104,11 @@ class Device:
 
     def _checked(self, code: int, stdout: bytes, stderr: bytes) -> Finished:
         found = Finished(code, stdout, stderr.decode(errors="replace"))
-        of_adb = self.shell[0].endswith("adb") and any(line.startswith(_OF_ADB) for line in found.stderr.splitlines())
-        if code != 0 and (of_adb or (code == _SSH_FAILED and not self.shell[0].endswith("adb"))):
+        if self.shell[0].endswith("adb"):
+            lost = code != 0 and any(line.startswith(_OF_ADB) for line in found.stderr.splitlines())
+        else:
+            lost = code == _SSH_FAILED
+        if lost:
             raise DeviceLost(
                 f"{self.name} does not answer: {found.said or 'the connection ended'}; the same command goes on where it ended"
             )
@@ -146,7 +149,6 @@ def _ssh(client: str, target: Target, given: Sequence[str]) -> Iterator[Device]:
         "RemoteCommand=none",
     )
     options += ["-T", *(["-p", str(target.port)] if target.port is not None else [])]
-    host = target.address.replace("[", "").replace("]", "")
     # The path of a socket is a hundred characters at the most, which a temporary folder of the user's own may exceed.
     parent = None if len(tempfile.gettempdir()) < 60 else "/tmp"
     with tempfile.TemporaryDirectory(prefix="edgekv-ssh-", dir=parent) as folder:
@@ -154,7 +156,9 @@ def _ssh(client: str, target: Target, given: Sequence[str]) -> Iterator[Device]:
         shared = [client, *options, "-S", str(socket)]
         with words.open("wb") as stream:
             master = subprocess.Popen(
-                [*shared, "-M", "-N", "-o", "ControlPersist=no", "--", host], stdin=subprocess.DEVNULL, stderr=stream
+                [*shared, "-M", "-N", "-o", "ControlPersist=no", "--", target.host],
+                stdin=subprocess.DEVNULL,
+                stderr=stream,
             )
         try:
             while not socket.exists():
@@ -163,7 +167,13 @@ def _ssh(client: str, target: Target, given: Sequence[str]) -> Iterator[Device]:
                     raise DeviceLost(f"{target} cannot be reached: {said or f'ssh ended with {master.returncode}'}")
                 time.sleep(0.02)
             # A connection that is gone is not made anew in passing, with another question for a password: the proxy fails.
-            line = [client, *_each("ProxyCommand=false", "ControlMaster=no", "LogLevel=ERROR"), *shared[1:], "--", host]
+            line = [
+                client,
+                *_each("ProxyCommand=false", "ControlMaster=no", "LogLevel=ERROR"),
+                *shared[1:],
+                "--",
+                target.host,
+            ]
             yield Device(str(target), line, line)
         finally:
             master.terminate()

@@ -45,14 +45,16 @@ def missing(folders: list[str], items: list[list[Any]]) -> list[Any]:
             found.append(instead)
             continue
         there = [folder for folder in folders if is_whole(os.path.join(folder, name), size, digest)]
-        part = os.path.join(folders[0], name + PART)
-        if there:
-            found.append(there[0])
-        elif os.path.isfile(part):
-            found.append([os.path.getsize(part), sha256(part)])
-        else:
-            found.append([0, hashlib.sha256().hexdigest()])
+        found.append(there[0] if there else begun(os.path.join(folders[0], name)))
     return found
+
+
+def begun(path: str) -> list[Any]:
+    """Return ``[size, sha256]`` of the part of a file, which has no bytes where there is none."""
+    part = path + PART
+    if os.path.isfile(part):
+        return [os.path.getsize(part), sha256(part)]
+    return [0, hashlib.sha256().hexdigest()]
 
 
 def prepare(folder: str, names: list[str], older: list[list[str]], drop: list[str]) -> None:

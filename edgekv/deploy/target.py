@@ -20,6 +20,11 @@ class Target:
     address: str
     port: int | None = None
 
+    @property
+    def host(self) -> str:
+        """The address as ssh takes it: brackets are for what has a port behind it."""
+        return self.address.replace("[", "").replace("]", "")
+
     def __str__(self) -> str:
         """Print it as it is typed."""
         if self.transport == "adb":

@@ -22,7 +22,7 @@ from .facts import DeviceFacts, Python
 #: What packages need on an older Python than this one only: pip looks at the Python that it runs in for that.
 _BACKPORTS = {(3, 10): ("tomli", "exceptiongroup", "typing-extensions")}
 #: Of the ExecuTorch package only the libraries are used; what it depends on is for exporting.
-_EXECUTORCH = "executorch==1.5.1"
+EXECUTORCH = "executorch==1.5.1"
 #: The oldest glibc that any tag names, for an architecture.
 _FIRST_GLIBC = {"x86_64": 5, "aarch64": 17}
 
@@ -59,7 +59,7 @@ def fetch_wheels(wanted: Wanted) -> list[Path]:
             made.mkdir(mode=0o700)
             _pip(wanted.facts, made, asked, *_BACKPORTS.get(_python(wanted.facts).version, ()))
             if wanted.engine == "executorch":
-                _pip(wanted.facts, made, "--no-deps", _EXECUTORCH)
+                _pip(wanted.facts, made, "--no-deps", EXECUTORCH)
             scratch.put(made, folder)
     return sorted(folder.glob("*.whl"))
 

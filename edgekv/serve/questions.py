@@ -14,7 +14,7 @@ from edgekv.runtime.system.process import return_free_memory
 from .calls import HERMES, LLAMA, CallReader, Way, forced, strictly
 from .errors import ApiError
 from .face import Face
-from .wire import ChatQuestion, CompletionQuestion, Content, Message, NamedTool, Question, ResponseFormat
+from .wire import ChatQuestion, CompletionQuestion, Content, Message, NamedTool, Question
 
 #: Tokens of a text that goes on, where a request does not say; OpenAI's default.
 COMPLETION_TOKENS = 16
@@ -77,7 +77,7 @@ def chat(face: Face, body: ChatQuestion, owner: bytes) -> Prepared:
                 "response_format does not go with tools: a call is no such answer; give tool_choice none",
                 param="response_format",
             )
-        constraint = _held_to_format(face, body.response_format)
+        constraint = face.grammars.json_schema(body.response_format.wanted)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return Prepared(_request(face, body, tokens, body.most_tokens, logprobs, stops, constraint, owner), calls, mark)
 
@@ -131,10 +131,6 @@ def _held_to_calls(
     if any(function.get("strict") for function in functions):
         return face.grammars.lark(strictly(way, functions, numbers))
     return None
-
-
-def _held_to_format(face: Face, wanted: ResponseFormat) -> Constraint:
-    return face.grammars.json_schema(wanted.wanted)
 
 
 def _request(

@@ -21,7 +21,7 @@ from edgekv.deploy.device import Device
 from edgekv.deploy.facts import ask_device
 from edgekv.deploy.refuse import LEAST_PYTHON, check_flash, check_made_for, check_memory, check_runtime
 from edgekv.deploy.service import unit_name, unit_text
-from edgekv.deploy.wheels import platforms
+from edgekv.deploy.wheels import EXECUTORCH, platforms
 from edgekv.errors import BudgetError, EdgeKVError, TokensDiffer, UsageError
 
 from .conftest import Board
@@ -215,6 +215,10 @@ def test_tags_of_wheels_go_down_from_the_glibc_of_the_device(device: Device) -> 
 def test_the_least_python_is_that_of_the_project() -> None:
     least = ".".join(map(str, LEAST_PYTHON))
     assert f'requires-python = ">={least}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_engine_of_a_device_is_the_one_of_the_project() -> None:
+    assert f'executorch = ["{EXECUTORCH}"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -134,8 +134,7 @@ def sweep(
     from .table import read_rows, write_rows
 
     journal = out.with_name(out.name + ".partial")
-    held = [*read_rows(out), *_read_journal(journal)]
-    done = {row["key"]: row for row in held}
+    done = {row["key"]: row for row in [*read_rows(out), *_read_journal(journal)]}
     keys = [case.key(shape) for case in cases]
     missing = [case for case, key in zip(cases, keys, strict=True) if key not in done]
     count = len(cases) - len(missing)
@@ -153,8 +152,8 @@ def sweep(
                 count += 1
                 progress(count, len(cases))
     rows = [done[key] for key in keys]
-    others = {row["key"]: row for row in held if row["key"] not in set(keys)}
-    write_rows(out, [*others.values(), *rows])
+    wanted = set(keys)
+    write_rows(out, [*(row for key, row in done.items() if key not in wanted), *rows])
     journal.unlink(missing_ok=True)
     return rows
 

@@ -133,7 +133,6 @@ def test_answers_share_a_step_where_that_changes_no_bit_and_saves_time(
     folder = bundle("demo")
     with Generator.open(folder, RUN) as generator:
         assert generator.rows_agree(3), "rows of fp32 products get the same bits"
-        assert generator.rows_pay(3) in (True, False)
     monkeypatch.setattr(Generator, "rows_agree", lambda self, most: agree)
     monkeypatch.setattr(Generator, "rows_pay", lambda self, most: pay)
     with serving(folder, RUN, parallel=3, together=Together.AUTO) as service:
