@@ -43,6 +43,15 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def calm() -> None:
+    """Let no budget shrink because another program, or another test, makes the machine wait for memory: tests of that say so."""
+    from edgekv.runtime.machine import Host
+    from edgekv.runtime.system.pressure import Calm
+
+    pytest.MonkeyPatch().setattr(Host, "pressure", lambda self: Calm())
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """Return a function that has a folder of this name made once in a run of the suite: by one process, for all of them."""

@@ -274,7 +274,7 @@ def stalled_us(watched: Path) -> int:
     return int(watched.read_text().split("total=")[1].split()[0])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # runs of other tests would give memory back too
 def test_a_run_gives_memory_back_when_the_kernel_says_that_programs_stall(
     thrashing: None, expected: list[int], bundle: Bundle, tmp_path: Path
 ) -> None:
