@@ -301,8 +301,10 @@ MODEL_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 #: Of the further types, those with operators that the others do not have.
 OWN_OPERATORS = ("gemma2", "starcoder2")
-#: Those that every run takes through an engine, in both forms: the plain one, a window, biases, and layers of two kinds.
-ALWAYS = ("llama", "mistral-window", "qwen2-bias", "gemma3")
+#: Those that every run takes through an engine, in both forms: a window, and layers of two kinds.
+ALWAYS = ("mistral-window", "gemma3")
+#: Those that slow runs add: the plain one, biases, and operators that the others do not have.
+OFTEN = ("llama", "qwen2-bias", *OWN_OPERATORS)
 
 
 @pytest.fixture(scope="session")

@@ -139,6 +139,7 @@ with Generator.open({inline!r}) as generator:
     assert seen.outside(home.cache) == []
 
 
+@pytest.mark.slow
 def test_an_export_asks_nobody_and_leaves_a_bundle(home: Home) -> None:
     out = home.path / "demo.edgekv"
     seen = home.run(*edgekv("export", "demo", "--out", out, "--weights", "fp32", "--engine", "onnx"))

@@ -143,7 +143,9 @@ def _explained(error: Exception) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
         return f"give a command; {path} --help lists them"
     message = " ".join(str(getattr(error, "format_message", error.__str__)()).split()).rstrip(".")
-    return f"{message[:1].lower()}{message[1:]}; see {path} --help"
+    if not message[:2].isupper():  # the name of an argument stays as it is written
+        message = f"{message[:1].lower()}{message[1:]}"
+    return f"{message}; see {path} --help"
 
 
 def _output_refused() -> OSError | None:

@@ -49,6 +49,7 @@ def heard(process: subprocess.Popen[str], characters: int) -> str:
     return said.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [6, pytest.param(300, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)])])
 def test_ctrl_c_at_any_moment_ends_a_run_with_130_and_a_session_that_goes_on(
     bundle: Bundle, tmp_path: Path, count: int

@@ -23,6 +23,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 #: What stands for something else, or needs what a test does not have.
 PLACEHOLDER = re.compile(r"\b(BUNDLE|DIR|URL|FILE|NAME|COMMAND|PROFILE)\b|…")
 ELSEWHERE = re.compile(r"s3://|tcp://|/data/|/mnt/|--jail|--install")
+#: What takes some seconds.
+LONG = ("long_prompt.txt", "--max-tokens 1000", "--prompt-tokens 2000")
 #: Commands that end within a second on a tiny model.
 QUICK = (
     "run",
@@ -149,7 +151,7 @@ def typed(
     "line",
     # test_cli.py reads the long prompt in every run.
     [
-        pytest.param(line, marks=[pytest.mark.slow] if "long_prompt.txt" in line else [])
+        pytest.param(line, marks=[pytest.mark.slow] if any(word in line for word in LONG) else [])
         for line in printed()
         if is_quick(line)
     ],

@@ -27,6 +27,9 @@ def shipped() -> dict[str, Any]:
     return predict()
 
 
+pytestmark = pytest.mark.slow  # it reads thousands of rows and fits them
+
+
 def held_out(data: dict[str, Any], device: str, engine: str, kind: str) -> float:
     (score,) = [
         score

@@ -110,6 +110,7 @@ def fetch(source: str, home: Path, hub: Hub, **more: str) -> subprocess.Complete
     )
 
 
+@pytest.mark.slow
 def test_a_name_on_the_hub_is_exported_as_its_folder_is_and_needs_the_hub_once(
     hub: Hub, checkpoint: Callable[[str], Path], bundle: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, str, str, int, float]] = {
     "executorch, window": ("executorch", "window", "fp32", 16, 1.2),
     "executorch, qk-norm": ("executorch", "qk-norm", "fp32", 16, 1.2),
 }
+pytestmark = pytest.mark.slow  # a C++ program is compiled, and bundles are exported for it
 Run = Callable[..., dict[str, Any]]
 Bundle = Callable[..., Path]
 
@@ -210,7 +211,6 @@ def test_tokens_pages_and_sessions_are_those_of_edgekv_run(
     compare(case, 300, 40, model(case), driver, tmp_path)
 
 
-@pytest.mark.slow
 @cases(
     *[name for name in CASES if name != "executorch, one layer"],  # whose context is short
     always=("demo", "window"),
@@ -320,7 +320,6 @@ def test_a_session_without_its_open_page_is_resumed_as_edgekv_does_it(
     same(mine, theirs)
 
 
-@pytest.mark.slow
 @cases("qk-norm", "executorch, qk-norm", always=("qk-norm",))
 def test_another_prompt_takes_what_it_shares_with_the_session(
     case: str, model: Callable[[str], Path], driver: Run, tmp_path: Path
@@ -370,7 +369,6 @@ def test_it_says_what_is_damaged_and_what_does_not_fit(
         driver(folder, "--continue", "--session", str(session))
 
 
-@pytest.mark.slow
 def test_a_bundle_for_other_bindings_is_refused(driver: Run, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "checkpoint", "qwen3", num_hidden_layers=1)
     export_model(source, tmp_path / "portable", form="inline", engine="onnx", io="portable", calibration="none")

@@ -22,7 +22,7 @@ from edgekv.runtime.storage.flash import FlashStore
 from edgekv.tiers import KVMode, Tier
 from tests.cases import seldom
 from tests.checkpoints import load_reference
-from tests.conftest import ALWAYS, MODEL_TYPES, OWN_OPERATORS, VARIANTS
+from tests.conftest import ALWAYS, MODEL_TYPES, OFTEN, VARIANTS
 
 Bundle = Callable[..., Path]
 
@@ -41,10 +41,13 @@ def generate(folder: Path, tokens: list[int], count: int, **options: object) -> 
 @pytest.mark.parametrize(
     "variant",
     [
-        *seldom(VARIANTS, but=ALWAYS),
+        *seldom([*ALWAYS, *OFTEN], but=ALWAYS),
         # The others differ in what is exported: test_parity.py takes them through both forms.
-        *(pytest.param(name, marks=pytest.mark.slow) for name in OWN_OPERATORS),
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MODEL_TYPES if name not in OWN_OPERATORS),
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in (*VARIANTS, *MODEL_TYPES)
+            if name not in (*ALWAYS, *OFTEN)
+        ),
     ],
 )
 def test_logits_and_greedy_tokens_equal_those_of_transformers(

@@ -51,11 +51,12 @@ CONTROLS: dict[str, Callable[[], Control]] = {
 
 
 def controls() -> Iterator[Any]:
-    """Yield each control with a form: one of each kind for every run, its other form for slow ones, more places rarely."""
+    """Yield each control with a form: one of each kind for every run, the others and one of the other form for slow ones."""
     every = {("split", name) for name in ("lowest bit of a value", "page dropped", "scales swapped")}
     more = ("lowest bit of a key, last layer", "first page dropped, last layer", "RoPE one behind")
     for name, form in itertools.product(CONTROLS, FORMS):
-        mark = pytest.mark.exhaustive if name in more else pytest.mark.slow
+        often = name not in more and (form == "split" or name == "sign bit of a value")
+        mark = pytest.mark.slow if often else pytest.mark.exhaustive
         yield pytest.param(name, form, marks=[] if (form, name) in every else mark)
 
 

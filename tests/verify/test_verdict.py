@@ -46,6 +46,7 @@ def test_the_bundled_model_passes_the_quick_gate(engine: str, form: str, bundle:
     assert verdict.identity.positions == 0
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_the_same_report_to_the_byte(bundle: Bundle) -> None:
     settings = replace(TINY, suite=Suite(lengths=(256,), depths=(0.5,), keys=(), pairs=(2,), others=False))
     options = replace(INT8, kv_budget="60%")

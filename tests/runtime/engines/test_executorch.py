@@ -19,6 +19,8 @@ from tests.conftest import VARIANTS
 
 pytest.importorskip("executorch", reason="the extra `executorch` is not installed")
 
+pytestmark = pytest.mark.slow  # its bundles take a minute to make
+
 Bundle = Callable[..., Path]
 #: The start of a script for a process of its own.
 OPEN = """from edgekv.runtime.generate import Generator
@@ -36,7 +38,6 @@ def generate(folder: Path, tokens: list[int], count: int, **options: object) -> 
         return list(generator.tokens(tokens, max_tokens=count))
 
 
-@pytest.mark.slow
 def test_greedy_tokens_equal_those_of_onnx_at_any_budget(bundle: Bundle) -> None:
     onnx, executorch = bundle("demo"), bundle("demo", engine="executorch")
     tokens = prompt(700, 1000)
@@ -56,7 +57,6 @@ def test_logits_of_every_row_equal_those_of_onnx(bundle: Bundle) -> None:
     np.testing.assert_allclose(rows[0], rows[1], atol=2e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", seldom(VARIANTS, but=("qwen2-bias",), mark=pytest.mark.exhaustive))
 def test_every_kind_of_decoder_gives_the_tokens_of_onnx(
     variant: str, checkpoint: Callable[[str], Path], bundle: Bundle
@@ -68,7 +68,6 @@ def test_every_kind_of_decoder_gives_the_tokens_of_onnx(
         assert generate(executorch, tokens, 40, **options) == expected
 
 
-@pytest.mark.slow
 def test_the_inline_form_gives_the_same_tokens(bundle: Bundle) -> None:
     split, inline = bundle("demo", engine="executorch"), bundle("demo", "inline", engine="executorch")
     for count, options in ((700, {}), (1, {}), (700, {"kv": KVMode.INT8}), (4500, {"kv": KVMode.INT8})):

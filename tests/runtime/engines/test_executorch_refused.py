@@ -23,6 +23,8 @@ from tests.cases import seldom
 
 pytest.importorskip("executorch", reason="the extra `executorch` is not installed")
 
+pytestmark = pytest.mark.slow  # its bundles take a minute to make
+
 Bundle = Callable[..., Path]
 
 
@@ -105,7 +107,6 @@ def test_a_program_for_a_delegate_that_is_not_there(bundle: Bundle, tmp_path: Pa
     one_line(run(folder), "AnotherBackend", "export the bundle again")
 
 
-@pytest.mark.slow
 def test_an_executorch_package_without_the_delegate(bundle: Bundle, tmp_path: Path) -> None:
     path = installed_without("backend_xnnpack", tmp_path)
     result = run(bundle("demo", engine="executorch"), PYTHONPATH=str(path))
@@ -135,7 +136,6 @@ def test_a_packed_weights_file_that_is_not_as_it_was_written(
     assert run(folder, **cache).stderr == ""
 
 
-@pytest.mark.slow
 def test_two_generators_at_once_and_a_kill_before_the_note_are_no_changed_file(
     bundle: Bundle, put_shim: Callable[[Path], None], tmp_path: Path
 ) -> None:

@@ -20,6 +20,8 @@ kernels = pytest.importorskip("edgekv.runtime._kernels", reason="the native exte
 pytest.importorskip("executorch", reason="the extra `executorch` is not installed")
 pytest.importorskip("torchao", reason="the extra `executorch` is not installed")
 
+pytestmark = pytest.mark.slow  # a bundle for ExecuTorch takes a minute to make
+
 PROMPT = np.random.default_rng(0).integers(0, 250, 12).tolist()
 CODE = """from edgekv.runtime.generate import Generator, RunOptions
 with Generator.open({0!r}, RunOptions(threads=2)) as generator:
@@ -53,7 +55,6 @@ def test_every_instruction_set_gives_the_same_tokens(program: Path) -> None:
         assert run(program, EDGEKV_ISA=isa) == expected, isa
 
 
-@pytest.mark.slow
 def test_a_gated_gelu_gives_the_same_tokens_on_every_instruction_set(
     checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:

@@ -207,15 +207,15 @@ def test_read_only_media_run_do_not_save_and_say_so(
         return os_open(name, flags, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", refuse)
-    with opened(folder, path, kv_budget="22%", context=1500) as generator:
+    with opened(folder, path, kv_budget="40%", context=520) as generator:
         assert generator.session is not None
-        answer = list(generator.tokens(tokens + first, max_tokens=600))
+        answer = list(generator.tokens(tokens + first, max_tokens=100))
         assert generator.session.read_only == "its files cannot be written"
         assert generator.session.reused_tokens == 409
         assert generator.session.checkpoints == 0
         assert generator.report().pages.pages_offloaded > 0  # type: ignore[union-attr]
     monkeypatch.undo()
-    assert answer == uninterrupted(folder, tokens, 610)[10:]
+    assert answer == uninterrupted(folder, tokens, 110)[10:]
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
