@@ -7,7 +7,7 @@ STAMP := $(VENV)/.edgekv-ready
 PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONMALLOC=malloc $(VENV)/bin/pytest -q -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-exhaustive soak arm64 sanitize wheels check duplicates map bench bench-flash bench-inline format clean
+.PHONY: help setup demo demo-chat test test-slow test-exhaustive soak arm64 sanitize wheels check duplicates map bench bench-flash bench-inline format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml tools/setup.sh $(shell find runtime/native -type f 2>/d
 
 demo: setup ## the main job: export the bundled model, run it under a phone's memory, show what happened
 	@$(PY) examples/demo.py
+
+demo-chat: setup ## the same with a real chat model, SmolLM2-135M-Instruct (fetches 93 MB)
+	@$(PY) examples/demo_chat.py
 
 test: setup ## the suite, as CI runs it
 	@$(PYTEST)
