@@ -333,7 +333,9 @@ class Generator(Chats, OneSequence):
         return last
 
     def step(self, tokens: Sequence[int]) -> Float:
-        """Add tokens to a sequence that :meth:`prefill` began and return the logits after the last one [vocab_size] float32.
+        """Add tokens to the ``sequence`` and return the logits after the last one [vocab_size] float32.
+
+        What the sequence has and the cache has not is computed before: the last token of an answer, say.
 
         Raises:
             UsageError: a token is not of the vocabulary, there is none, or more than ``prefill_chunk`` of them. NotFinite: the
@@ -349,6 +351,7 @@ class Generator(Chats, OneSequence):
                     " sequence: it computes what is new"
                 )
             self._turns.begin()
+            self._catch_up()
             logits: Float = self._run(tokens, "last")[-1].copy()  # the engine writes the next ones where these stand
         return logits
 
@@ -366,12 +369,13 @@ class Generator(Chats, OneSequence):
             for generator in generators:
                 turns.enter_context(generator._turns)
                 generator._turns.begin()
+                generator._catch_up()
             ids = [generator._some([token])[0] for generator, token in zip(generators, tokens, strict=True)]
             logits: Float = OneSequence._run_together(generators, ids).copy()
         return logits
 
     def score(self, tokens: Sequence[int]) -> Float:
-        """Add tokens and return the logits after each of them [T, vocab_size] (teacher forcing).
+        """Add tokens to the ``sequence`` and return the logits after each of them [T, vocab_size] (teacher forcing).
 
         Raises:
             UsageError: a token is not of the vocabulary, there is none, or the generator has a session.
@@ -381,11 +385,13 @@ class Generator(Chats, OneSequence):
         tokens = self._some(tokens)
         with self._turns:
             self._turns.begin()
-            held, steps = self._tokens, self._steps
-            self.prepare(len(held) + len(tokens), 0)
-            if self._tokens is not held:  # a longer cache is a new one: what was in the sequence is computed again
-                self._steps = steps
-                self._extend(held, "none")
+            sequence, steps = self._sequence, self._steps
+            self.prepare(len(sequence) + len(tokens), 0)
+            if (
+                self._sequence is not sequence
+            ):  # a longer cache is a new one: what was in the sequence is computed again
+                self._sequence, self._steps = sequence, steps
+            self._catch_up()
             return np.concatenate(self._extend(tokens, "all"))
 
     def prompt(self, tokens: Sequence[int]) -> list[int]:

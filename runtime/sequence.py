@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekv.bundle import Manifest, check_files
-from edgekv.errors import KeysOverflow, NotFinite
+from edgekv.errors import KeysOverflow, NotFinite, OutOfPages, PromptTooLong
 
 from .decoder.base import Rows
 from .decoder.split import SplitForward
@@ -78,6 +78,12 @@ class OneSequence:
         # Did the medium spoil weights since they were hashed?
         if isinstance(error, NotFinite | KeysOverflow):
             check_files(self.folder, self.manifest)
+        assert self.prepared is not None
+        if isinstance(error, OutOfPages) and start >= self.prepared.context:
+            raise PromptTooLong(
+                f"the cache was made for {self.prepared.context} tokens, prompt and answer, and is full; give prefill() a larger"
+                " max_tokens, or RunOptions a context"
+            ) from error
 
     def _end_step(self, start: int) -> None:
         if self._sequence[start : len(self._tokens)] != self._tokens[start:]:
@@ -110,6 +116,12 @@ class OneSequence:
             sequence._tokens.append(int(token))
             sequence._end_step(start)
         return logits
+
+    def _catch_up(self) -> None:
+        """Compute what the sequence has beyond the cache: its last token, or what was cut back with the step it was part of."""
+        pending = self._sequence[len(self._tokens) :]
+        if pending:
+            self._extend(pending, "none")
 
     def _extend(self, tokens: Sequence[int], rows: Rows) -> list[Float]:
         """Add tokens in the steps of a prompt, and return the logits of each step."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,50 @@ def test_score_goes_on_from_what_the_cache_holds_however_long_that_was_made_for(
         generator.prefill(prompt, max_tokens=1)
         assert np.array_equal(generator.score(more), expected)
         assert generator.sequence == prompt + more
+
+
+ENDS: dict[str, Callable[[Generator, list[int]], object]] = {
+    "an answer": lambda generator, given: list(generator.tokens(given, max_tokens=8)),
+    "a stop string": lambda generator, given: list(generator.stream(given, max_tokens=30, stop="e")),
+    "an answer that was left": lambda generator, given: next(generator.tokens(given, max_tokens=8)),
+    "a part of a step": lambda generator, given: (
+        generator.prefill(given, max_tokens=1),
+        generator.go_back(given[:350]),
+    ),
+    "the first tokens": lambda generator, given: (generator.prefill(given, max_tokens=1), generator.go_back(given[:3])),
+}
+
+
+@pytest.mark.parametrize("form", ["split", "inline"])
+@pytest.mark.parametrize("end", ENDS)
+def test_tokens_are_added_behind_the_whole_sequence_however_it_ended(
+    end: str, form: str, bundle: Bundle, tmp_path: Path
+) -> None:
+    given = prompt(400, 1000)
+    options = RunOptions(threads=2, context=600, kv=KVMode.INT8)
+    kept = replace(options, session=SessionOptions(tmp_path / "session"))
+    with Generator.open(bundle("demo", form), kept) as generator, generator.fork(options) as fresh:
+        ENDS[end](generator, given)
+        before = generator.sequence
+        logits = generator.step([9])
+        assert generator.sequence == [*before, 9]
+        np.testing.assert_allclose(logits, fresh.prefill([*before, 9], max_tokens=1), atol=0.3)
+        generator.save(whole=True)
+        assert generator.session is not None
+        assert list(generator.session.tokens) == [*before, 9]
+        ENDS[end](fresh, given)
+        np.testing.assert_allclose(fresh.score([9])[-1], logits, atol=0.3)
+        assert fresh.sequence == [*before, 9]
+
+
+def test_a_cache_that_was_made_for_a_prompt_and_its_answer_says_so_when_it_is_full(bundle: Bundle) -> None:
+    with Generator.open(bundle("demo"), RunOptions(threads=2)) as generator:
+        generator.prefill(prompt(30), max_tokens=2)
+        with pytest.raises(
+            PromptTooLong, match="the cache was made for 32 tokens, prompt and answer, and is full; give"
+        ):
+            list(map(generator.step, [[5]] * 60))
+        generator.cache.check()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("form", ["split", "inline"])

@@ -106,6 +106,7 @@ def test_logits_that_are_not_finite_stop_a_run_with_the_position_of_their_token(
         for sampling in (SamplingOptions(), SamplingOptions(temperature=0.8, seed=1)):
             with pytest.raises(EngineError, match="logits at token 3 are not finite"):
                 list(generator.tokens([1, 2, 3, LOUD], max_tokens=8, sampling=sampling))
+        generator.prefill([1, 2, 3], max_tokens=8)
         with pytest.raises(EngineError, match="logits at token 4 are not finite"):
             generator.score([4, LOUD, 5])
         assert np.array_equal(generator.prefill([1, 2, 3], max_tokens=8), fine)
