@@ -328,8 +328,8 @@ class Words(Setting[str]):
             return None
         if self.line and any(ord(character) < 32 for character in value):
             return None
-        value.encode("utf-8")  # half a character, or bytes of a command line that are not UTF-8
-        return str(value)
+        # Where the locale has no such characters Python hands over the bytes of a command line as halves of characters.
+        return value.encode("utf-8", "surrogateescape").decode("utf-8")
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,14 @@ def test_a_stream_that_is_not_utf8_gets_the_codes_of_what_it_cannot_print(bundle
     assert "\\u201d" in result.stdout
 
 
+def test_a_prompt_is_utf8_in_a_locale_that_has_no_such_characters(bundle: Bundle) -> None:
+    command = f"edgekv run '{bundle('demo')}' -p 'café “was”' -n 4 --quiet"
+    plain = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
+    result = shell(command, **plain)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == shell(command).stdout
+
+
 @pytest.mark.parametrize(
     "argument", ["-p $'a \\xff'", "-f - < <(printf 'It \\xff was')", "--chat < <(printf 'It \\xff was')"]
 )
