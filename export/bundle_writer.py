@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekv.bundle import MANIFEST, TOKENIZER, EmbeddingSpec, Manifest, file_sha256, write_manifest
+from edgekv.bundle import MANIFEST, TOKENIZER, Manifest, file_sha256, write_manifest
 from edgekv.contract import ENGINES, FORMS, IO, LEAST_ONNXRUNTIME, OPERATORS, WEIGHTS, default_weights
 from edgekv.device_profiles import DeviceProfile
 from edgekv.device_profiles.geometry import Geometry
@@ -19,12 +19,14 @@ from edgekv.host import machine_class
 from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
 
 from .choose_engine import default_engine
+from .matrix_kinds import choose_kinds
 from .open_source import missing, opened_source
 from .target import choose_for, processor_of
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .rounding import Calibration
+    from .written import Written
 
 CHAT_TEMPLATE = "chat_template.jinja"
 Progress = Callable[[str, int, int], None]
@@ -163,7 +165,8 @@ def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) ->
         default = default_engine(choice.form, weights)
         engine, operators = default.engine, default.operators
     calibration = _calibration(choice.calibration, weights)
-    write: Callable[..., tuple[tuple[str, ...], EmbeddingSpec | None]]
+    kinds = choose_kinds(checkpoint, weights)
+    write: Callable[..., Written]
     if engine == "executorch":
         from .executorch import split as executorch
 
@@ -180,7 +183,7 @@ def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) ->
     steps("checking the checkpoint")
     source_sha256 = checkpoint.sha256()
     with _appearing(out) as folder:
-        graphs, embedding = write(folder, form=choice.form, weights=weights, page_size=choice.page_size, step=steps)
+        written = write(folder, form=choice.form, kinds=kinds, page_size=choice.page_size, step=steps)
         tokenizer = checkpoint.tokenizer
         model = checkpoint.config.model
         (folder / TOKENIZER).write_text(tokenizer.json, encoding="utf-8")
@@ -194,10 +197,10 @@ def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) ->
             weights=weights,
             page_size=choice.page_size,
             model=model,
-            graphs=graphs,
+            graphs=written.graphs,
             source_sha256=source_sha256,
             tokenizer_sha256=file_sha256(folder / TOKENIZER),
-            embedding=embedding,
+            embedding=written.embedding,
             chat_template=CHAT_TEMPLATE if tokenizer.chat_template is not None else None,
             special_tokens=dict(tokenizer.special_tokens),
             bos_token=None if model.bos_token_id is None else tokenizer.spell([model.bos_token_id])[0],
@@ -207,7 +210,8 @@ def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) ->
             operators=operators,
             io=choice.io,
             sampling=checkpoint.sampling,
-            least_onnxruntime=LEAST_ONNXRUNTIME[weights] if engine == "onnx" else None,
+            matrices=written.matrices,
+            least_onnxruntime=_least_onnxruntime(written) if engine == "onnx" else None,
             made_for=made_for,
         )
         manifest = write_manifest(folder, manifest)
@@ -225,6 +229,11 @@ def _calibration(asked: str | Path | None, weights: str) -> Calibration | None:
     if asked is not None:
         raise UsageError(f"--calibration is for int4 weights, and these are {weights}; leave it out")
     return None
+
+
+def _least_onnxruntime(written: Written) -> str:
+    kinds = {kind for matrices in written.matrices.values() for kind in matrices}
+    return max((LEAST_ONNXRUNTIME[kind] for kind in kinds), key=lambda version: [*map(int, version.split("."))])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,61 @@
+"""A matrix in whole numbers, block by block: what rounding gives, what some checkpoints hold, and what exporters write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Tensor = torch.Tensor
+
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A matrix in codes of ``bits`` bits: value = (code - zero) * scale + offset.
+
+    codes [rows, blocks * 32] uint8 (columns that fill up the last block are zeros), scales [rows, blocks] float32,
+    zeros [rows, blocks] uint8, offsets [rows, blocks] float32 (None: all are 0).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int = 4
+    offsets: Tensor | None = None
+
+    def values(self, columns: int) -> Tensor:
+        """Return what the codes stand for, float32 [rows, columns]."""
+        rows = self.codes.shape[0]
+        codes = self.codes.reshape(rows, -1, BLOCK).float() - self.zeros.float()[..., None]
+        values = codes * self.scales[..., None]
+        if self.offsets is not None:
+            values = values + self.offsets[..., None]
+        return values.reshape(rows, -1)[:, :columns]
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a matrix whose codes lie around 0."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether a value is a code's distance from the middle times its scale, in every block."""
+        return self.offsets is None and bool((self.zeros == self.middle).all())
+
+    def rearranged(self, rows: Callable[[Tensor], Tensor]) -> Codes:
+        """Return the rows that ``rows`` makes of those of any tensor [rows, ...]: others of them, or in another order."""
+        offsets = None if self.offsets is None else rows(self.offsets)
+        return Codes(rows(self.codes), rows(self.scales), rows(self.zeros), self.bits, offsets)
+
+
+def stacked(parts: Sequence[Codes]) -> Codes:
+    """Return matrices of equal columns and bits, one below the other."""
+    (bits,) = {part.bits for part in parts}
+    offsets = None
+    if any(part.offsets is not None for part in parts):
+        offsets = torch.cat([torch.zeros_like(p.scales) if p.offsets is None else p.offsets for p in parts])
+    codes, scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros"))
+    return Codes(codes, scales, zeros, bits, offsets)
