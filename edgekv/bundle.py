@@ -17,7 +17,17 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta
 
 import edgekv
-from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, IO, OPERATORS, WEIGHTS, GraphSpec, inline_spec
+from edgekv.contract import (
+    CONTRACT_VERSION,
+    ENGINES,
+    FORMS,
+    IO,
+    OPERATORS,
+    SOURCE_CODES,
+    WEIGHTS,
+    GraphSpec,
+    inline_spec,
+)
 from edgekv.errors import BundleError, FormatError, UsageError
 from edgekv.files import make_own_folder, read_own, replace_own
 from edgekv.schema import Bytes, Natural, Positive, checked, file_within, one_of, plain_json, plain_name, read_whole
@@ -193,6 +203,14 @@ class Manifest:
         SamplingSpec | None,
         Meta(description="how a model that chats is sampled unless told otherwise; none: greedily"),
     ] = None
+    source_codes: Annotated[
+        str | None,
+        Meta(
+            description="what became of the codes of a quantised checkpoint: the bundle has them where blocks of 32 can hold"
+            " them, or all were rounded anew; null: the checkpoint holds floats",
+            extra_json_schema={"enum": [*SOURCE_CODES, None]},
+        ),
+    ] = None
     matrices: Annotated[
         dict[str, dict[str, MatrixFacts]],
         Meta(
@@ -257,6 +275,8 @@ class Manifest:
             one_of(getattr(self, name), name, choices)
         if self.operators is not None:
             one_of(self.operators, "operators", OPERATORS)
+        if self.source_codes is not None:
+            one_of(self.source_codes, "source_codes", SOURCE_CODES)
         self.model.check()
         self.model.pages(self.page_size)
         for name in self.files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,6 +50,32 @@ class Codes:
         """Return the rows that ``rows`` makes of those of any tensor [rows, ...]: others of them, or in another order."""
         offsets = None if self.offsets is None else rows(self.offsets)
         return Codes(rows(self.codes), rows(self.scales), rows(self.zeros), self.bits, offsets)
+
+    def scaled(self, factor: float) -> Codes:
+        """Return the codes of all values times ``factor``."""
+        offsets = None if self.offsets is None else self.offsets * factor
+        return Codes(self.codes, self.scales * factor, self.zeros, self.bits, offsets)
+
+    def in_eight_bits(self) -> Codes:
+        """Return the same values in 8-bit codes around the middle; a symmetric matrix's alone."""
+        assert self.symmetric, "values that lie to one side"
+        return Codes(self.codes + (128 - self.middle), self.scales, torch.full_like(self.zeros, 128), 8)
+
+
+@dataclass(frozen=True)
+class StoredCodes:
+    """The codes that a checkpoint holds of a matrix: their bits, known at once, and what reads them."""
+
+    bits: int
+    read: Callable[[], Codes]
+
+    def changed(self, change: Callable[[Codes], Codes]) -> StoredCodes:
+        """Return what ``change`` makes of them when they are read."""
+        return StoredCodes(self.bits, functools.partial(_changed, self.read, change))
+
+
+def _changed(read: Callable[[], Codes], change: Callable[[Codes], Codes]) -> Codes:
+    return change(read())
 
 
 def stacked(parts: Sequence[Codes]) -> Codes:

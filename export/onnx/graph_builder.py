@@ -22,13 +22,13 @@ from edgekv.bundle import MatrixFacts
 from edgekv.contract import GraphSpec
 
 from ..checkpoint import EMBEDDING, Checkpoint
-from ..codes import BLOCK
+from ..codes import BLOCK, Codes
 from ..decoder import parameter_sources
 from ..matrix_kinds import MatrixKinds
 from ..rounding import Compensator
 from ..weights import Extent, WeightFile, to_half
 from .look_up import look_up
-from .matmul_nbits import BITS, QuantisedWeight, pack, quantise
+from .matmul_nbits import BITS, QuantisedWeight, nearest, pack, quantise
 from .nodes import Nodes
 from .pieces import OPSET, Piece
 from .stack import stack_gate_and_up
@@ -89,7 +89,9 @@ class WeightBinder:
             kind = "fp16"  # rows that do not fill their blocks cannot be read by offset
         elif kind == "int4":
             kind = "int8"  # only the rows of the step's tokens are ever read: precision takes flash, and no memory
-        return self.matrix((EMBEDDING,), kind)
+        table = self.matrix((EMBEDDING,), kind)
+        assert table.zeros is table.offsets is None, "rows are looked up by codes and scales alone"
+        return table
 
     def _read(self, sources: tuple[str, ...]) -> Any:
         return np.concatenate([self.checkpoint.tensor(name).numpy() for name in sources])
@@ -98,6 +100,9 @@ class WeightBinder:
         if kind == "fp16":
             half = np.concatenate([to_half(self.checkpoint.tensor(name).numpy(), name) for name in sources])
             return StoredMatrix(kind, half.shape[0], half.shape[1], self.file.put(half))
+        if self.kinds.stored and kind in BITS:
+            columns = self.checkpoint.location[sources[0]].shape[1]
+            return self._put(kind, columns, pack([self._codes(name, BITS[kind]) for name in sources]))
         if kind == "int4" and self.compensator is not None:
             columns = self.checkpoint.location[sources[0]].shape[1]
             return self._put(kind, columns, pack(self.compensator.codes(sources)))
@@ -106,6 +111,17 @@ class WeightBinder:
         if kind in BITS:
             return self._put(kind, columns, quantise(value, BITS[kind], symmetric=kind == "int8"))
         return StoredMatrix(kind, rows, columns, self.file.put(value))
+
+    def _codes(self, name: str, bits: int) -> Codes:
+        """Return a matrix in so many bits: in the codes that the checkpoint has, or each weight in the nearest."""
+        stored = self.checkpoint.location[name].codes
+        if stored is not None and stored.bits <= bits:
+            codes = stored.read()
+            if codes.bits == bits:
+                return codes
+            if codes.symmetric:
+                return codes.in_eight_bits()
+        return nearest(self.checkpoint.tensor(name).numpy())
 
     def _put(self, kind: str, columns: int, quantised: QuantisedWeight) -> StoredMatrix:
         codes, scales = self.file.put(quantised.codes), self.file.put(quantised.scales)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 import edgekv.ort as edgekv_ort  # noqa: F401 - first: it loads ONNX Runtime in silence
@@ -66,6 +67,13 @@ def pack(parts: Sequence[Codes]) -> QuantisedWeight:
 
 def _nibbles(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.bitwise_or(values[:, 0::2], np.left_shift(values[:, 1::2], 4), dtype=np.uint8)
+
+
+def nearest(weight: NDArray[np.float32]) -> Codes:
+    """Return weight [rows, columns] in 8 bits, each in the nearest code of a symmetric grid."""
+    found = quantise(weight, 8, symmetric=True)
+    codes = torch.from_numpy(found.codes.reshape(len(weight), -1))
+    return Codes(codes, torch.from_numpy(found.scales), torch.full(found.scales.shape, 128, dtype=torch.uint8), 8)
 
 
 def quantise(weight: NDArray[np.float32], bits: int, *, symmetric: bool) -> QuantisedWeight:
