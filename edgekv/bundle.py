@@ -17,7 +17,17 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta
 
 import edgekv
-from edgekv.contract import CONTRACT_VERSION, ENGINES, FORMS, IO, OPERATORS, WEIGHTS, GraphSpec, inline_spec
+from edgekv.contract import (
+    CONTRACT_VERSION,
+    ENGINES,
+    FORMS,
+    IO,
+    OPERATORS,
+    SOURCE_CODES,
+    WEIGHTS,
+    GraphSpec,
+    inline_spec,
+)
 from edgekv.errors import BundleError, FormatError, UsageError
 from edgekv.files import make_own_folder, read_own, replace_own
 from edgekv.schema import Bytes, Natural, Positive, checked, file_within, one_of, plain_json, plain_name, read_whole
@@ -60,7 +70,7 @@ EMBEDDING_LAYOUTS = {
     "int4_bfloat16": RowLayout(4, 16, 32),
 }
 
-#: Of a weight of the output head, without scales.
+#: Of a weight of the output head, without scales, in bundles that do not say whether rows lie apart from it.
 _HEAD_BITS = {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}
 
 
@@ -69,6 +79,13 @@ class FileFacts(TypedDict):
 
     bytes: Annotated[Bytes, Meta(description="its size")]
     sha256: Annotated[str, Meta(description="its SHA-256, in hexadecimal")]
+
+
+class MatrixFacts(TypedDict):
+    """What the manifest says of the matrices of one kind in one graph."""
+
+    weights: Annotated[Bytes, Meta(description="how many weights they have")]
+    bytes: Annotated[Bytes, Meta(description="their size, scales included")]
 
 
 @dataclass(frozen=True)
@@ -84,13 +101,20 @@ class EmbeddingSpec:
       bfloat16 scales: what XNNPACK and the operators of ours read from an ExecuTorch program.
 
     When the embedding is tied, ``file`` and the offsets are those of the output head, unless ``dtype`` is another one than the
-    head's: beside int4 products the rows are INT8.
+    head's: an INT4 head has INT8 rows beside it.
     """
 
     file: Annotated[str, Meta(description="the file that holds the table")]
     dtype: Annotated[str, Meta(description="how a row is stored", extra_json_schema={"enum": [*EMBEDDING_LAYOUTS]})]
     offset: Annotated[Bytes, Meta(description="where row 0 begins, in bytes")]
     scales_offset: Annotated[Bytes, Meta(description="where the scales of codes begin, in bytes")] = 0
+    apart: Annotated[
+        bool | None,
+        Meta(
+            description="of a tied embedding, whether its rows are a second copy, which no product reads; null: where they have"
+            " more bits than `weights`"
+        ),
+    ] = None
 
     @property
     def layout(self) -> RowLayout:
@@ -139,7 +163,7 @@ class Manifest:
     form: Annotated[
         str, Meta(description="how the decoder is cut at its attention", extra_json_schema={"enum": [*FORMS]})
     ]
-    weights: Annotated[str, Meta(description="how weights are stored", extra_json_schema={"enum": [*WEIGHTS]})]
+    weights: Annotated[str, Meta(description="how most weights are stored", extra_json_schema={"enum": [*WEIGHTS]})]
     page_size: Annotated[Positive, Meta(description="tokens of a page: a multiple of 4, 128 at the most")]
     model: Annotated[ModelSpec, Meta(description="the shape of the decoder")]
     graphs: Annotated[tuple[str, ...], Meta(description="the files of the graphs, in the order in which they run")]
@@ -179,6 +203,20 @@ class Manifest:
         SamplingSpec | None,
         Meta(description="how a model that chats is sampled unless told otherwise; none: greedily"),
     ] = None
+    source_codes: Annotated[
+        str | None,
+        Meta(
+            description="what became of the codes of a quantised checkpoint: the bundle has them where blocks of 32 can hold"
+            " them, or all were rounded anew; null: the checkpoint holds floats",
+            extra_json_schema={"enum": [*SOURCE_CODES, None]},
+        ),
+    ] = None
+    matrices: Annotated[
+        dict[str, dict[str, MatrixFacts]],
+        Meta(
+            description="the matrices that each graph multiplies with, by how they are stored; none: all are `weights`"
+        ),
+    ] = dataclasses.field(default_factory=dict)
     least_onnxruntime: Annotated[
         str | None, Meta(description="the oldest ONNX Runtime that runs the graphs; none for other engines")
     ] = None
@@ -214,9 +252,14 @@ class Manifest:
         """
         size = sum(facts["bytes"] for facts in self.files.values())
         table, model = self.embedding, self.model
-        if table is not None and model.tied_embeddings and table.layout.bits > _HEAD_BITS[self.weights]:
-            size -= table.table_bytes(model.vocab_size, model.hidden_size)
-        return size
+        if table is None or not model.tied_embeddings:
+            return size
+        apart = table.layout.bits > _HEAD_BITS[self.weights] if table.apart is None else table.apart
+        return size - table.table_bytes(model.vocab_size, model.hidden_size) if apart else size
+
+    def kinds(self, graph: str) -> set[str]:
+        """Return how the matrices are stored that a graph multiplies with."""
+        return set(self.matrices.get(graph, {})) or {self.weights}
 
     def inline_spec(self) -> GraphSpec:
         """Return what the graph of an inline bundle takes and gives."""
@@ -232,6 +275,8 @@ class Manifest:
             one_of(getattr(self, name), name, choices)
         if self.operators is not None:
             one_of(self.operators, "operators", OPERATORS)
+        if self.source_codes is not None:
+            one_of(self.source_codes, "source_codes", SOURCE_CODES)
         self.model.check()
         self.model.pages(self.page_size)
         for name in self.files:

@@ -17,6 +17,10 @@ CONTRACT_VERSION = 2
 FORMS = ("split", "inline")
 ENGINES = ("onnx", "executorch")
 WEIGHTS = ("int4", "int8", "fp16", "fp32")
+#: Asks for the matrices of a quantised checkpoint as they are, in its own codes.
+STORED = "stored"
+#: What became of the codes of a quantised checkpoint: the bundle has them, or they were rounded anew.
+SOURCE_CODES = ("kept", "rounded")
 #: What computes the dense part of an ExecuTorch program: XNNPACK's delegate, or operators on our native kernels.
 OPERATORS = ("xnnpack", "edgekv")
 #: From this many parameters on, weights are int4 when nothing is asked for, below fp32.

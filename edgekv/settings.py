@@ -25,7 +25,7 @@ from typing import Any, Generic, NoReturn, SupportsFloat, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.contract import ENGINES, FORMS, IO, OPERATORS
+from edgekv.contract import ENGINES, FORMS, IO, OPERATORS, STORED
 from edgekv.contract import WEIGHTS as WEIGHT_KINDS
 from edgekv.errors import UsageError
 from edgekv.schema import shown
@@ -483,6 +483,7 @@ ATTEND = Attend("attend")
 ENGINE = Choice("engine", ENGINES)
 FORM = Choice("form", FORMS)
 WEIGHTS = Choice("weights", WEIGHT_KINDS)
+EXPORTED_WEIGHTS = Choice("weights", (*WEIGHT_KINDS, STORED))
 OPERATORS_OF = Choice("operators", OPERATORS)
 IO_OF = Choice("io", IO)
 POLICY = Choice("policy", ("lru", "heavy", "window", "random"))

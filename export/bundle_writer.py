@@ -10,21 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekv.bundle import MANIFEST, TOKENIZER, EmbeddingSpec, Manifest, file_sha256, write_manifest
-from edgekv.contract import ENGINES, FORMS, IO, LEAST_ONNXRUNTIME, OPERATORS, WEIGHTS, default_weights
+from edgekv.bundle import MANIFEST, TOKENIZER, Manifest, file_sha256, write_manifest
+from edgekv.contract import ENGINES, FORMS, IO, LEAST_ONNXRUNTIME, OPERATORS, STORED, WEIGHTS, default_weights
 from edgekv.device_profiles import DeviceProfile
 from edgekv.device_profiles.geometry import Geometry
-from edgekv.errors import EdgeKVError, UsageError
+from edgekv.errors import BudgetError, EdgeKVError, UsageError
 from edgekv.host import machine_class
 from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
 
 from .choose_engine import default_engine
+from .matrix_kinds import MatrixKinds, choose_kinds
 from .open_source import missing, opened_source
 from .target import choose_for, processor_of
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .rounding import Calibration
+    from .written import Written
 
 CHAT_TEMPLATE = "chat_template.jinja"
 Progress = Callable[[str, int, int], None]
@@ -53,7 +55,8 @@ def export_model(
             ``demo`` for the bundled model.
         out: the bundle's folder; it appears whole or not at all.
         engine: one of :data:`edgekv.contract.ENGINES`; None: see :func:`edgekv.export.choose_engine.default_engine`.
-        weights: one of :data:`edgekv.contract.WEIGHTS`; None chooses by size, see :func:`edgekv.contract.default_weights`.
+        weights: one of :data:`edgekv.contract.WEIGHTS`, or STORED: as a quantised source has them. None: so where that is
+            possible (``source_codes`` of the manifest tells), else by size, see :func:`edgekv.contract.default_weights`.
         operators: what an ExecuTorch program computes with, one of :data:`edgekv.contract.OPERATORS`; None: XNNPACK,
             or what was measured faster where the engine was chosen by measurement.
         calibration: the text that int4 weights are rounded with, ``none`` to round each to the nearest
@@ -73,7 +76,7 @@ def export_model(
     for name, value, allowed in (
         ("engine", engine, ENGINES),
         ("form", form, FORMS),
-        ("weights", weights, WEIGHTS),
+        ("weights", weights, (*WEIGHTS, STORED)),
         ("operators", operators, OPERATORS),
         ("io", io, IO),
     ):
@@ -124,7 +127,7 @@ def _rare_collections() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the caller asked for; ``weights`` None: by size; ``engine`` None: by measurement."""
+    """What the caller asked for; ``weights`` None: as stored, or by size; ``engine`` None: by measurement."""
 
     engine: str | None
     form: str
@@ -148,22 +151,10 @@ class _Steps:
 
 
 def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) -> Manifest:
-    weights = choice.weights or default_weights(checkpoint.parameters)
-    engine, operators = choice.engine, choice.operators
-    made_for = choice.target.processor if choice.target else machine_class() if not (engine or operators) else None
-    if choice.target is not None:
-        geometry = Geometry.from_model(checkpoint.config.model)
-        found = choose_for(
-            choice.target, geometry, choice.form, engine=engine, operators=operators, weights=choice.weights
-        )
-        engine, operators, weights = found.engine, found.operators, found.weights
-    elif engine is None and operators is not None:
-        engine = "executorch"
-    elif engine is None:
-        default = default_engine(choice.form, weights)
-        engine, operators = default.engine, default.operators
-    calibration = _calibration(choice.calibration, weights)
-    write: Callable[..., tuple[tuple[str, ...], EmbeddingSpec | None]]
+    decision = _decide(checkpoint, choice)
+    engine, operators, kinds = decision.engine, decision.operators, decision.kinds
+    calibration = _calibration(choice.calibration, kinds)
+    write: Callable[..., Written]
     if engine == "executorch":
         from .executorch import split as executorch
 
@@ -180,7 +171,7 @@ def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) ->
     steps("checking the checkpoint")
     source_sha256 = checkpoint.sha256()
     with _appearing(out) as folder:
-        graphs, embedding = write(folder, form=choice.form, weights=weights, page_size=choice.page_size, step=steps)
+        written = write(folder, form=choice.form, kinds=kinds, page_size=choice.page_size, step=steps)
         tokenizer = checkpoint.tokenizer
         model = checkpoint.config.model
         (folder / TOKENIZER).write_text(tokenizer.json, encoding="utf-8")
@@ -191,13 +182,13 @@ def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) ->
         manifest = Manifest(
             engine=engine,
             form=choice.form,
-            weights=weights,
+            weights=kinds.most,
             page_size=choice.page_size,
             model=model,
-            graphs=graphs,
+            graphs=written.graphs,
             source_sha256=source_sha256,
             tokenizer_sha256=file_sha256(folder / TOKENIZER),
-            embedding=embedding,
+            embedding=written.embedding,
             chat_template=CHAT_TEMPLATE if tokenizer.chat_template is not None else None,
             special_tokens=dict(tokenizer.special_tokens),
             bos_token=None if model.bos_token_id is None else tokenizer.spell([model.bos_token_id])[0],
@@ -207,24 +198,87 @@ def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) ->
             operators=operators,
             io=choice.io,
             sampling=checkpoint.sampling,
-            least_onnxruntime=LEAST_ONNXRUNTIME[weights] if engine == "onnx" else None,
-            made_for=made_for,
+            matrices=written.matrices,
+            least_onnxruntime=_least_onnxruntime(written) if engine == "onnx" else None,
+            source_codes=None if not checkpoint.quantised else "kept" if kinds.stored else "rounded",
+            made_for=decision.made_for,
         )
         manifest = write_manifest(folder, manifest)
     steps.progress("done", steps.total, steps.total)
     return manifest
 
 
-def _calibration(asked: str | Path | None, weights: str) -> Calibration | None:
+@dataclass(frozen=True)
+class _Decision:
+    """What a bundle is made of. ``made_for``: the class of machines for which engine and operators were chosen, if they were."""
+
+    engine: str
+    operators: str | None
+    kinds: MatrixKinds
+    made_for: str | None
+
+
+def _decide(checkpoint: Checkpoint, choice: Choice) -> _Decision:
+    """Choose what was left open: codes stay what they are where that is possible, what is in floats is stored by its size."""
+    geometry = Geometry.from_model(checkpoint.config.model)
+    processor = None if choice.target is None else choice.target.processor
+    executorch = choice.engine == "executorch" or choice.operators is not None
+    if choice.weights == STORED and executorch:
+        raise UsageError(
+            f"--weights {STORED} is for --engine onnx: ExecuTorch's products know no such scales; choose int4 or int8, which"
+            " round the weights anew"
+        )
+    if choice.weights == STORED or (choice.weights is None and checkpoint.quantised and not executorch):
+        kinds = choose_kinds(checkpoint, STORED)
+        try:
+            if choice.target is not None:
+                choose_for(choice.target, geometry, choice.form, engine="onnx", weights=kinds.most)
+            return _Decision("onnx", None, kinds, processor)
+        except BudgetError:
+            if choice.weights == STORED:
+                raise  # otherwise, what fits
+    weights = choice.weights or default_weights(checkpoint.parameters)
+    if choice.target is not None:
+        found = choose_for(
+            choice.target,
+            geometry,
+            choice.form,
+            engine=choice.engine,
+            operators=choice.operators,
+            weights=choice.weights,
+        )
+        kinds = choose_kinds(checkpoint, found.weights)
+        return _Decision(found.engine, found.operators, kinds, processor)
+    kinds = choose_kinds(checkpoint, weights)
+    if choice.engine is not None:
+        return _Decision(choice.engine, choice.operators, kinds, None)
+    if choice.operators is not None:
+        return _Decision("executorch", choice.operators, kinds, None)
+    default = default_engine(choice.form, weights)
+    return _Decision(default.engine, default.operators, kinds, machine_class())
+
+
+def _calibration(asked: str | Path | None, kinds: MatrixKinds) -> Calibration | None:
     from .rounding import read_calibration
 
     if asked == "none":
         return None
-    if weights == "int4":
+    if kinds.stored:
+        if asked is not None:
+            raise UsageError(
+                f"--calibration is for weights that are rounded, and --weights {STORED} keeps them; leave it out"
+            )
+        return None
+    if kinds.most == "int4":
         return read_calibration(None if asked is None else Path(asked))
     if asked is not None:
-        raise UsageError(f"--calibration is for int4 weights, and these are {weights}; leave it out")
+        raise UsageError(f"--calibration is for int4 weights, and these are {kinds.most}; leave it out")
     return None
+
+
+def _least_onnxruntime(written: Written) -> str:
+    kinds = {kind for matrices in written.matrices.values() for kind in matrices}
+    return max((LEAST_ONNXRUNTIME[kind] for kind in kinds), key=lambda version: [*map(int, version.split("."))])
 
 
 @contextlib.contextmanager

@@ -80,6 +80,16 @@ class Checkpoint:
         return EMBEDDING if self.config.model.tied_embeddings else HEAD
 
     @property
+    def matrices(self) -> dict[str, Stored]:
+        """The tensors that products read, or whose rows are looked up."""
+        return {name: stored for name, stored in self.location.items() if len(stored.shape) == 2}
+
+    @property
+    def quantised(self) -> bool:
+        """Whether matrices are stored as codes."""
+        return any(stored.dtype not in _FLOATS for stored in self.matrices.values())
+
+    @property
     def parameters(self) -> int:
         """Number of weights, tied ones counted once."""
         return sum(_elements(shape) for shape in expected_shapes(self.config).values())
@@ -221,14 +231,13 @@ def _cut(source: Path, config: DecoderConfig, location: Mapping[str, Stored]) ->
             _check_shapes(source, location, {f"{prefix}{fused}.weight": (rows, columns)}, {})
             whole, first = cut.pop(f"{prefix}{fused}.weight"), 0
             for name, shape in parts.items():
-                read = functools.partial(_rows, whole, first, first + shape[0])
-                cut[name] = replace(whole, shape=shape, read=read)
+                cut[name] = whole.rearranged(functools.partial(_rows, first, first + shape[0]), shape)
                 first += shape[0]
     return cut
 
 
-def _rows(whole: Stored, first: int, end: int) -> torch.Tensor:
-    return whole.read()[first:end]
+def _rows(first: int, end: int, whole: torch.Tensor) -> torch.Tensor:
+    return whole[first:end]
 
 
 def _untie(config: DecoderConfig, location: dict[str, Stored]) -> DecoderConfig:

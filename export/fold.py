@@ -19,6 +19,7 @@ import torch
 
 from edgekv.spec import ModelSpec
 
+from .codes import Codes
 from .config import DecoderConfig
 from .weight_files import Stored
 
@@ -39,23 +40,27 @@ def fold_scales(config: DecoderConfig, location: Mapping[str, Stored]) -> dict[s
     folded = {}
     for name, stored in location.items():
         if config.interleaved_rope and _TURNED.fullmatch(name):
-            stored = replace(stored, read=functools.partial(_halves_apart, stored, config.model))
+            stored = stored.rearranged(functools.partial(_halves_apart, config.model))
         offset = float(config.gains_from_one and name.endswith("norm.weight"))
         scale = scaled if name in (FINAL_NORM, FINAL_NORM_BIAS) else written if name.endswith(writers) else 1.0
         same = (offset, scale) == (0, 1)
-        folded[name] = stored if same else replace(stored, read=functools.partial(_read, stored, offset, scale))
+        folded[name] = stored if same else _scaled(stored, offset, scale)
     return folded
 
 
-def _halves_apart(stored: Stored, model: ModelSpec) -> torch.Tensor:
+def _halves_apart(model: ModelSpec, rows: torch.Tensor) -> torch.Tensor:
     """Return rows of queries or keys in the order in which RoPE turns channel i with channel i + half here.
 
     The checkpoint has the two side by side. Scores do not depend on the order of channels, if queries and keys have the same.
     """
     turned = torch.arange(model.rope.rotary_dim).view(-1, 2).T.reshape(-1)
     order = torch.cat([turned, torch.arange(model.rope.rotary_dim, model.head_dim)])
-    rows = stored.read()
-    return rows.view(-1, model.head_dim, *rows.shape[1:])[:, order].reshape(rows.shape)
+    return rows.reshape(-1, model.head_dim, *rows.shape[1:])[:, order].reshape(rows.shape)
+
+
+def _scaled(stored: Stored, offset: float, scale: float) -> Stored:
+    codes = None if offset else stored.codes and stored.codes.changed(functools.partial(Codes.scaled, factor=scale))
+    return replace(stored, read=functools.partial(_read, stored, offset, scale), codes=codes)
 
 
 def _read(stored: Stored, offset: float, scale: float) -> torch.Tensor:

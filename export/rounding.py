@@ -21,12 +21,12 @@ from torch import nn
 from edgekv.errors import CheckpointError, UsageError
 
 from .checkpoint import Checkpoint
+from .codes import BLOCK, Codes
 from .decoder import Projection, parameter_sources
 from .walk import Walk
 
 Tensor = torch.Tensor
 
-BLOCK = 32
 LEVELS, MIDDLE = 15, 8
 #: Gives scale and zero point [rows] of a block [rows, 32].
 Grid = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -41,25 +41,6 @@ SHARES = tuple(1 - 0.02 * step for step in range(20))
 ROWS = 4096
 #: Products that read the same input.
 _GROUPS = (("exit.o_proj",), ("exit.gate_proj", "exit.up_proj"), ("exit.down_proj",), ("entry.qkv_proj",))
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A matrix in int4: value = (code - zero) * scale.
-
-    codes [rows, blocks * 32] uint8 (columns that fill up the last block are zeros), scales [rows, blocks] float32,
-    zeros [rows, blocks] uint8.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-
-    def values(self, columns: int) -> Tensor:
-        """Return what the codes stand for, float32 [rows, columns]."""
-        rows = self.codes.shape[0]
-        codes = self.codes.reshape(rows, -1, BLOCK).float() - self.zeros.float()[..., None]
-        return (codes * self.scales[..., None]).reshape(rows, -1)[:, :columns]
 
 
 @dataclass(frozen=True)
@@ -184,7 +165,8 @@ def compensate(weight: Tensor, hessian: Tensor, grid: Grid | None = None) -> Cod
         _compensate(nn.functional.pad(rows.clone(), (0, padding)), factor, grid or free_grid)
         for rows in torch.split(weight, ROWS)
     ]
-    return Codes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    codes, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Codes(codes, scales, zeros)
 
 
 def _compensate(weight: Tensor, factor: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from edgekv.errors import CheckpointError
 from edgekv.model_config import read_json_object
+
+from .codes import Codes, StoredCodes
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -31,6 +33,7 @@ class Stored:
     """A tensor in a file, under the name that it has there.
 
     ``dtype``: what the file calls the type of its numbers. ``read``: returns the tensor, as it is stored where that is a float.
+    ``codes``: of a quantised matrix, what ``read`` computes its values from, where that can be said in blocks of 32.
     """
 
     file: Path
@@ -38,6 +41,17 @@ class Stored:
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], torch.Tensor]
+    codes: StoredCodes | None = None
+
+    def rearranged(self, rows: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...] | None = None) -> Stored:
+        """Return the rows that ``rows`` makes of those of any tensor [rows, ...], of this shape if it is another."""
+        read = functools.partial(_rearranged, self.read, rows)
+        codes = self.codes and self.codes.changed(functools.partial(Codes.rearranged, rows=rows))
+        return replace(self, shape=shape or self.shape, read=read, codes=codes)
+
+
+def _rearranged(read: Callable[[], torch.Tensor], rows: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return rows(read())
 
 
 def locate_tensors(folder: Path) -> dict[str, Stored]:

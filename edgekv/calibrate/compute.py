@@ -37,7 +37,7 @@ def read_bandwidth(threads: int) -> float:
 def matrix_rates(bits: int, threads: int) -> tuple[float, float]:
     """Return the bytes/s at which one token reads weights of so many bits, and the ops/s of a chunk of 256 tokens."""
     layers = PRODUCTS if bits < 32 else PRODUCTS // 4
-    options = set_up("fp32" if bits == 32 else f"int{bits}", threads, own_process=False).options
+    options = set_up(bits == 4, threads, own_process=False).options
     session = ort.InferenceSession(matmul_chain(WIDTH, layers, bits), options, providers=["CPUExecutionProvider"])
 
     def seconds(rows: int) -> float:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from edgekv import settings
+from edgekv.contract import STORED
 from edgekv.errors import EdgeKVError, GateFailed
 from edgekv.model_config import TEXT_PARTS
 from edgekv.sizes import format_bytes
@@ -63,9 +64,10 @@ def export_command(
     weights: Annotated[
         str | None,
         option(
-            settings.WEIGHTS,
+            settings.EXPORTED_WEIGHTS,
             "--weights",
-            help="How weights are stored. Default: int4 from 100 million parameters on, fp32 below.",
+            help="How weights are stored. stored: as a quantised source has them, without rounding again, the default for one"
+            " (GGUF). Else the default is int4 from 100 million parameters on, fp32 below.",
         ),
     ] = None,
     operators: Annotated[
@@ -130,7 +132,7 @@ def export_command(
 
     `edgekv export ./Qwen3-0.6B --out qwen.edgekv --weights int8 --form inline`
 
-    `edgekv export ./SmolLM2-135M-Instruct.Q8_0.gguf --out smollm.edgekv --weights int8`
+    `edgekv export ./SmolLM2-135M-Instruct.Q4_K_M.gguf --out smollm.edgekv`   with the weights that the file has
 
     `edgekv export ./Llama-3.2-1B --out llama.edgekv --target raspberry-pi-5-8gb`
 
@@ -177,7 +179,12 @@ def export_command(
         return
     model = manifest.model
     size_bytes = sum(entry["bytes"] for entry in manifest.files.values())
-    chosen = manifest.weights + (" (chosen by size; --weights decides)" if weights is None and device is None else "")
+    kept = manifest.source_codes == "kept"
+    chosen = manifest.weights
+    if kept:
+        chosen += f" as {checkpoint.name} has them" + (" (--weights decides)" if weights is None else "")
+    elif weights is None and device is None:
+        chosen += " (chosen by size; --weights decides)"
     console.print(
         escape(
             f"{out}: {model.architecture}, {model.n_layers} layers, weights {chosen}, {manifest.engine} {manifest.form},"
@@ -189,11 +196,14 @@ def export_command(
     if model.architecture in TEXT_PARTS:
         line = f"{model.architecture}: text alone; what reads images is not in the bundle"
         console.print(line, soft_wrap=True, highlight=False)
-    if device is not None:
+    if manifest.source_codes == "rounded":
+        line = f"{checkpoint.name} is quantised, and its weights were rounded anew; --engine onnx --weights {STORED} keeps them"
+        console.print(escape(line), soft_wrap=True, highlight=False)
+    if device is not None and not kept:
         geometry = Geometry.from_model(manifest.model)
         reason = choose_for(device, geometry, form, engine=engine, operators=operators, weights=weights).reason
         console.print(escape(reason), soft_wrap=True, highlight=False)
-    elif engine is None:
+    elif engine is None and not kept:
         reason = default_engine(form, manifest.weights).reason
         console.print(escape(f"{manifest.engine}: {reason} (--engine decides)"), soft_wrap=True, highlight=False)
     if unlike:

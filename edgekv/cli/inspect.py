@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekv import settings
-from edgekv.bundle import Manifest, SamplingSpec, check_files, read_manifest
+from edgekv.bundle import Manifest, MatrixFacts, SamplingSpec, check_files, read_manifest
 from edgekv.contract import GraphSpec, TensorSpec, segment_spec
-from edgekv.sizes import format_bytes
+from edgekv.sizes import format_bytes, format_count
 
 from .options import argument
 from .output import Facts, print_json, stdout
@@ -82,6 +82,7 @@ def _geometry(manifest: Manifest) -> Facts:
         ("vocabulary", f"{model.vocab_size}, {'tied' if model.tied_embeddings else 'untied'} embeddings"),
         ("context", f"{model.max_context} tokens"),
         ("engine", f"{manifest.engine}, {manifest.form} form, weights {manifest.weights}"),
+        *([("matrices", matrices)] if (matrices := _matrices(manifest)) else []),
         ("pages", f"{manifest.page_size} tokens"),
         ("cache per token", f"{format_bytes(cost['fp16'])} in fp16, {format_bytes(cost['int8'])} in INT8"),
         ("pinned", "the first page, the recent ones, and what `edgekv run --pin-prompt` names"),
@@ -94,6 +95,28 @@ def _geometry(manifest: Manifest) -> Facts:
     for name, value in rows:
         facts.add_row(name, escape(value))
     return facts
+
+
+def matrices_by_kind(manifest: Manifest) -> dict[str, MatrixFacts]:
+    """Return what all products of a bundle read, by how it is stored, the larger part first."""
+    total: dict[str, MatrixFacts] = {}
+    for kinds in manifest.matrices.values():
+        for kind, facts in kinds.items():
+            so_far = total.get(kind, {"weights": 0, "bytes": 0})
+            total[kind] = {"weights": so_far["weights"] + facts["weights"], "bytes": so_far["bytes"] + facts["bytes"]}
+    return dict(sorted(total.items(), key=lambda entry: -entry[1]["weights"]))
+
+
+def _matrices(manifest: Manifest) -> str:
+    kinds = matrices_by_kind(manifest)
+    parts = [f"{format_count(facts['weights'])} in {kind} ({_bits(facts):.2f} bits)" for kind, facts in kinds.items()]
+    if len(parts) > 1:
+        parts[-1] += f": {_bits(*kinds.values()):.2f} bits a weight"
+    return ", ".join(parts)
+
+
+def _bits(*parts: MatrixFacts) -> float:
+    return 8 * sum(part["bytes"] for part in parts) / max(1, sum(part["weights"] for part in parts))
 
 
 def _contract(manifest: Manifest) -> Table:

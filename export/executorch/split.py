@@ -17,9 +17,11 @@ from edgekv.errors import UsageError
 from ..checkpoint import EMBEDDING, Checkpoint
 from ..config import DecoderConfig
 from ..decoder import build_segment, load_parameter, segment_kind
+from ..matrix_kinds import MatrixKinds
 from ..onnx.matmul_nbits import quantise
 from ..rounding import Calibration, Compensator
 from ..weights import WeightFile, to_half
+from ..written import Written
 from .lower import lower, materialise, require_executorch
 from .program import ProgramBuilder, find_constant
 from .rounded import compensating, rounded_products
@@ -38,13 +40,13 @@ def write_graphs(
     folder: Path,
     *,
     form: str,
-    weights: str,
+    kinds: MatrixKinds,
     page_size: int,
     calibration: Calibration | None,
     step: Step,
     operators: str = "xnnpack",
-) -> tuple[tuple[str, ...], EmbeddingSpec | None]:
-    """Write the program into ``folder``; see :func:`edgekv.export.onnx.write_graphs`.
+) -> Written:
+    """Write the program into ``folder``; see :func:`edgekv.export.onnx.graphs.write_graphs`.
 
     Args:
         calibration: what int4 weights are rounded with; None: each to the nearest code.
@@ -54,6 +56,13 @@ def write_graphs(
         EngineMissing: executorch or torchao is not installed. UsageError: the weight kind or the form cannot be had.
     """
     require_executorch()
+    weights = kinds.most
+    if kinds.mixed:
+        name = next(name for name, kind in kinds.others.items() if kind != weights)
+        raise UsageError(
+            f"ExecuTorch programs hold all matrices in one kind, and {name} is to be {kinds.of(name)} among {weights}; use"
+            " --engine onnx"
+        )
     if weights == "fp16":
         raise UsageError("XNNPACK computes fp16 weights in float32; choose --weights int4, int8 or fp32")
     if operators == "edgekv" and (form, weights) != ("split", "int4"):
@@ -64,7 +73,7 @@ def write_graphs(
         from .inline import write_inline
 
         write_inline(checkpoint, folder / PROGRAM, weights, page_size, compensating(checkpoint, calibration, head=True))
-        return (PROGRAM,), None
+        return Written((PROGRAM,))
     # The rows of a tied head are looked up, too, so they stay what they were.
     compensator = compensating(checkpoint, calibration, head=not config.model.tied_embeddings)
     with _split_builder(config, weights, folder, operators) as builder:
@@ -78,8 +87,8 @@ def write_graphs(
         step("embedding")
         builder.save(folder / PROGRAM)
     if config.model.tied_embeddings and weights in HEAD_ROWS:
-        return (PROGRAM,), _head_rows(folder / PROGRAM, constants["head.weight"], HEAD_ROWS[weights])
-    return (PROGRAM,), write_embedding(checkpoint, folder, weights)
+        return Written((PROGRAM,), _head_rows(folder / PROGRAM, constants["head.weight"], HEAD_ROWS[weights]))
+    return Written((PROGRAM,), write_embedding(checkpoint, folder, weights))
 
 
 def count_steps(checkpoint: Checkpoint) -> int:
@@ -108,7 +117,8 @@ def write_embedding(checkpoint: Checkpoint, folder: Path, weights: str) -> Embed
 
 def _head_rows(program: Path, head: list[Constant], dtype: str) -> EmbeddingSpec:
     """Return where the rows of a tied output head lie in the program, so that the embedding need not be stored again."""
-    return EmbeddingSpec(program.name, dtype, *(find_constant(program, constant) for constant in head))
+    rows, *scales = (find_constant(program, constant) for constant in head)
+    return EmbeddingSpec(program.name, dtype, rows, scales[0] if scales else 0)
 
 
 def _split_builder(config: DecoderConfig, weights: str, folder: Path, operators: str) -> ProgramBuilder:

@@ -24,7 +24,8 @@ import torch
 
 from edgekv.errors import UsageError
 
-from ..rounding import MIDDLE, Codes
+from ..codes import Codes
+from ..rounding import MIDDLE
 
 Tensor = torch.Tensor
 GROUP = 32

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -86,11 +85,10 @@ def _in_order(file: GgufFile, config: DecoderConfig, kind: str, stored: Stored) 
     heads = {"attn_q": config.model.n_q_heads, "attn_k": config.model.n_kv_heads}.get(kind)
     if heads is None or file.metadata["general.architecture"] not in _REORDERED:
         return stored
-    return replace(stored, read=functools.partial(_halves_apart, stored, heads))
+    return stored.rearranged(functools.partial(_halves_apart, heads))
 
 
-def _halves_apart(stored: Stored, heads: int) -> torch.Tensor:
+def _halves_apart(heads: int, tensor: torch.Tensor) -> torch.Tensor:
     """Return rows whose rotated pairs lie half a head apart; the converter put them side by side."""
-    tensor = stored.read()
     pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)

@@ -18,7 +18,9 @@ import torch
 from edgekv.errors import CheckpointError
 from edgekv.schema import shown
 
+from ..codes import StoredCodes
 from ..weight_files import Stored
+from .codes import code_bits, read_codes
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -78,8 +80,11 @@ def read_gguf(path: Path) -> GgufFile:
     for tensor in reader.tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         name = str(tensor.name)
+        kind = tensor.tensor_type.name
         read = functools.partial(_read, path, tensor, shape)
-        tensors[name] = Stored(path, name, shape, tensor.tensor_type.name, read)
+        bits = code_bits(kind) if len(shape) == 2 else None
+        codes = None if bits is None else StoredCodes(bits, functools.partial(read_codes, kind, tensor.data))
+        tensors[name] = Stored(path, name, shape, kind, read, codes)
     return GgufFile(path, metadata, tensors)
 
 

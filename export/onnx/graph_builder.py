@@ -1,10 +1,11 @@
 """Builds one ONNX graph out of pieces: renames their values, binds their weights, lowers their products.
 
-The weight kind decides what a product becomes: Gemm on float32, Cast and Gemm on float16, MatMulNBits on int8 and int4.
+The kind of a matrix decides what a product becomes: Gemm on float32, Cast and Gemm on float16, MatMulNBits on int8 and int4.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Container, Mapping
@@ -17,14 +18,18 @@ import onnx
 from onnx import TensorProto, helper
 
 import edgekv
+from edgekv.bundle import MatrixFacts
 from edgekv.contract import GraphSpec
 
 from ..checkpoint import EMBEDDING, Checkpoint
+from ..codes import BLOCK, Codes
 from ..decoder import parameter_sources
+from ..matrix_kinds import MatrixKinds
 from ..rounding import Compensator
 from ..weights import Extent, WeightFile, to_half
 from .look_up import look_up
-from .matmul_nbits import BITS, BLOCK, QuantisedWeight, pack, quantise
+from .matmul_nbits import BITS, QuantisedWeight, nearest, pack, quantise
+from .nodes import Nodes
 from .pieces import OPSET, Piece
 from .stack import stack_gate_and_up
 
@@ -36,7 +41,7 @@ IR_VERSION = 10
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix [rows, columns] in the weight file; int8 and int4 have ``scales``, some int4 ``zeros``."""
+    """A matrix [rows, columns] in the weight file; int8 and int4 have ``scales``, some ``zeros`` and ``offsets``, too."""
 
     kind: str
     rows: int
@@ -44,6 +49,13 @@ class StoredMatrix:
     data: Extent
     scales: Extent | None = None
     zeros: Extent | None = None
+    offsets: Extent | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all that it is stored as."""
+        extents = (self.data, self.scales, self.zeros, self.offsets)
+        return sum(extent.size_bytes for extent in extents if extent is not None)
 
 
 @dataclass
@@ -55,7 +67,7 @@ class WeightBinder:
 
     checkpoint: Checkpoint
     file: WeightFile
-    weights: str
+    kinds: MatrixKinds
     compensator: Compensator | None = None
     _matrices: dict[tuple[str, tuple[str, ...]], StoredMatrix] = field(default_factory=dict)
 
@@ -64,20 +76,22 @@ class WeightBinder:
         return self.file.put(self._read(sources))
 
     def matrix(self, sources: tuple[str, ...], kind: str | None = None) -> StoredMatrix:
-        """Store the rows of ``sources`` as ``kind``, by default the export's weight kind."""
-        key = (kind or self.weights, sources)
+        """Store the rows of ``sources`` as ``kind``, by default their own, in which they agree."""
+        key = (kind or self.kinds.of(sources[0]), sources)
         if key not in self._matrices:
             self._matrices[key] = self._store(sources, key[0])
         return self._matrices[key]
 
     def embedding(self) -> StoredMatrix:
-        """Store the embedding. When it is tied it is the output head's own matrix, but beside int4 products."""
-        kind = self.weights
+        """Store the embedding. When it is tied it is the output head's own matrix, unless that is int4."""
+        kind = self.kinds.of(EMBEDDING)
         if kind in BITS and self.checkpoint.config.model.hidden_size % BLOCK:
             kind = "fp16"  # rows that do not fill their blocks cannot be read by offset
         elif kind == "int4":
             kind = "int8"  # only the rows of the step's tokens are ever read: precision takes flash, and no memory
-        return self.matrix((EMBEDDING,), kind)
+        table = self.matrix((EMBEDDING,), kind)
+        assert table.zeros is table.offsets is None, "rows are looked up by codes and scales alone"
+        return table
 
     def _read(self, sources: tuple[str, ...]) -> Any:
         return np.concatenate([self.checkpoint.tensor(name).numpy() for name in sources])
@@ -86,6 +100,9 @@ class WeightBinder:
         if kind == "fp16":
             half = np.concatenate([to_half(self.checkpoint.tensor(name).numpy(), name) for name in sources])
             return StoredMatrix(kind, half.shape[0], half.shape[1], self.file.put(half))
+        if self.kinds.stored and kind in BITS:
+            columns = self.checkpoint.location[sources[0]].shape[1]
+            return self._put(kind, columns, pack([self._codes(name, BITS[kind]) for name in sources]))
         if kind == "int4" and self.compensator is not None:
             columns = self.checkpoint.location[sources[0]].shape[1]
             return self._put(kind, columns, pack(self.compensator.codes(sources)))
@@ -95,19 +112,38 @@ class WeightBinder:
             return self._put(kind, columns, quantise(value, BITS[kind], symmetric=kind == "int8"))
         return StoredMatrix(kind, rows, columns, self.file.put(value))
 
+    def _codes(self, name: str, bits: int) -> Codes:
+        """Return a matrix in so many bits: in the codes that the checkpoint has, or each weight in the nearest."""
+        stored = self.checkpoint.location[name].codes
+        if stored is not None and stored.bits <= bits:
+            codes = stored.read()
+            if codes.bits == bits:
+                return codes
+            if codes.symmetric:
+                return codes.in_eight_bits()
+        return nearest(self.checkpoint.tensor(name).numpy())
+
     def _put(self, kind: str, columns: int, quantised: QuantisedWeight) -> StoredMatrix:
         codes, scales = self.file.put(quantised.codes), self.file.put(quantised.scales)
-        zeros = None if quantised.zeros is None else self.file.put(quantised.zeros)
-        return StoredMatrix(kind, len(quantised.codes), columns, codes, scales, zeros)
+        zeros, offsets = (
+            None if each is None else self.file.put(each) for each in (quantised.zeros, quantised.offsets)
+        )
+        return StoredMatrix(kind, len(quantised.codes), columns, codes, scales, zeros, offsets)
 
 
 class GraphBuilder:
-    """Collects nodes and initializers; :meth:`save` writes the graph that ``spec`` promises."""
+    """Collects nodes and initializers; :meth:`save` writes the graph that ``spec`` promises.
+
+    Attributes:
+        matrices: what its products read, by kind.
+    """
 
     def __init__(self, binder: WeightBinder) -> None:
         self.binder = binder
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
+        self.matrices: dict[str, MatrixFacts] = {}
+        self._block_sums: dict[str, str] = {}
 
     def add(
         self, piece: Piece, path: str, bindings: Mapping[str, str], sources: Mapping[str, tuple[str, ...]] | None = None
@@ -179,28 +215,54 @@ class GraphBuilder:
         path.write_bytes(model.SerializeToString())
 
     def _product(self, node: onnx.NodeProto, sources: list[tuple[str, ...]]) -> None:
-        matrix = self.binder.matrix(sources[0])
-        bias = [self._vector(sources[1])] if len(sources) > 1 else []
-        x, output, name = (
-            node.input[0],
-            node.output[0],
-            sources[0][0] + (f"+{len(sources[0]) - 1}" * (len(sources[0]) > 1)),
-        )
-        path = node.name.rsplit("/", 1)[0]
-        data = self._initializer(f"{name}.{matrix.kind}", matrix.data)
-        if matrix.scales is not None:
-            inputs = [x, data, self._initializer(f"{name}.scales", matrix.scales)]
-            shape = {"K": matrix.columns, "N": matrix.rows, "bits": BITS[matrix.kind], "block_size": BLOCK}
-            if matrix.zeros is not None:
-                inputs.append(self._initializer(f"{name}.zeros", matrix.zeros))
-            if bias:  # the inputs between are the zero points and g_idx
-                inputs += [""] * (5 - len(inputs)) + bias
-            self._append("MatMulNBits", inputs, output, path, domain=CONTRIB, accuracy_level=ACCURACY_INT8, **shape)
+        """Append the product with the matrices of ``sources``, one below the other; where kinds differ, several."""
+        x, output, path = node.input[0], node.output[0], node.name.rpartition("/")[0]
+        numbers = itertools.groupby(range(len(sources[0])), lambda number: self.binder.kinds.of(sources[0][number]))
+        runs = [(run[0], run[-1] + 1) for _, group in numbers if (run := list(group))]
+        if len(runs) == 1:
+            self._multiply(x, sources, output, path)
             return
-        if matrix.kind == "fp16":
-            self._append("Cast", [data], f"{name}.float", path, to=TensorProto.FLOAT)
-            data = f"{name}.float"
-        self._append("Gemm", [x, data, *bias], output, path, transB=1)
+        outputs = [f"{output}_{first}" for first, _ in runs]
+        for (first, end), part in zip(runs, outputs, strict=True):
+            self._multiply(x, [names[first:end] for names in sources], part, f"{path}/{first}")
+        self._append("Concat", outputs, output, path, axis=-1)
+
+    def _multiply(self, x: str, sources: list[tuple[str, ...]], output: str, path: str) -> None:
+        """Append the product of x with matrices of one kind, and their biases if there are any."""
+        matrix = self.binder.matrix(sources[0])
+        facts = self.matrices.setdefault(matrix.kind, {"weights": 0, "bytes": 0})
+        facts["weights"] += matrix.rows * matrix.columns
+        facts["bytes"] += matrix.size_bytes
+        bias = [self._vector(sources[1])] if len(sources) > 1 else []
+        name = sources[0][0] + (f"+{len(sources[0]) - 1}" * (len(sources[0]) > 1))
+        data = self._initializer(f"{name}.{matrix.kind}", matrix.data)
+        if matrix.scales is None:
+            if matrix.kind == "fp16":
+                self._append("Cast", [data], f"{name}.float", path, to=TensorProto.FLOAT)
+                data = f"{name}.float"
+            self._append("Gemm", [x, data, *bias], output, path, transB=1)
+            return
+        inputs = [x, data, self._initializer(f"{name}.scales", matrix.scales)]
+        shape = {"K": matrix.columns, "N": matrix.rows, "bits": BITS[matrix.kind], "block_size": BLOCK}
+        if matrix.zeros is not None:
+            inputs.append(self._initializer(f"{name}.zeros", matrix.zeros))
+        if bias:  # the inputs between are the zero points and g_idx
+            inputs += [""] * (5 - len(inputs)) + bias
+        of_codes = output if matrix.offsets is None else f"{output}_of_codes"
+        self._append("MatMulNBits", inputs, of_codes, path, domain=CONTRIB, accuracy_level=ACCURACY_INT8, **shape)
+        if matrix.offsets is not None:
+            offsets = self._initializer(f"{name}.offsets", matrix.offsets)
+            self._append("Gemm", [self._sums(x, path), offsets, of_codes], output, path, transB=1)
+
+    def _sums(self, x: str, path: str) -> str:
+        """Return the sums over the blocks of x [T, columns], [T, blocks]: what a value that a block adds to all meets."""
+        if x not in self._block_sums:
+            g = Nodes(f"{path}/")
+            sums = g("ReduceSum", g("Reshape", x, g.ints(0, -1, BLOCK)), g.ints(2), keepdims=0)
+            self.initializers |= g.constants
+            self.nodes += g.nodes
+            self._block_sums[x] = sums
+        return self._block_sums[x]
 
     def _append(self, op_type: str, inputs: list[str], output: str, path: str, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(op_type, inputs, [output], name=f"{path}/{op_type}", **attributes))

@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 from onnx import helper
 
-from edgekv.bundle import EmbeddingSpec
+from edgekv.bundle import EmbeddingSpec, MatrixFacts
 from edgekv.contract import INLINE_CACHE, inline_spec, segment_spec
 
 from ..checkpoint import Checkpoint
 from ..decoder import segment_kind
+from ..matrix_kinds import MatrixKinds
 from ..positions import distinct_windows
 from ..rounding import Calibration, Compensator
 from ..weights import WeightFile
+from ..written import Written
 from .graph_builder import GraphBuilder, WeightBinder, segment_sources
 from .nodes import Nodes
 from .pieces import Piece, export_positions, export_segments
@@ -36,28 +38,27 @@ def write_graphs(
     folder: Path,
     *,
     form: str,
-    weights: str,
+    kinds: MatrixKinds,
     page_size: int,
     io: str,
     calibration: Calibration | None,
     step: Step,
-) -> tuple[tuple[str, ...], EmbeddingSpec | None]:
+) -> Written:
     """Write the graphs and their weights into ``folder``.
 
     Args:
         calibration: what int4 weights are rounded with; None: each to the nearest code.
         step: called with the name of each step before it starts; there are :func:`count_steps` of them.
-
-    Returns:
-        the names of the graph files in order, and where the runtime finds the embedding (split form only).
     """
     step("tracing the decoder")
     segments = export_segments(checkpoint.config)
     with WeightFile(folder / WEIGHT_FILE) as file:
-        compensator = Compensator(checkpoint, calibration) if calibration is not None else None
-        binder = WeightBinder(checkpoint, file, weights, compensator)
+        compensator = None
+        if calibration is not None:
+            compensator = Compensator(checkpoint, calibration, head=kinds.of(checkpoint.head) == "int4")
+        binder = WeightBinder(checkpoint, file, kinds, compensator)
         if form == "inline":
-            return _write_inline(binder, segments, folder, page_size, io, step), None
+            return _write_inline(binder, segments, folder, page_size, io, step)
         return _write_split(binder, segments, folder, step)
 
 
@@ -66,28 +67,29 @@ def count_steps(checkpoint: Checkpoint) -> int:
     return checkpoint.config.model.n_layers + 3
 
 
-def _write_split(
-    binder: WeightBinder, segments: dict[str, Piece], folder: Path, step: Step
-) -> tuple[tuple[str, ...], EmbeddingSpec]:
+def _write_split(binder: WeightBinder, segments: dict[str, Piece], folder: Path, step: Step) -> Written:
     config = binder.checkpoint.config
-    names = []
+    matrices: dict[str, dict[str, MatrixFacts]] = {}
     for index in range(config.model.n_layers + 1):
         step(f"segment {index} of {config.model.n_layers}")
         piece = segments[segment_kind(config, index)]
         builder = GraphBuilder(binder)
         builder.add(piece, f"/model/segment_{index}", {}, segment_sources(binder.checkpoint, index, piece))
         spec = segment_spec(config.model, index)
-        names.append(f"{spec.name}.onnx")
-        builder.save(spec, folder / names[-1])
+        matrices[f"{spec.name}.onnx"] = builder.matrices
+        builder.save(spec, folder / f"{spec.name}.onnx")
     step("embedding")
+    head = binder.matrix((binder.checkpoint.head,))
     table = binder.embedding()
     scales = table.scales.offset if table.scales else 0
-    return tuple(names), EmbeddingSpec(WEIGHT_FILE, _EMBEDDING_DTYPES[table.kind], table.data.offset, scales)
+    apart = table.data != head.data if config.model.tied_embeddings else None
+    embedding = EmbeddingSpec(WEIGHT_FILE, _EMBEDDING_DTYPES[table.kind], table.data.offset, scales, apart)
+    return Written(tuple(matrices), embedding, matrices)
 
 
 def _write_inline(
     binder: WeightBinder, segments: dict[str, Piece], folder: Path, page_size: int, io: str, step: Step
-) -> tuple[str, ...]:
+) -> Written:
     config = binder.checkpoint.config
     model = config.model
     builder = GraphBuilder(binder)
@@ -119,7 +121,7 @@ def _write_inline(
             builder.add(seams[window], f"/model/layers.{index}/attention", {**names, **_seam_names(window, index)})
     spec = inline_spec(model, page_size, io=io)
     builder.save(spec, folder / "model.onnx")
-    return ("model.onnx",)
+    return Written(("model.onnx",), matrices={"model.onnx": builder.matrices})
 
 
 def _once() -> Piece:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
@@ -19,6 +21,8 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
 }  # fmt: skip
+#: Where a block has its float16 scales, by type.
+SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q3_K": (108,), "Q2_K": (80, 82)}
 #: Where architectures name norms by where they are.
 NORMS = {
     "olmo2": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"},
@@ -89,10 +93,26 @@ def tensors(folder: Path, architecture: str) -> dict[str, NDArray[np.float32]]:
     return result
 
 
+def encoded(value: NDArray[np.float32], kind: GGMLQuantizationType) -> NDArray[Any]:
+    """Return a tensor as a type stores it; for those that the package cannot write, a tensor of random codes and small scales."""
+    try:
+        return quants.quantize(value, kind)
+    except NotImplementedError:
+        block, size = GGML_QUANT_SIZES[kind]
+        codes = np.random.default_rng(0).integers(0, 256, (*value.shape[:-1], value.shape[-1] // block, size), np.uint8)
+        for first in SCALES[kind.name]:
+            codes[..., first : first + 2] = np.array([2e-3 / block], "<f2").view(np.uint8)
+        return codes.reshape(*value.shape[:-1], -1)
+
+
 def write_gguf(
-    path: Path, keys: dict[str, Any], weights: dict[str, NDArray[np.float32]], kind: GGMLQuantizationType
+    path: Path,
+    keys: dict[str, Any],
+    weights: dict[str, NDArray[np.float32]],
+    kind: GGMLQuantizationType,
+    others: Mapping[str, GGMLQuantizationType] = MappingProxyType({}),
 ) -> Path:
-    """Write a file; matrices are stored as ``kind``, vectors as floats."""
+    """Write a file; matrices are stored as ``kind``, or as ``others`` says by their names, vectors as floats."""
     writer = GGUFWriter(path, keys["general.architecture"])
     for key, value in keys.items():
         if key == "general.architecture":
@@ -108,8 +128,8 @@ def write_gguf(
         else:
             writer.add_array(key, value)
     for name, value in weights.items():
-        stored = kind if value.ndim > 1 else GGMLQuantizationType.F32
-        writer.add_tensor(name, quants.quantize(value, stored), raw_dtype=stored)
+        stored = others.get(name, kind) if value.ndim > 1 else GGMLQuantizationType.F32
+        writer.add_tensor(name, encoded(value, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -117,10 +137,18 @@ def write_gguf(
     return path
 
 
-def convert(folder: Path, path: Path, architecture: str, kind: GGMLQuantizationType, **keys: Any) -> Path:
+def convert(
+    folder: Path,
+    path: Path,
+    architecture: str,
+    kind: GGMLQuantizationType,
+    others: Mapping[str, GGMLQuantizationType] = MappingProxyType({}),
+    /,
+    **keys: Any,
+) -> Path:
     """Write a whole checkpoint folder as a GGUF file."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = json.loads((folder / "config.json").read_text())
     named = {"bos": config["bos_token_id"], "eos": config["eos_token_id"]}
     everything = {**metadata(folder, architecture), **vocabulary(tokenizer, "gpt-2", **named), **keys}
-    return write_gguf(path, everything, tensors(folder, architecture), kind)
+    return write_gguf(path, everything, tensors(folder, architecture), kind, others)

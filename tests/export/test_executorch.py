@@ -25,6 +25,7 @@ from edgekv.export.executorch.lower import quantise_linears
 from edgekv.export.executorch.program import find_constant
 from edgekv.export.executorch.split import HEAD_ROWS
 from edgekv.export.executorch.weights import matrix_constants, quantise
+from edgekv.export.matrix_kinds import MatrixKinds
 from edgekv.runtime.decoder.embedding import Embedding
 from edgekv.runtime.engines.executorch.blocks import plan_blocks
 from edgekv.runtime.engines.executorch.library import CallList, load_library
@@ -70,11 +71,12 @@ def test_every_segment_computes_what_its_eager_reference_does(
     monkeypatch.setattr(executorch, "EXECUTORCH_ROWS", (rows,))
     monkeypatch.setattr(executorch, "EXECUTORCH_HEAD_ROWS", (rows,))
     steps: list[str] = []
-    graphs, embedding = executorch.write_graphs(
-        source, tmp_path, form="split", weights=weights, page_size=16, calibration=None, step=steps.append,
+    written = executorch.write_graphs(
+        source, tmp_path, form="split", kinds=MatrixKinds(weights), page_size=16, calibration=None, step=steps.append,
         operators=operators,
     )  # fmt: skip
-    assert graphs == ("model.pte",)
+    embedding = written.embedding
+    assert written.graphs == ("model.pte",)
     assert isinstance(embedding, EmbeddingSpec)
     assert len(steps) == executorch.count_steps(source)
     own = [] if source.config.model.tied_embeddings else ["embedding.bin"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from edgekv.bundle import Manifest
 from edgekv.ort import onnxruntime as ort
 
-from .options import check_contract, failure, open_session, set_up
+from .options import check_contract, failure, open_session, our_products, set_up
 
 
 class OnnxInline:
@@ -20,7 +20,8 @@ class OnnxInline:
     max_tokens: int | None = None
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int, *, own_process: bool) -> None:
-        sessions = set_up(manifest.weights, threads, own_process=own_process, shared_arena=False)
+        ours = our_products(manifest.kinds(manifest.graphs[0]))
+        sessions = set_up(ours, threads, own_process=own_process, shared_arena=False)
         self.description = sessions.description
         path = folder / manifest.graphs[0]
         self._name = path.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,25 @@ _ORT_TYPES = {
 
 @dataclass(frozen=True)
 class OrtSetup:
-    """How the sessions of a bundle are opened."""
+    """How the sessions of a bundle are opened.
+
+    ``options``: of graphs whose products are ours, where any are. ``engines_own``: of the others.
+    """
 
     options: ort.SessionOptions
+    engines_own: ort.SessionOptions
     #: Address of the function that lends the threads of the dense products to attention; 0 if they cannot be lent.
     executor: int
     #: What computes, for people.
     description: str
 
 
-def set_up(weights: str, threads: int, *, own_process: bool, shared_arena: bool = True) -> OrtSetup:
+def our_products(kinds: Collection[str]) -> bool:
+    """Say whether our kernels know all integer matrices of a graph, by how they are stored: they have 4 bits."""
+    return "int4" in kinds and "int8" not in kinds
+
+
+def set_up(ours: bool, threads: int, *, own_process: bool, shared_arena: bool = True) -> OrtSetup:
     """Set up a process for many small sessions that run in turn.
 
     Products with int4 weights run on our kernels and our threads where the processor has instructions that the kernels
@@ -44,7 +54,7 @@ def set_up(weights: str, threads: int, *, own_process: bool, shared_arena: bool 
     ONNX Runtime copies them into another order.
 
     Args:
-        weights: the bundle's weight type.
+        ours: there are graphs of which :func:`our_products` is true.
         own_process: whether :func:`share_threads` is allowed.
         shared_arena: all sessions compute in one arena, which grows by what is asked for. Where sizes grow from step to step it
             would keep a block of every size; a session's own grows by doubling, and its blocks serve for what comes.
@@ -54,21 +64,30 @@ def set_up(weights: str, threads: int, *, own_process: bool, shared_arena: bool 
         ort.set_default_logger_severity(ort_severity())
     kernels = _native_kernels()
     options = _options(shared_arena=shared_arena)
-    if kernels and weights == "int4" and (ours := kernels.dense_names()):
+    if kernels and ours and (names := kernels.dense_names()):
         kernels.operators(threads)
         options.register_custom_ops_library(kernels.__file__)
         # What is not a product is small. More threads than ours would only be in their way.
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.use_per_session_threads = not kernels.onnxruntime_executor()
-        return OrtSetup(options, kernels.operator_threads(), f"{name}, 4-bit products by edgekv ({ours})")
+        said = f"{name}, 4-bit products by edgekv ({names})"
+        return OrtSetup(
+            options, _with_threads(_options(shared_arena=shared_arena), threads), kernels.operator_threads(), said
+        )
     if own_process:
         share_threads(threads)
     lent = lend_threads()
     options.use_per_session_threads = not own_process and not lent
     if options.use_per_session_threads:
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
-    return OrtSetup(options, lent, name)
+        _with_threads(options, threads)
+    return OrtSetup(options, options, lent, name)
+
+
+def _with_threads(options: ort.SessionOptions, threads: int) -> ort.SessionOptions:
+    """Give a session threads of its own."""
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    return options
 
 
 def _options(*, shared_arena: bool) -> ort.SessionOptions:

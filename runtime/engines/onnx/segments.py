@@ -12,7 +12,7 @@ from edgekv.ort import onnxruntime as ort
 
 from ..base import Float, StepBuffers, outdated
 from .mapped import release_mapped_pages
-from .options import check_contract, failure, open_session, set_up
+from .options import check_contract, failure, open_session, our_products, set_up
 
 
 class OnnxSegments:
@@ -28,13 +28,15 @@ class OnnxSegments:
             EngineError: ONNX Runtime refused a graph.
         """
         self._model = manifest.model
-        sessions = set_up(manifest.weights, threads, own_process=own_process)
+        ours = [our_products(manifest.kinds(name)) for name in manifest.graphs]
+        sessions = set_up(any(ours), threads, own_process=own_process)
         self.description, self.executor = sessions.description, sessions.executor
         weights = manifest.embedding.file if manifest.embedding else ""
         self._names = manifest.graphs
         self._sessions = []
         for index, name in enumerate(manifest.graphs):
-            self._sessions.append(open_session(folder / name, sessions.options))
+            options = sessions.options if ours[index] else sessions.engines_own
+            self._sessions.append(open_session(folder / name, options))
             check_contract(self._sessions[-1], segment_spec(manifest.model, index), folder / name)
             if (index + 1) % 6 == 0 or index + 1 == len(manifest.graphs):
                 release_mapped_pages(folder / weights)
