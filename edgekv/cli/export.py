@@ -199,7 +199,10 @@ def export_command(
     if manifest.source_codes == "rounded":
         line = f"{checkpoint.name} is quantised, and its weights were rounded anew; --engine onnx --weights {STORED} keeps them"
         console.print(escape(line), soft_wrap=True, highlight=False)
-    if device is not None and not kept:
+    if device is not None and kept:
+        line = f"for {device.name} ({device.processor}): {manifest.engine}, which computes with weights as they are"
+        console.print(escape(line), soft_wrap=True, highlight=False)
+    elif device is not None:
         geometry = Geometry.from_model(manifest.model)
         reason = choose_for(device, geometry, form, engine=engine, operators=operators, weights=weights).reason
         console.print(escape(reason), soft_wrap=True, highlight=False)
