@@ -47,6 +47,7 @@ def export_model(
     force: bool = False,
     target: DeviceProfile | None = None,
     progress: Progress = lambda step, done, total: None,
+    opened: Callable[[Checkpoint], None] = lambda checkpoint: None,
 ) -> Manifest:
     """Export a checkpoint to a bundle.
 
@@ -66,6 +67,7 @@ def export_model(
         force: replace ``out`` if it exists.
         target: the device that the bundle is for; None: machines like this one. See :mod:`edgekv.export.target`.
         progress: called before each step with its name, the number of steps done, and of all steps.
+        opened: called with the checkpoint, before anything else is done with it.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported. UsageError: an option is not known, or ``out`` exists.
@@ -101,6 +103,7 @@ def export_model(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_rare_collections())
         checkpoint = stack.enter_context(opened_source(source, context))
+        opened(checkpoint)
         try:
             choice = Choice(engine, form, weights, page_size, operators, calibration, io or IO[0], target)
             return _export(checkpoint, out, choice, _Steps(progress))

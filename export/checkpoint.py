@@ -11,15 +11,16 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from edgekv.bundle import SamplingSpec
 from edgekv.errors import CheckpointError
 
-from .config import DecoderConfig, read_config, read_sampling
+from .config import DecoderConfig, not_applied, read_config, read_sampling
 from .fold import FINAL_NORM as FINAL_NORM
 from .fold import FINAL_NORM_BIAS as FINAL_NORM_BIAS
 from .fold import fold_scales
@@ -54,7 +55,8 @@ _DERIVED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_c
 class Checkpoint:
     """An opened checkpoint. ``source``: its folder or file. ``location`` says where each tensor of the decoder is stored.
 
-    ``sampling``: how its makers choose tokens; None: greedily.
+    ``sampling``: how its makers choose tokens; None: greedily. ``not_applied``: what else they ask for, which would change an
+    answer and which edgekv does not do, with its value.
     """
 
     source: Path
@@ -62,6 +64,7 @@ class Checkpoint:
     location: Mapping[str, Stored]
     tokenizer: TokenizerFiles
     sampling: SamplingSpec | None = None
+    not_applied: Mapping[str, Any] = field(default_factory=dict)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor as float32.
@@ -139,7 +142,7 @@ def open_checkpoint(folder: Path, context: int | None = None) -> Checkpoint:
         location = decoder_alone(location)
     checkpoint = assemble(folder, config, location, tokenizer)
     _refuse_codes(checkpoint.location)
-    return replace(checkpoint, sampling=read_sampling(folder))
+    return replace(checkpoint, sampling=read_sampling(folder), not_applied=not_applied(folder))
 
 
 def assemble(source: Path, config: DecoderConfig, location: dict[str, Stored], tokenizer: TokenizerFiles) -> Checkpoint:

@@ -83,7 +83,7 @@ def read_config(folder: Path, context: int | None = None) -> DecoderConfig:
 
 #: What transformers takes for a setting that ``generation_config.json`` leaves out.
 #: Source: transformers, GenerationConfig._get_default_generation_params.
-_SAMPLING_DEFAULTS: dict[str, Any] = {
+SAMPLING_DEFAULTS: dict[str, Any] = {
     "do_sample": False,
     "temperature": 1.0,
     "top_k": 50,
@@ -103,12 +103,12 @@ def read_sampling(folder: Path) -> SamplingSpec | None:
     path = folder / "generation_config.json"
     if not path.is_file():
         return None
-    values = Values(read_json_object(path), str(path), _SAMPLING_DEFAULTS)
+    values = Values(read_json_object(path), str(path), SAMPLING_DEFAULTS)
 
     def read(setting: Setting[T]) -> T:
         value = values.get(setting.name)
         try:
-            return setting.check(_SAMPLING_DEFAULTS[setting.name] if value is None else value)
+            return setting.check(SAMPLING_DEFAULTS[setting.name] if value is None else value)
         except UsageError as error:
             raise values.refusal(setting.name, f"it must be {setting.wanted}") from error
 

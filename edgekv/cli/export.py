@@ -142,7 +142,6 @@ def export_command(
     from edgekv.device_profiles.geometry import Geometry
     from edgekv.export import export_model
     from edgekv.export.choose_engine import default_engine, slow_on
-    from edgekv.export.config import not_applied
     from edgekv.export.hub import fetch_source
     from edgekv.export.target import choose_for
 
@@ -153,6 +152,7 @@ def export_command(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading the checkpoint", total=None)
+        unlike: dict[str, object] = {}
         manifest = export_model(
             checkpoint,
             out,
@@ -167,10 +167,10 @@ def export_command(
             force=force,
             target=device,
             progress=lambda step, done, total: bar.update(task, description=step, completed=done, total=total),
+            opened=lambda opened: unlike.update(opened.not_applied),
         )
         verdict = _check(out, checkpoint, bar) if check else None
     machine = device.processor if device is not None else None
-    unlike = not_applied(checkpoint) if checkpoint.is_dir() else {}
     warning = slow_on(manifest.engine, form, manifest.weights, manifest.operators, machine)
     if as_json:
         found = {} if verdict is None else {"check": _check_facts(verdict)}
@@ -199,7 +199,10 @@ def export_command(
     if manifest.source_codes == "rounded":
         line = f"{checkpoint.name} is quantised, and its weights were rounded anew; --engine onnx --weights {STORED} keeps them"
         console.print(escape(line), soft_wrap=True, highlight=False)
-    if device is not None and not kept:
+    if device is not None and kept:
+        line = f"for {device.name} ({device.processor}): {manifest.engine}, which computes with weights as they are"
+        console.print(escape(line), soft_wrap=True, highlight=False)
+    elif device is not None:
         geometry = Geometry.from_model(manifest.model)
         reason = choose_for(device, geometry, form, engine=engine, operators=operators, weights=weights).reason
         console.print(escape(reason), soft_wrap=True, highlight=False)
@@ -208,7 +211,8 @@ def export_command(
         console.print(escape(f"{manifest.engine}: {reason} (--engine decides)"), soft_wrap=True, highlight=False)
     if unlike:
         settings = ", ".join(f"{name}={value}" for name, value in unlike.items())
-        line = f"generation_config.json asks for {settings[:200]}, which edgekv does not do: answers are made without"
+        asks = checkpoint.name if checkpoint.is_file() else "generation_config.json"
+        line = f"{asks} asks for {settings[:200]}, which edgekv does not do: answers are made without"
         console.print(escape(line), soft_wrap=True, highlight=False)
     if warning is not None:
         console.print(escape(f"{manifest.engine}: {warning}"), soft_wrap=True, highlight=False)

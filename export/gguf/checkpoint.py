@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from ..config import DecoderConfig
 from ..weight_files import Stored
 from .config import ROPE_FACTORS, read_gguf_config
 from .file import GgufFile, read_gguf
+from .sampling import not_applied, read_gguf_sampling
 from .tokenizer import read_gguf_tokenizer
 
 _WHOLE = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
@@ -57,7 +59,8 @@ def open_gguf(path: Path, context: int | None = None) -> Checkpoint:
         raise EngineMissing('GGUF files need a package; install it: pip install "edgekv[gguf]"') from error
     config = read_gguf_config(file, context)
     tokenizer = read_gguf_tokenizer(file, config.model.vocab_size)
-    return assemble(path, config, _located(file, config), tokenizer)
+    checkpoint = assemble(path, config, _located(file, config), tokenizer)
+    return replace(checkpoint, sampling=read_gguf_sampling(file), not_applied=not_applied(file))
 
 
 def _located(file: GgufFile, config: DecoderConfig) -> dict[str, Stored]:

@@ -47,7 +47,7 @@ class _Key:
     read: Callable[[Any], Any] = lambda value: value
 
 
-def _shortest(value: float) -> float:
+def shortest(value: float) -> float:
     """Return the shortest decimal that is this float32: 1e-05 and not 9.999999747378752e-06, as config.json has it."""
     return float(str(np.float32(value)))
 
@@ -60,8 +60,8 @@ _KEYS = {
     "attention.head_count": _Key("num_attention_heads"),
     "attention.head_count_kv": _Key("num_key_value_heads"),
     "attention.key_length": _Key("head_dim"),
-    "attention.layer_norm_rms_epsilon": _Key("rms_norm_eps", (int, float), _shortest),
-    "rope.freq_base": _Key("rope_theta", (int, float), _shortest),
+    "attention.layer_norm_rms_epsilon": _Key("rms_norm_eps", (int, float), shortest),
+    "rope.freq_base": _Key("rope_theta", (int, float), shortest),
 }
 _OPTIONAL = {"attention.head_count_kv", "attention.key_length", "rope.freq_base"}
 #: Keys that say again what another one says, or nothing about the numbers that come out.
@@ -147,7 +147,7 @@ def _rope_scaling(file: GgufFile, scaling: Mapping[str, Any]) -> dict[str, Any]:
     stray = next((name for name in scaling if name not in _SCALING), None)
     if stray is not None:
         raise ConfigError(f"{file.path} has rope.scaling.{stray}; edgekv does not know this setting")
-    return {_SCALING[name]: _shortest(value) if isinstance(value, float) else value for name, value in scaling.items()}
+    return {_SCALING[name]: shortest(value) if isinstance(value, float) else value for name, value in scaling.items()}
 
 
 def _check_heads(file: GgufFile, prefix: str, given: Mapping[str, str], config: Mapping[str, Any]) -> None:

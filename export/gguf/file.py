@@ -7,6 +7,7 @@ the codes of every type mean.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from gguf import ReaderTensor
 
 MAGIC = b"GGUF"
+#: What the package says of a type that it does not know.
+_UNKNOWN_TYPE = re.compile(r"(\d+)\)? is not a valid GGMLQuantizationType")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,12 @@ def read_gguf(path: Path) -> GgufFile:
         reader = GGUFReader(path)
         metadata = {key: _plain(field.contents()) for key, field in reader.fields.items()}
     except (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError, OverflowError, OSError) as error:
+        unknown = _UNKNOWN_TYPE.search(str(error))
+        if unknown:
+            raise CheckpointError(
+                f"{path} holds a tensor of type {unknown[1]}, which the installed package gguf does not know; upgrade it"
+                " (pip install -U gguf), or take a file of another quantisation"
+            ) from error
         raise CheckpointError(
             f"{path} is cut off or not a GGUF file ({' '.join(str(error).split())}); download it again"
         ) from error

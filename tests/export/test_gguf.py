@@ -236,6 +236,21 @@ def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path, checkpoint: Path
             open_gguf(cut)
 
 
+def test_a_type_that_is_not_known_is_named(tmp_path: Path, checkpoint: Path) -> None:
+    data = bytearray(convert(checkpoint, tmp_path / "m.gguf", "llama", Kind.Q8_0).read_bytes())
+    name = b"blk.0.ffn_up.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # behind the number of dimensions, and two of them
+    path = tmp_path / "new.gguf"
+    for kind, said in (
+        (99, r"new.gguf holds a tensor of type 99, which the installed package gguf does not know"),
+        (Kind.Q8_1, r"tensor blk.0.ffn_up.weight is Q8_1, which cannot be turned into floats"),
+    ):
+        data[at : at + 4] = int(kind).to_bytes(4, "little")
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=said):
+            export_model(path, tmp_path / "b", engine="onnx")
+
+
 def test_the_command_exports_a_file(tmp_path: Path, checkpoint: Path) -> None:
     path = convert(
         checkpoint, tmp_path / "m.gguf", "llama", Kind.Q8_0, **{"tokenizer.chat_template": "{{ messages[0].content }}"}

@@ -20,6 +20,7 @@ from edgekv.export import export_model
 from edgekv.export.checkpoint import EMBEDDING, Checkpoint
 from edgekv.export.codes import Codes, StoredCodes
 from edgekv.export.gguf.checkpoint import open_gguf
+from edgekv.export.gguf.codes import code_bits
 from edgekv.export.weight_files import Stored
 from tests.checkpoints import make_checkpoint
 
@@ -104,6 +105,13 @@ def test_codes_that_blocks_of_32_hold_are_taken_over_bit_for_bit(tmp_path: Path,
     assert (manifest.embedding.apart is False) is (model.tied_embeddings and EXACT[kind] == "int8")
 
 
+def test_the_page_has_every_type_of_whose_codes_nothing_is_lost() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| Q") and "exactly" in line]
+    assert {kind for row in rows for kind in row.split("|")[1].replace(",", " ").split()} == set(EXACT)
+    assert {kind.name for kind in Kind if code_bits(kind.name) is not None} == set(EXACT)
+
+
 @pytest.mark.parametrize("kind", NEAREST)
 def test_other_codes_are_rounded_to_eight_bits(tmp_path: Path, source: Path, kind: str) -> None:
     path = convert(source, tmp_path / "m.gguf", "llama", GGMLQuantizationType[kind])
@@ -141,6 +149,8 @@ def test_what_is_asked_for_is_rounded_anew_and_said(tmp_path: Path, source: Path
         return done.output
 
     assert "weights int8 as m.gguf has them (--weights decides)" in export()
+    assert "(arm64, dotprod): onnx, which computes with weights as they are" in export("--target", "raspberry-pi-5-8gb")
+    assert read_manifest(tmp_path / "b").made_for == "arm64, dotprod"
     said = export("--weights", "int4", "--engine", "onnx", "--calibration", "none")
     assert "m.gguf is quantised, and its weights were rounded anew; --engine onnx --weights stored keeps them" in said
     assert read_manifest(tmp_path / "b").source_codes == "rounded"
