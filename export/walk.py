@@ -57,20 +57,20 @@ class Walk:
             parameter.copy_(load_parameter(self._checkpoint, self.segment, name))
         return segment
 
-    def run(self, segment: nn.Module, stream: Stream) -> tuple[Tensor, ...]:
-        """Return what the segment that comes next makes of a text; the text stays where it is."""
-        model, inputs = self._checkpoint.config.model, stream.rows(slice(None))
-        if self.segment < model.n_layers:
-            inputs += [part[: len(stream.residual)] for part in self._turned[model.rope_of(self.segment)]]
-        outputs = segment(*inputs)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def advance(self, segment: nn.Module) -> None:
-        """Bring the texts through a segment and the attention behind it; there is none behind the last."""
-        if self.segment < self._checkpoint.config.model.n_layers:
-            for stream in self.streams:
-                *residual, q, k, v = self.run(segment, stream)
+        """Bring the texts through a segment, all at once, and the attention behind it; there is none behind the last."""
+        model, lengths = self._checkpoint.config.model, [len(stream.residual) for stream in self.streams]
+        inputs = [
+            torch.cat(parts) for parts in zip(*(stream.rows(slice(None)) for stream in self.streams), strict=True)
+        ]
+        if self.segment == model.n_layers:
+            segment(*inputs)
+        else:
+            turned = self._turned[model.rope_of(self.segment)]
+            outputs = segment(*inputs, *(torch.cat([part[:length] for length in lengths]) for part in turned))
+            for stream, parts in zip(self.streams, zip(*(o.split(lengths) for o in outputs), strict=True), strict=True):
+                *residual, q, k, v = parts
                 stream.residual = residual[0] if residual else stream.residual
                 stream.attention = self._attend(q, k, v)
         self.segment += 1
