@@ -116,6 +116,18 @@ def compensate(weight: Tensor, inputs: Inputs, grid: Grid = FREE) -> Codes:
     return Codes(codes, scales, zeros)
 
 
+def nearest(weight: Tensor, grid: Grid = FREE) -> Codes:
+    """Round each weight of a matrix [rows, columns] to the nearest code."""
+    parts = []
+    for rows in torch.split(weight, ROWS):
+        blocks = nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK)).reshape(-1, BLOCK).T.contiguous()
+        scales, zeros = grid.find(blocks)
+        codes = _nearest(blocks, scales, zeros).T.reshape(len(rows), -1).to(torch.uint8)
+        parts.append((codes, scales.view(len(rows), -1), zeros.view(len(rows), -1).to(torch.uint8)))
+    codes, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Codes(codes, scales, zeros)
+
+
 def _compensate(wanted: Tensor, inputs: Inputs, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Round [columns, rows]; returns what :class:`Codes` has."""
     codes, scales, zeros = _rounded(wanted.clone(), inputs.factor, grid)

@@ -56,6 +56,23 @@ def read_calibration(path: Path | None) -> Calibration:
         ) from error
 
 
+def sequences(checkpoint: Checkpoint, calibration: Calibration, most: int) -> list[list[int]]:
+    """Return sequences of a calibration text's tokens, from all of it.
+
+    Raises:
+        UsageError: it has less than one.
+    """
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_str(checkpoint.tokenizer.json).encode(calibration.text, add_special_tokens=False).ids
+    length = min(SEQUENCE, checkpoint.config.model.max_context)
+    count = min(len(ids) // length, most)
+    if not count:
+        raise UsageError(f"the calibration text has {len(ids)} tokens; it needs {length} or more")
+    starts = [number * len(ids) // count for number in range(count)]
+    return [ids[start : start + length] for start in starts]
+
+
 class Compensator:
     """Gives the products of a decoder in int4, in the order of its segments.
 
@@ -75,16 +92,8 @@ class Compensator:
         *,
         rounds: Callable[[str], bool] = lambda name: True,
     ) -> None:
-        from tokenizers import Tokenizer
-
         self._checkpoint, self._grid, self.rounds = checkpoint, grid, rounds
-        ids = Tokenizer.from_str(checkpoint.tokenizer.json).encode(calibration.text, add_special_tokens=False).ids
-        length = min(SEQUENCE, checkpoint.config.model.max_context)
-        count = min(len(ids) // length, SEQUENCES)
-        if not count:
-            raise UsageError(f"the calibration text has {len(ids)} tokens; it needs {length} or more")
-        starts = [number * len(ids) // count for number in range(count)]  # from all of it
-        self._walk = Walk(checkpoint, [ids[start : start + length] for start in starts] * 2)
+        self._walk = Walk(checkpoint, sequences(checkpoint, calibration, SEQUENCES) * 2)
         self._codes: dict[str, Codes] = {}
 
     def codes(self, names: Sequence[str]) -> list[Codes]:
