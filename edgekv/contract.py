@@ -21,6 +21,8 @@ WEIGHTS = ("int4", "int8", "fp16", "fp32")
 STORED = "stored"
 #: What became of the codes of a quantised checkpoint: the bundle has them, or they were rounded anew.
 SOURCE_CODES = ("kept", "rounded")
+#: ``mixed:N`` asks for int4, and for int8 where it was measured to be worth most, within N bits a weight. The bundle's are int4.
+MIXED = "mixed"
 #: What computes the dense part of an ExecuTorch program: XNNPACK's delegate, or operators on our native kernels.
 OPERATORS = ("xnnpack", "edgekv")
 #: From this many parameters on, weights are int4 when nothing is asked for, below fp32.

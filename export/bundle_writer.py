@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekv.bundle import MANIFEST, TOKENIZER, Manifest, file_sha256, write_manifest
-from edgekv.contract import ENGINES, FORMS, IO, LEAST_ONNXRUNTIME, OPERATORS, STORED, WEIGHTS, default_weights
+from edgekv.contract import ENGINES, FORMS, IO, LEAST_ONNXRUNTIME, OPERATORS, STORED, default_weights
 from edgekv.device_profiles import DeviceProfile
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.errors import BudgetError, EdgeKVError, UsageError
 from edgekv.host import machine_class
 from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
+from edgekv.settings import EXPORTED_WEIGHTS
 
 from .choose_engine import default_engine
 from .matrix_kinds import MatrixKinds, choose_kinds
@@ -56,8 +57,9 @@ def export_model(
             ``demo`` for the bundled model.
         out: the bundle's folder; it appears whole or not at all.
         engine: one of :data:`edgekv.contract.ENGINES`; None: see :func:`edgekv.export.choose_engine.default_engine`.
-        weights: one of :data:`edgekv.contract.WEIGHTS`, or STORED: as a quantised source has them. None: so where that is
-            possible (``source_codes`` of the manifest tells), else by size, see :func:`edgekv.contract.default_weights`.
+        weights: one of :data:`edgekv.contract.WEIGHTS`, or STORED: as a quantised source has them, or ``mixed:N``: int4, and int8
+            where it was measured to be worth most, within N bits a weight. None: STORED where that is possible
+            (``source_codes`` of the manifest tells), else by size, see :func:`edgekv.contract.default_weights`.
         operators: what an ExecuTorch program computes with, one of :data:`edgekv.contract.OPERATORS`; None: XNNPACK,
             or what was measured faster where the engine was chosen by measurement.
         calibration: the text that int4 weights are rounded with, ``none`` to round each to the nearest
@@ -78,12 +80,12 @@ def export_model(
     for name, value, allowed in (
         ("engine", engine, ENGINES),
         ("form", form, FORMS),
-        ("weights", weights, (*WEIGHTS, STORED)),
         ("operators", operators, OPERATORS),
         ("io", io, IO),
     ):
         if value is not None and value not in allowed:
             raise UsageError(f"{name} {value!r} is not known; choose one of {', '.join(allowed)}")
+    weights = EXPORTED_WEIGHTS.optional(weights)
     if operators is not None and engine == "onnx":
         raise UsageError("--operators is for --engine executorch")
     if io is not None and (form != "inline" or engine == "executorch"):
@@ -154,7 +156,7 @@ class _Steps:
 
 
 def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) -> Manifest:
-    decision = _decide(checkpoint, choice)
+    decision = _decide(checkpoint, choice, steps)
     engine, operators, kinds = decision.engine, decision.operators, decision.kinds
     calibration = _calibration(choice.calibration, kinds)
     write: Callable[..., Written]
@@ -170,7 +172,7 @@ def _export(checkpoint: Checkpoint, out: Path, choice: Choice, steps: _Steps) ->
         count = onnx.count_steps(checkpoint)
         write = functools.partial(onnx.write_graphs, checkpoint, calibration=calibration, io=choice.io)
 
-    steps.total = count + 2
+    steps.total = steps.done + count + 2
     steps("checking the checkpoint")
     source_sha256 = checkpoint.sha256()
     with _appearing(out) as folder:
@@ -221,8 +223,11 @@ class _Decision:
     made_for: str | None
 
 
-def _decide(checkpoint: Checkpoint, choice: Choice) -> _Decision:
+def _decide(checkpoint: Checkpoint, choice: Choice, steps: _Steps) -> _Decision:
     """Choose what was left open: codes stay what they are where that is possible, what is in floats is stored by its size."""
+    bits = EXPORTED_WEIGHTS.mixed_bits(choice.weights or "")
+    if bits is not None:
+        return _Decision("onnx", None, _mixed(checkpoint, choice, bits, steps), None)
     geometry = Geometry.from_model(checkpoint.config.model)
     processor = None if choice.target is None else choice.target.processor
     executorch = choice.engine == "executorch" or choice.operators is not None
@@ -259,6 +264,20 @@ def _decide(checkpoint: Checkpoint, choice: Choice) -> _Decision:
         return _Decision("executorch", choice.operators, kinds, None)
     default = default_engine(choice.form, weights)
     return _Decision(default.engine, default.operators, kinds, machine_class())
+
+
+def _mixed(checkpoint: Checkpoint, choice: Choice, bits: float, steps: _Steps) -> MatrixKinds:
+    from .mixed import mixed_kinds
+
+    if choice.target is not None or choice.operators is not None or choice.engine == "executorch":
+        raise UsageError(
+            f"--weights {choice.weights} is for --engine onnx without --target: matrices of other bundles are of one kind"
+        )
+    calibration = _calibration(choice.calibration, MatrixKinds("int4"))
+    if calibration is None:
+        raise UsageError(f"--weights {choice.weights} measures on a calibration text; leave --calibration none out")
+    steps("measuring what products lose in int4")
+    return mixed_kinds(checkpoint, bits, calibration)
 
 
 def _calibration(asked: str | Path | None, kinds: MatrixKinds) -> Calibration | None:

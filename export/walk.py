@@ -46,38 +46,37 @@ class Walk:
         self.streams = [Stream(embedding[list(text)]) for text in texts]
         self._turned = Positions(checkpoint.config.model).turned(torch.arange(max(map(len, texts))))
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
-    def load(self, *, head: bool = True) -> nn.Module:
-        """Read the segment that comes next; without ``head``, the last one gives what the output head meets."""
-        segment = build_segment(self._checkpoint.config, self.segment)
-        if not head and self.segment == self._checkpoint.config.model.n_layers:
+    def load(self, index: int | None = None, *, head: bool = True) -> nn.Module:
+        """Read a segment, without ``index`` the one that comes next; without ``head``, the last gives what the head meets."""
+        index = self.segment if index is None else index
+        segment = build_segment(self._checkpoint.config, index)
+        if not head and index == self._checkpoint.config.model.n_layers:
             segment.head = nn.Identity()
         segment = segment.to_empty(device="cpu").requires_grad_(False)
         for name, parameter in segment.named_parameters():
-            parameter.copy_(load_parameter(self._checkpoint, self.segment, name))
+            parameter.copy_(load_parameter(self._checkpoint, index, name))
         return segment
-
-    def run(self, segment: nn.Module, stream: Stream) -> tuple[Tensor, ...]:
-        """Return what the segment that comes next makes of a text; the text stays where it is."""
-        model, inputs = self._checkpoint.config.model, stream.rows(slice(None))
-        if self.segment < model.n_layers:
-            inputs += [part[: len(stream.residual)] for part in self._turned[model.rope_of(self.segment)]]
-        outputs = segment(*inputs)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def advance(self, segment: nn.Module) -> None:
         """Bring the texts through a segment and the attention behind it; there is none behind the last."""
         if self.segment < self._checkpoint.config.model.n_layers:
-            for stream in self.streams:
-                *residual, q, k, v = self.run(segment, stream)
-                stream.residual = residual[0] if residual else stream.residual
-                stream.attention = self._attend(q, k, v)
+            self.streams = self.behind(self.segment, segment, self.streams)
+        else:
+            segment(*_rows(self.streams))
         self.segment += 1
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def behind(self, index: int, segment: nn.Module, streams: Sequence[Stream]) -> list[Stream]:
+        """Return texts behind segment ``index``, which they go through all at once, and the attention after it."""
+        model, lengths = self._checkpoint.config.model, [len(stream.residual) for stream in streams]
+        turned = (torch.cat([part[:length] for length in lengths]) for part in self._turned[model.rope_of(index)])
+        *residual, q, k, v = (rows.split(lengths) for rows in segment(*_rows(streams), *turned))
+        before = residual[0] if residual else [stream.residual for stream in streams]
+        return [Stream(rows, self._attend(index, *parts)) for rows, *parts in zip(before, q, k, v, strict=True)]
+
+    def _attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         model = self._checkpoint.config.model
-        window = model.windows[self.segment] or len(q)
+        window = model.windows[index] or len(q)
         k, v = (part.repeat_interleave(model.n_q_heads // model.n_kv_heads, 1).transpose(0, 1) for part in (k, v))
         parts = []
         for start in range(0, len(q), _QUERIES):
@@ -97,6 +96,11 @@ class Walk:
                 )
             parts.append(attended.transpose(0, 1))
         return torch.cat(parts)
+
+
+def _rows(streams: Sequence[Stream]) -> list[Tensor]:
+    """Return what a segment meets of texts, one below the other."""
+    return [torch.cat(parts) for parts in zip(*(stream.rows(slice(None)) for stream in streams), strict=True)]
 
 
 class SourceRun:

@@ -67,7 +67,8 @@ def export_command(
             settings.EXPORTED_WEIGHTS,
             "--weights",
             help="How weights are stored. stored: as a quantised source has them, without rounding again, the default for one"
-            " (GGUF). Else the default is int4 from 100 million parameters on, fp32 below.",
+            " (GGUF). mixed:N: int4, and int8 where it was measured to be worth most, within N bits a weight, scales counted."
+            " Else the default is int4 from 100 million parameters on, fp32 below.",
         ),
     ] = None,
     operators: Annotated[

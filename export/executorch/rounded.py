@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from ..checkpoint import Checkpoint
+from ..compensate import SYMMETRIC
 from ..decoder import Projection, parameter_sources
-from ..rounding import Calibration, Compensator, symmetric_grid
+from ..rounding import Calibration, Compensator
 from .weights import QuantisedLinear, of_codes
 
 
@@ -18,7 +19,7 @@ def compensating(checkpoint: Checkpoint, calibration: Calibration | None, *, hea
     """
     if calibration is None:
         return None
-    return Compensator(checkpoint, calibration, symmetric_grid, head=head)
+    return Compensator(checkpoint, calibration, SYMMETRIC, rounds=lambda name: head or name != checkpoint.head)
 
 
 def rounded_products(
@@ -29,7 +30,9 @@ def rounded_products(
         return {}
     result = {}
     for path, child in segment.named_modules():
-        if isinstance(child, Projection) and (path != "head" or compensator.head):
-            names = parameter_sources(checkpoint, index, f"{path}.weight")
+        if not isinstance(child, Projection):
+            continue
+        names = parameter_sources(checkpoint, index, f"{path}.weight")
+        if all(compensator.rounds(name) for name in names):
             result[path] = of_codes(compensator.codes(names), child.weight.shape[1])
     return result

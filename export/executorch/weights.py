@@ -25,7 +25,7 @@ import torch
 from edgekv.errors import UsageError
 
 from ..codes import Codes
-from ..rounding import MIDDLE
+from ..compensate import MIDDLE
 
 Tensor = torch.Tensor
 GROUP = 32

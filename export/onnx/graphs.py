@@ -55,7 +55,7 @@ def write_graphs(
     with WeightFile(folder / WEIGHT_FILE) as file:
         compensator = None
         if calibration is not None:
-            compensator = Compensator(checkpoint, calibration, head=kinds.of(checkpoint.head) == "int4")
+            compensator = Compensator(checkpoint, calibration, rounds=lambda name: kinds.of(name) == "int4")
         binder = WeightBinder(checkpoint, file, kinds, compensator)
         if form == "inline":
             return _write_inline(binder, segments, folder, page_size, io, step)
