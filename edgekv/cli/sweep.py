@@ -12,7 +12,7 @@ from rich.table import Table
 from edgekv import settings
 from edgekv.errors import EdgeKVError, UsageError
 
-from .files import write_text
+from .files import check_writable, write_text
 from .options import argument, beginning_with, option, profile_names
 from .output import print_json_line, stderr, stdout
 
@@ -48,11 +48,16 @@ def sweep_command(
     """Emulate every combination of devices, contexts, policies and budgets, without weights. Interrupted, it goes on where it was."""
     from edgekv.device_profiles import names
     from edgekv.emulator.play.shape_app import read_shape, shape_of
+    from edgekv.emulator.report.plots import require_plotly
+    from edgekv.emulator.sweep.case import all_cases
     from edgekv.emulator.sweep.html import to_html
-    from edgekv.emulator.sweep.sweep import all_cases, sweep
+    from edgekv.emulator.sweep.sweep import sweep
 
-    if page is not None and page.resolve() == out.resolve():
-        raise UsageError(f"--page and --out are one file, {out}; give the page another name")
+    if page is not None:
+        if page.resolve() == out.resolve():
+            raise UsageError(f"--page and --out are one file, {out}; give the page another name")
+        require_plotly()
+        check_writable(page, "--page")
     chosen = names() if profiles == "all" else _words(profiles)
     cases = all_cases(
         chosen, [settings.CONTEXT.read(word, "--contexts") for word in _words(contexts)], _words(policies), _words(budgets), _words(attends),
