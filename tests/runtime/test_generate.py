@@ -290,15 +290,17 @@ def test_score_goes_on_from_what_the_cache_holds_however_long_that_was_made_for(
         assert generator.sequence == prompt + more
 
 
+def went_back(generator: Generator, given: list[int], kept: int) -> None:
+    generator.prefill(given, max_tokens=1)
+    generator.go_back(given[:kept])
+
+
 ENDS: dict[str, Callable[[Generator, list[int]], object]] = {
     "an answer": lambda generator, given: list(generator.tokens(given, max_tokens=8)),
     "a stop string": lambda generator, given: list(generator.stream(given, max_tokens=30, stop="e")),
     "an answer that was left": lambda generator, given: next(generator.tokens(given, max_tokens=8)),
-    "a part of a step": lambda generator, given: (
-        generator.prefill(given, max_tokens=1),
-        generator.go_back(given[:350]),
-    ),
-    "the first tokens": lambda generator, given: (generator.prefill(given, max_tokens=1), generator.go_back(given[:3])),
+    "a part of a step": lambda generator, given: went_back(generator, given, 350),
+    "the first tokens": lambda generator, given: went_back(generator, given, 3),
 }
 
 
