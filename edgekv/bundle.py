@@ -88,6 +88,11 @@ class MatrixFacts(TypedDict):
     bytes: Annotated[Bytes, Meta(description="their size, scales included")]
 
 
+def bits(*parts: MatrixFacts) -> float:
+    """Return the bits that a weight takes in these matrices, scales included."""
+    return 8 * sum(part["bytes"] for part in parts) / sum(part["weights"] for part in parts)
+
+
 @dataclass(frozen=True)
 class EmbeddingSpec:
     """Where the runtime looks up the embedding rows of the split form.
@@ -256,6 +261,16 @@ class Manifest:
             return size
         apart = table.layout.bits > _HEAD_BITS[self.weights] if table.apart is None else table.apart
         return size - table.table_bytes(model.vocab_size, model.hidden_size) if apart else size
+
+    def matrices_by_kind(self) -> dict[str, MatrixFacts]:
+        """Return what the products of all graphs read, by how it is stored, the larger part first."""
+        total: dict[str, MatrixFacts] = {}
+        for kinds in self.matrices.values():
+            for kind, facts in kinds.items():
+                so_far = total.setdefault(kind, {"weights": 0, "bytes": 0})
+                so_far["weights"] += facts["weights"]
+                so_far["bytes"] += facts["bytes"]
+        return dict(sorted(total.items(), key=lambda entry: -entry[1]["weights"]))
 
     def kinds(self, graph: str) -> set[str]:
         """Return how the matrices are stored that a graph multiplies with."""

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekv import settings
-from edgekv.bundle import Manifest, MatrixFacts, SamplingSpec, check_files, read_manifest
+from edgekv.bundle import Manifest, SamplingSpec, bits, check_files, read_manifest
 from edgekv.contract import GraphSpec, TensorSpec, segment_spec
 from edgekv.sizes import format_bytes, format_count
 
@@ -97,26 +97,12 @@ def _geometry(manifest: Manifest) -> Facts:
     return facts
 
 
-def matrices_by_kind(manifest: Manifest) -> dict[str, MatrixFacts]:
-    """Return what all products of a bundle read, by how it is stored, the larger part first."""
-    total: dict[str, MatrixFacts] = {}
-    for kinds in manifest.matrices.values():
-        for kind, facts in kinds.items():
-            so_far = total.get(kind, {"weights": 0, "bytes": 0})
-            total[kind] = {"weights": so_far["weights"] + facts["weights"], "bytes": so_far["bytes"] + facts["bytes"]}
-    return dict(sorted(total.items(), key=lambda entry: -entry[1]["weights"]))
-
-
 def _matrices(manifest: Manifest) -> str:
-    kinds = matrices_by_kind(manifest)
-    parts = [f"{format_count(facts['weights'])} in {kind} ({_bits(facts):.2f} bits)" for kind, facts in kinds.items()]
+    kinds = manifest.matrices_by_kind()
+    parts = [f"{format_count(facts['weights'])} in {kind} ({bits(facts):.2f} bits)" for kind, facts in kinds.items()]
     if len(parts) > 1:
-        parts[-1] += f": {_bits(*kinds.values()):.2f} bits a weight"
+        parts[-1] += f": {bits(*kinds.values()):.2f} bits a weight"
     return ", ".join(parts)
-
-
-def _bits(*parts: MatrixFacts) -> float:
-    return 8 * sum(part["bytes"] for part in parts) / max(1, sum(part["weights"] for part in parts))
 
 
 def _contract(manifest: Manifest) -> Table:

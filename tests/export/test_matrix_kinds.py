@@ -7,9 +7,10 @@ from pathlib import Path
 
 import onnx
 import pytest
+from typer.testing import CliRunner
 
-from edgekv.bundle import Manifest, read_manifest
-from edgekv.cli.inspect import matrices_by_kind
+from edgekv.bundle import Manifest, bits, read_manifest
+from edgekv.cli.main import app
 from edgekv.errors import UsageError
 from edgekv.export import bundle_writer, export_model
 from edgekv.export.checkpoint import open_checkpoint
@@ -49,7 +50,7 @@ def test_each_matrix_has_its_own_kind_and_the_logits_stay_close(
     driver = SplitDriver(tmp_path / "b") if form == "split" else InlineDriver(tmp_path / "b")
     assert distance(driver.step(prompt(48)), reference) <= (0.05 if head == "int8" else 0.2)
     model = manifest.model
-    kinds = matrices_by_kind(manifest)
+    kinds = manifest.matrices_by_kind()
     assert kinds["fp16"] == {"weights": (wide := model.hidden_size * model.intermediate_size), "bytes": 2 * wide}
     assert kinds["fp32"]["bytes"] == 4 * kinds["fp32"]["weights"]
     table = model.vocab_size * model.hidden_size
@@ -94,3 +95,15 @@ def test_executorch_names_the_matrix_that_it_cannot_hold(
     monkeypatch.setattr(bundle_writer, "choose_kinds", lambda checkpoint, weights: MatrixKinds(weights, OTHERS))
     with pytest.raises(UsageError, match=r"self_attn.v_proj.weight is to be int8 among int4; use --engine onnx"):
         export_model(checkpoint("llama"), tmp_path / "b", engine="executorch", weights="int4", calibration="none")
+
+
+def test_inspect_adds_up_the_bits_of_all_matrices(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed(checkpoint("llama-tied"), tmp_path / "b", monkeypatch, "split", "int4")
+    said = CliRunner().invoke(app, ["inspect", str(tmp_path / "b")]).output
+    (line,) = [line for line in said.splitlines() if line.startswith("matrices")]
+    parts = read_manifest(tmp_path / "b").matrices_by_kind()
+    assert all(f"in {kind} ({bits(facts):.2f} bits)" in line for kind, facts in parts.items())
+    assert line.endswith(f": {bits(*parts.values()):.2f} bits a weight")
+    assert (bits(parts["int8"]), bits(parts["fp16"]), bits(parts["fp32"])) == (9, 16, 32)
