@@ -120,7 +120,7 @@ class Compensator:
         """Return the rows of these tensors [rows, columns] as the bundle will hold them."""
         heights = [self._checkpoint.location[name].shape[0] for name in names]
         parts = []
-        for name, part in zip(names, weight.split(heights), strict=True):
+        for name, part in zip(names, torch.split(weight, heights), strict=True):
             if self.rounds(name):
                 self._codes[name] = compensate(part, inputs, self._grid)
                 part = self._codes[name].values(part.shape[1])
