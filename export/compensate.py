@@ -87,16 +87,14 @@ class Inputs:
         padding = (0, -self.columns % BLOCK)
         met = nn.functional.pad(met, padding)
         hessian = _product(met, met)
-        diagonal = torch.diagonal(hessian)
-        if not torch.isfinite(diagonal).all():
+        drift = None if exact is None else _product(met, nn.functional.pad(exact, padding) - met)
+        if not all(torch.isfinite(each).all() for each in (hessian, drift) if each is not None):
             raise CheckpointError("the calibration text overflows in this model; --calibration none does without")
+        diagonal = torch.diagonal(hessian)
         self.hessian = hessian + torch.diag(torch.where(diagonal > 0, DAMPING * diagonal.mean(), 1.0))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.hessian.double()))
         self.factor = torch.linalg.cholesky(inverse, upper=True).float()
-        self._turn: Tensor | None = None
-        if exact is not None:
-            drift = _product(met, nn.functional.pad(exact, padding) - met)
-            self._turn = SHARE * (inverse.float() @ drift)
+        self._turn = None if drift is None else SHARE * (inverse.float() @ drift)
 
     def wanted(self, rows: Tensor) -> Tensor:
         """Return what is to be rounded in place of rows [rows, columns], columns first."""

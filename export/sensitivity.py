@@ -4,7 +4,7 @@ Rounding that changes the weights of a matrix by R changes the distributions of 
 
     1/2 sum over all weights of E[G^2] R^2,
 
-where G is the gradient, with respect to the weight, of the likelihood of tokens drawn from these distributions: the Fisher
+where G is the gradient, with respect to the weight, of the logarithm of the likelihood of tokens drawn from these distributions: the Fisher
 information, of which errors that know nothing of each other need the diagonal alone. Source: Kim et al., "SqueezeLLM:
 Dense-and-Sparse Quantization", arXiv 2306.07629, section 4.1. A text goes through the decoder segment by segment, and the
 gradient all the way back: memory holds one segment with its gradients, and what the text was before each.
@@ -25,7 +25,7 @@ from .walk import Stream, Walk
 
 Tensor = torch.Tensor
 
-#: Sequences that are read: the costs of the products of the bundled model are within a tenth of those that 8 give.
+#: Sequences that are read: the costs of the products of the bundled model are within an eighth of those that 8 give.
 SEQUENCES = 2
 #: Projections that exporters make one product.
 _STACKED = ("exit.gate_proj", "exit.up_proj")
@@ -38,9 +38,10 @@ def int4_costs(checkpoint: Checkpoint, calibration: Calibration) -> dict[tuple[s
         UsageError: the calibration text has less than one sequence of tokens.
     """
     costs: dict[tuple[str, ...], float] = {}
-    for tokens in sequences(checkpoint, calibration, SEQUENCES):
+    texts = sequences(checkpoint, calibration, SEQUENCES)
+    for tokens in texts:
         for names, cost in _costs_of(checkpoint, tokens).items():
-            costs[names] = costs.get(names, 0.0) + cost / SEQUENCES
+            costs[names] = costs.get(names, 0.0) + cost / len(texts)
     return costs
 
 
@@ -81,7 +82,7 @@ def _cost(weight: Tensor, gradient: Tensor) -> float:
 
 
 def _likelihood(logits: Tensor) -> Tensor:
-    """Return the likelihood [] of tokens that are drawn from the distributions of logits [T, vocab_size]."""
+    """Return the negative logarithm [] of the likelihood of tokens that are drawn from the distributions of logits [T, vocab_size]."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator)[:, 0]
     return nn.functional.cross_entropy(logits, drawn, reduction="sum")
