@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -109,6 +110,11 @@ def edgekv(*arguments: str | Path) -> list[str | Path]:
     return [sys.executable, "-m", "edgekv", *arguments]
 
 
+#: The shape of a small model.
+LLAMA = {
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 256, "vocab_size": 1000, "max_position_embeddings": 1024,
+}  # fmt: skip
 LONG = ["--prompt-file", str(ROOT / "examples" / "long_prompt.txt"), "--kv-budget", "25%", "-n", "5"]
 
 
@@ -125,6 +131,20 @@ def test_a_session_or_an_offload_folder_is_written_beside_it_and_nothing_else(bu
         assert seen.sockets == seen.names == []
         assert seen.outside(home.path / "mine", home.cache / "verified") == []
         assert seen.outside(home.cache / "verified") != []
+
+
+def test_a_sweep_speaks_with_its_processes_over_pipes_and_leaves_its_table_and_page(home: Home) -> None:
+    config, out, page = (home.path / name for name in ("config.json", "sweep.csv", "page.html"))
+    config.write_text(json.dumps(LLAMA), encoding="utf-8")
+    lists = ["--profiles", "android-low-4gb", "--contexts", "256,512", "-n", "2", "--workers", "2"]
+    seen = home.run(*edgekv("sweep", config, *lists, "--out", out, "--page", page))
+    assert seen.sockets == seen.names == []
+    beside = [out.with_name(f"sweep.csv.{suffix}") for suffix in ("partial", "tmp")]
+    assert seen.outside(out, page, home.tmp, *beside) == []
+    assert sorted(path.name for path in home.path.iterdir() if path.suffix != ".txt") == [
+        "config.json", "page.html", "sweep.csv", "tmp",
+    ]  # fmt: skip
+    assert list(home.tmp.iterdir()) == []
 
 
 def test_a_program_with_the_inline_form_is_as_silent(bundle: Bundle, home: Home) -> None:

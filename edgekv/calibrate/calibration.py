@@ -14,7 +14,7 @@ from edgekv.runtime.kernels.choose import load_kernels
 from edgekv.runtime.kernels.interface import KIND_HOT
 
 from .compute import attention_rates, matrix_rates, read_bandwidth
-from .drive import SIZES, Drive, measure_drive
+from .drive import SIZES, Drive, check_folder, measure_drive
 from .engine import EngineRates, measure_engine
 
 #: Bits of the matrices that are measured, by the weight type that they stand for.
@@ -59,8 +59,9 @@ def calibrate(
         progress: called with what is measured next, steps done, steps in all.
 
     Raises:
-        StoreError: the folder cannot be written. BundleError: the bundle cannot be used.
+        UsageError: no file can be made in the folder. StoreError: the drive fails. BundleError: the bundle cannot be used.
     """
+    check_folder(folder)
     model = read_model(bundle) if bundle is not None else None
     counts = sorted({1, threads, *(n for n in (2, 4, 8) if n <= (os.cpu_count() or 1))})
     total = len(counts) + len(WEIGHT_BITS) + 1 + _DRIVE_STEPS + (4 if bundle is not None else 0)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from edgekv.errors import StoreError
+from edgekv.errors import StoreError, UsageError
 from edgekv.files import make_folder
 from edgekv.runtime.storage.medium import QUEUE_DEPTH
 from edgekv.runtime.system.buffers import aligned_rows
@@ -35,6 +36,19 @@ class Drive:
     direct: bool
 
 
+def check_folder(folder: Path) -> None:
+    """Make the folder, and a file in it for a moment: what :func:`measure_drive` begins with.
+
+    Raises:
+        UsageError: it cannot be done.
+    """
+    try:
+        with _file(folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot make a file in {folder}: {error.strerror}; choose another with --dir") from error
+
+
 def measure_drive(folder: Path, advance: Callable[[], None] = lambda: None) -> Drive:
     """Measure with a file of 256 MiB in ``folder``, which is gone afterwards.
 
@@ -42,17 +56,23 @@ def measure_drive(folder: Path, advance: Callable[[], None] = lambda: None) -> D
         StoreError: the folder cannot be written.
     """
     try:
-        make_folder(folder)
-        with ScratchFolder(folder, "calibrate-") as scratch:
-            handle, direct = _open(scratch.path / "drive")
-            try:
-                return _measure(handle, direct, advance)
-            finally:
-                os.close(handle)
+        with _file(folder) as (handle, direct):
+            return _measure(handle, direct, advance)
     except OSError as error:
         raise StoreError(
             f"cannot measure the drive under {folder}: {error.strerror}; choose another with --dir"
         ) from error
+
+
+@contextmanager
+def _file(folder: Path) -> Iterator[tuple[int, bool]]:
+    make_folder(folder)
+    with ScratchFolder(folder, "calibrate-") as scratch:
+        handle, direct = _open(scratch.path / "drive")
+        try:
+            yield handle, direct
+        finally:
+            os.close(handle)
 
 
 def _open(path: Path) -> tuple[int, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from edgekv.errors import EdgeKVError, UsageError
@@ -70,9 +71,15 @@ def check_writable(path: Path, option: str) -> None:
     Raises:
         UsageError: it cannot.
     """
-    folder = path.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "it is a folder" if path.is_dir() else f"{folder} is no folder that can be written to"
+    if path.exists():
+        reason = "it is a folder" if path.is_dir() else None if os.access(path, os.W_OK) else "it may not be written"
+    else:
+        try:
+            with tempfile.TemporaryFile(dir=path.parent):  # some folders (/proc) do not say that they take no file
+                reason = None
+        except OSError as error:
+            reason = f"{path.parent} is no folder that can be written to ({error.strerror})"
+    if reason is not None:
         raise UsageError(f"cannot write {option} {path}: {reason}")
 
 

@@ -104,11 +104,20 @@ def test_with_a_bundle_the_engine_is_measured_and_a_plan_is_as_sure_as_measureme
         (("--out", "board.txt"), "must be named NAME.toml"),
         (("--out", "board.toml", "--name", "other"), "must be named other.toml"),
         (("--kind", "toaster"), "unknown kind 'toaster'"),
+        (("--out", "here.toml", "--dir", "here/below"), "cannot make a file in .*here/below: .*; choose another with --dir"),
+        (("--out", "here.toml", "--dir", "/proc"), "cannot make a file in /proc: .*; choose another with --dir"),
+        (("--out", "/proc/x.toml"), "cannot write --out /proc/x.toml: /proc is no folder that can be written to"),
     ],
-)
-def test_a_request_that_makes_no_sense_is_refused_before_measuring(arguments: tuple[str, ...], message: str) -> None:
+)  # fmt: skip
+def test_a_request_that_makes_no_sense_is_refused_before_measuring(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekv.calibrate.calibration.read_bandwidth", lambda threads: pytest.fail("it measures"))
+    (tmp_path / "here").write_text("", encoding="utf-8")
+    arguments = tuple(word.replace("FILE", str(tmp_path / "here"), 1) for word in arguments)
     with pytest.raises(UsageError, match=message):
         calibrate(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_a_profile_is_not_overwritten_unasked(tmp_path: Path) -> None:

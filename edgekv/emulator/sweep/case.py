@@ -102,9 +102,11 @@ def all_cases(
             setting.read(word)
     if min(contexts) <= max_tokens:
         raise UsageError(f"a context of {min(contexts)} leaves no prompt beside {max_tokens} tokens to generate")
-    once = dict.fromkeys
-    combined = itertools.product(devices.values(), once(contexts), once(policies), once(budgets), once(attends))
-    return [Case(*values, max_tokens=max_tokens, seed=seed) for values in combined]
+    combined = dict.fromkeys(itertools.product(devices, contexts, policies, budgets, attends))
+    return [
+        Case(devices[name], context, policy, budget, attend, max_tokens, seed)
+        for name, context, policy, budget, attend in combined
+    ]
 
 
 def run_case(shape: Shape, case: Case) -> Row:
