@@ -42,7 +42,7 @@ struct PlainTile {
     }
 
     template <int kRow>
-    static void add(Sums& sums, const RowsBlock& rows, const PanelBlock& panel) {
+    static void add(float32x4_t (*sums)[2], const RowsBlock& rows, const PanelBlock& panel) {
         int16x8_t dot[kPanel];
 #pragma GCC unroll 8
         for (int c = 0; c < kPanel; ++c) dot[c] = dots(rows.codes + kRow * kDenseBlock, panel.codes + c * kDenseBlock);
@@ -53,7 +53,7 @@ struct PlainTile {
         const float32x4_t row_scales = vld1q_f32(rows.scales), row_sums = vld1q_f32(rows.scales + kTileRows);
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
-            float32x4_t& sum = sums.at[kRow][v];
+            float32x4_t& sum = sums[kRow][v];
             const float32x4_t scale = vmulq_laneq_f32(vld1q_f32(panel.scales + 4 * v), row_scales, kRow);
             sum = vfmaq_f32(sum, vcvtq_f32_s32(wide[v]), scale);
             sum = vfmaq_laneq_f32(sum, vld1q_f32(panel.scales + kPanel + 4 * v), row_sums, kRow);
@@ -61,15 +61,17 @@ struct PlainTile {
     }
 
     static Sums multiply(const RowsBlock* rows, const PanelBlock* panel, int n_blocks) {
-        Sums sums;
-        for (auto& row : sums.at) row[0] = row[1] = vdupq_n_f32(0.f);
+        float32x4_t sums[kTileRows][2];
+        for (auto& row : sums) row[0] = row[1] = vdupq_n_f32(0.f);
         for (; n_blocks; --n_blocks, ++rows, ++panel) {
             add<0>(sums, *rows, *panel);
             add<1>(sums, *rows, *panel);
             add<2>(sums, *rows, *panel);
             add<3>(sums, *rows, *panel);
         }
-        return sums;
+        Sums out;
+        std::memcpy(&out, sums, sizeof out);
+        return out;
     }
 };
 

@@ -160,6 +160,20 @@ struct Chunk {
     }
 };
 
+// So that the compiler does not make an address of its own from every offset.
+template <typename T>
+inline void move(const T*& at, size_t n) {
+    at += n;
+    asm("" : "+r"(at));
+}
+
+// Four vectors: one instruction loads them and moves on.
+inline int8x16x4_t next_four(const int8_t*& at) {
+    const int8x16x4_t four = vld1q_s8_x4(at);
+    move(at, sizeof four);
+    return four;
+}
+
 // Signed weights from packed codes: two vectors, of low halves and of high ones.
 inline void decode(uint8x16_t packed, uint8x16_t zero, int8_t* low, int8_t* high) {
     vst1q_s8(low, vreinterpretq_s8_u8(vsubq_u8(vandq_u8(packed, vdupq_n_u8(15)), zero)));

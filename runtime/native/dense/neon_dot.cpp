@@ -39,38 +39,39 @@ struct DotTile {
         std::memcpy(out.scales, scales, kPanel * sizeof(float));
     }
 
+    // Two fours, each of two vectors of columns.
     template <int kFour>
-    static void step(const int8x16_t* x, const int8_t* w, int32x4_t (*sums)[2]) {
-        const int8x16_t left = vld1q_s8(w + kFour * 32), right = vld1q_s8(w + kFour * 32 + 16);
+    static void step(const int8x16x4_t& x, const int8x16x4_t& w, int32x4_t (*sums)[2]) {
 #pragma GCC unroll 4
         for (int row = 0; row < kTileRows; ++row) {
-            sums[row][0] = vdotq_laneq_s32(sums[row][0], left, x[row], kFour);
-            sums[row][1] = vdotq_laneq_s32(sums[row][1], right, x[row], kFour);
+            sums[row][0] = vdotq_laneq_s32(sums[row][0], w.val[0], x.val[row], kFour);
+            sums[row][1] = vdotq_laneq_s32(sums[row][1], w.val[1], x.val[row], kFour);
+            sums[row][0] = vdotq_laneq_s32(sums[row][0], w.val[2], x.val[row], kFour + 1);
+            sums[row][1] = vdotq_laneq_s32(sums[row][1], w.val[3], x.val[row], kFour + 1);
         }
     }
 
     static Sums multiply(const RowsBlock* rows, const PanelBlock* panel, int n_blocks) {
         float32x4_t sums[kTileRows][2];
         for (auto& row : sums) row[0] = row[1] = vdupq_n_f32(0.f);
-        for (; n_blocks; --n_blocks, ++rows, ++panel) {
+        const int8_t *from = rows->codes, *w = panel->codes;
+        for (; n_blocks; --n_blocks) {
             int32x4_t dot[kTileRows][2];
             for (auto& row : dot) row[0] = row[1] = vdupq_n_s32(0);
 #pragma GCC unroll 2
             for (int half = 0; half < 2; ++half) {
-                int8x16_t x[kTileRows];
-#pragma GCC unroll 4
-                for (int row = 0; row < kTileRows; ++row) x[row] = vld1q_s8(rows->codes + place(row, 2 * half));
-                const int8_t* const w = panel->codes + half * kFours * 32;
-                step<0>(x, w, dot);
-                step<1>(x, w, dot);
-                step<2>(x, w, dot);
-                step<3>(x, w, dot);
+                const int8x16x4_t x = next_four(from);
+                step<0>(x, next_four(w), dot);
+                step<2>(x, next_four(w), dot);
             }
-            const float32x4_t row_scales = vld1q_f32(rows->scales);
-            add<0>(sums, dot, row_scales, panel->scales);
-            add<1>(sums, dot, row_scales, panel->scales);
-            add<2>(sums, dot, row_scales, panel->scales);
-            add<3>(sums, dot, row_scales, panel->scales);
+            const float* const scales = reinterpret_cast<const float*>(w);
+            const float32x4_t row_scales = vld1q_f32(reinterpret_cast<const float*>(from));
+            add<0>(sums, dot, row_scales, scales);
+            add<1>(sums, dot, row_scales, scales);
+            add<2>(sums, dot, row_scales, scales);
+            add<3>(sums, dot, row_scales, scales);
+            move(from, sizeof(RowsBlock::scales));
+            move(w, sizeof(PanelBlock::scales));
         }
         Sums out;
         std::memcpy(&out, sums, sizeof out);

@@ -38,40 +38,49 @@ struct MatrixTile {
         }
     }
 
+    // Eight numbers of two pairs of rows and of four pairs of columns.
+    static void step(int8x16_t upper, int8x16_t lower, const int8x16x4_t& w, int32x4_t (*sums)[kPairs]) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kPairs; ++c) {
+            sums[0][c] = vmmlaq_s32(sums[0][c], upper, w.val[c]);
+            sums[1][c] = vmmlaq_s32(sums[1][c], lower, w.val[c]);
+        }
+    }
+
     static Sums multiply(const RowsBlock* rows, const PanelBlock* panel, int n_blocks) {
         float32x4_t total[kRowPairs][kPairs];
         for (auto& pairs : total) {
             for (auto& sum : pairs) sum = vdupq_n_f32(0.f);
         }
-        for (; n_blocks; --n_blocks, ++rows, ++panel) {
+        const int8_t *from = rows->codes, *w = panel->codes;
+        for (; n_blocks; --n_blocks) {
             int32x4_t dot[kRowPairs][kPairs];
             for (auto& pairs : dot) {
                 for (auto& sum : pairs) sum = vdupq_n_s32(0);
             }
-#pragma GCC unroll 4
-            for (int eight = 0; eight < 4; ++eight) {
-                int8x16_t x[kRowPairs];
 #pragma GCC unroll 2
-                for (int r = 0; r < kRowPairs; ++r) x[r] = vld1q_s8(rows->codes + place(2 * r, eight));
-#pragma GCC unroll 4
-                for (int c = 0; c < kPairs; ++c) {
-                    const int8x16_t w = vld1q_s8(panel->codes + (eight * kPairs + c) * 16);
-#pragma GCC unroll 2
-                    for (int r = 0; r < kRowPairs; ++r) dot[r][c] = vmmlaq_s32(dot[r][c], x[r], w);
-                }
+            for (int half = 0; half < 2; ++half) {
+                const int8x16x4_t x = next_four(from);
+                step(x.val[0], x.val[1], next_four(w), dot);
+                step(x.val[2], x.val[3], next_four(w), dot);
             }
+            const float* const row_scales = reinterpret_cast<const float*>(from);
+            const float* const scales = reinterpret_cast<const float*>(w);
 #pragma GCC unroll 2
             for (int r = 0; r < kRowPairs; ++r) {
-                const float32x4_t row_scales = vld1q_f32(rows->scales + 4 * r);
 #pragma GCC unroll 4
                 for (int c = 0; c < kPairs; ++c) {
-                    const float32x4_t scale = vmulq_f32(vld1q_f32(panel->scales + 4 * c), row_scales);
+                    const float32x4_t scale = vmulq_f32(vld1q_f32(scales + 4 * c), vld1q_f32(row_scales + 4 * r));
                     total[r][c] = vfmaq_f32(total[r][c], vcvtq_f32_s32(dot[r][c]), scale);
                 }
             }
+            move(from, sizeof(RowsBlock::scales));
+            move(w, sizeof(PanelBlock::scales));
         }
         Sums sums;
+#pragma GCC unroll 2
         for (int r = 0; r < kRowPairs; ++r) {
+#pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
                 const float64x2_t left = vreinterpretq_f64_f32(total[r][2 * v]);
                 const float64x2_t right = vreinterpretq_f64_f32(total[r][2 * v + 1]);

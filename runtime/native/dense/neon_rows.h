@@ -9,7 +9,7 @@ constexpr int kGroup = 8;          // blocks
 constexpr int kHalf = 4;           // whose sums are the lanes of a vector
 constexpr int kMaxRows = 3;        // more are sooner done as a chunk
 constexpr int kRowsColumns = 64;   // of a task
-constexpr int kColumnsAtOnce = 4;
+constexpr int columns_at_once(int rows) { return rows == 1 ? 4 : 2; }
 
 // A group of a row made ready. Codes in a product are 0..15: what their zero adds to it is taken off.
 struct RowGroup {
@@ -84,8 +84,9 @@ struct Column {
     const uint8_t *codes, *scales, *zeros;
 };
 
+// Moves on in the codes of the columns.
 template <ScaleType kType, bool kZeros, int C, int R>
-inline void group_product(const Column (&columns)[C], const RowGroup* const (&x)[R], const Zeros& zeros,
+inline void group_product(Column (&columns)[C], const RowGroup* const (&x)[R], const Zeros& zeros,
                           float32x4_t (&sums)[C][R]) {
     constexpr size_t kScale = kType == ScaleType::kFloat ? sizeof(float) : sizeof(uint16_t);
     // Loading where two sums start is one instruction, and copying two registers is two: so the compiler is not to know that
@@ -103,9 +104,8 @@ inline void group_product(const Column (&columns)[C], const RowGroup* const (&x)
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
             const float32x4_t scales = load_scales<kType>(columns[c].scales + first * kScale);
-            uint8x16_t packed[kHalf];
-#pragma GCC unroll 4
-            for (int b = 0; b < kHalf; ++b) packed[b] = vld1q_u8(columns[c].codes + (first + b) * 16);
+            const uint8x16x4_t packed = vld1q_u8_x4(columns[c].codes);
+            move(columns[c].codes, sizeof packed);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 asm volatile("" : "+r"(starts[r]));
@@ -115,8 +115,8 @@ inline void group_product(const Column (&columns)[C], const RowGroup* const (&x)
                 asm("" : "+w"(dot[0]), "+w"(dot[1]), "+w"(dot[2]), "+w"(dot[3]));  // together
 #pragma GCC unroll 4
                 for (int b = 0; b < kHalf; ++b) {
-                    const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(packed[b], vdupq_n_u8(15)));
-                    const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(packed[b], 4));
+                    const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(packed.val[b], vdupq_n_u8(15)));
+                    const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(packed.val[b], 4));
                     dot[b] = dots(dot[b], low, high, x[r]->codes[first + b]);
                 }
                 int32x4_t all = vpaddq_s32(vpaddq_s32(dot[0], dot[1]), vpaddq_s32(dot[2], dot[3]));
@@ -155,7 +155,6 @@ void columns_product(const Int4Weights& w, const RowGroup* rows, int col, float*
         group_product<kType, kZeros, C, R>(columns, x, zeros, sums);
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            columns[c].codes += kGroup * 16;
             columns[c].scales += kGroup * kScale;
             if constexpr (kZeros) columns[c].zeros += kGroup / 2;
         }
@@ -187,10 +186,9 @@ void columns_product(const Int4Weights& w, const RowGroup* rows, int col, float*
 
 template <ScaleType kType, bool kZeros, int R>
 void rows_product(const Int4Weights& w, const RowGroup* rows, int col0, int col1, float* y) {
+    constexpr int kColumns = columns_at_once(R);
     int col = col0;
-    for (; col + kColumnsAtOnce <= col1; col += kColumnsAtOnce) {
-        columns_product<kType, kZeros, kColumnsAtOnce, R>(w, rows, col, y);
-    }
+    for (; col + kColumns <= col1; col += kColumns) columns_product<kType, kZeros, kColumns, R>(w, rows, col, y);
     for (; col < col1; ++col) columns_product<kType, kZeros, 1, R>(w, rows, col, y);
 }
 
