@@ -50,6 +50,7 @@ fetch_wheels() { # COMMAND...: pip COMMAND, for the Python that was unpacked
 describe() { # the files that cpuinfo, which ExecuTorch and ONNX Runtime ask, reads
   local folder=$dir/$1/system part=0xd08 features="fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
   [ "$1" = cortex-a72 ] || part=0xd0b features="$features atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"
+  [ "$1" != max ] || features="$features i8mm bf16"
   mkdir -p "$folder/devices/system/cpu"
   for name in possible present online; do echo 0-1 >"$folder/devices/system/cpu/$name"; done
   for core in 0 1; do

@@ -43,25 +43,35 @@ void fork(const Fork& fork, size_t count, F&& body) {
     fork.call(fork.pool, [](void* context, size_t i) { (*static_cast<F*>(context))(i); }, count, &body);
 }
 
-bool use_avx512() {
-    const Kernels* chosen = find_kernels(nullptr);
-    return dense_avx512() && chosen && (chosen == amx_kernels() || chosen == avx512_kernels());
-}
+// What the instruction set in use has: kernels for many rows, where they are others than those for a few.
+struct Used {
+    const char* names;
+    const DenseKernels *few, *many;
 
-bool use_amx() { return use_avx512() && dense_amx() && find_kernels(nullptr) == amx_kernels(); }
+    const DenseKernels& at(int rows) const { return many && rows >= many->min_rows ? *many : *few; }
+};
 
-const DenseKernels* choose(int rows) {
-    if (!use_avx512()) return dense_portable();
-    return use_amx() && rows >= dense_amx()->min_rows ? dense_amx() : dense_avx512();
+Used used() {
+    const Kernels* const chosen = find_kernels(nullptr);
+    if (chosen && (chosen == amx_kernels() || chosen == avx512_kernels()) && dense_avx512()) {
+        if (chosen == amx_kernels() && dense_amx()) return {"avx512 amx", dense_avx512(), dense_amx()};
+        return {"avx512", dense_avx512(), nullptr};
+    }
+    if (chosen && chosen == neon_dot_kernels()) {
+        if (dense_neon_i8mm_chunk()) return {"neon-dot neon-i8mm", dense_neon_dot(), dense_neon_i8mm_chunk()};
+        return {"neon-dot", dense_neon_dot(), dense_neon_dot_chunk()};
+    }
+    if (chosen && chosen == neon_kernels()) return {"neon", dense_neon(), dense_neon_chunk()};
+    return {"", dense_portable(), nullptr};
 }
 
 }  // namespace
 
-const char* dense_names() { return use_amx() ? "avx512 amx" : use_avx512() ? "avx512" : ""; }
+const char* dense_names() { return used().names; }
 
 void dense(const Int4Weights& weights, const float* x, int rows, float* y, const Fork& pool) {
     static thread_local Scratch rows_scratch;
-    const DenseKernels& kernels = *choose(rows);
+    const DenseKernels& kernels = used().at(rows);
     uint8_t* const ready = rows_scratch.at_least(kernels.ready_bytes(rows, weights.k));
     const int row_tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;
     fork(pool, row_tasks, [&](size_t i) {

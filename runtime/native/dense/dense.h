@@ -40,6 +40,12 @@ struct DenseKernels {
 
 const DenseKernels* dense_amx();     // bf16 tiles; null where the processor (or the build) lacks them
 const DenseKernels* dense_avx512();  // rows as 8-bit numbers, one scale per block
+// Rows as 8-bit numbers too, decoded in registers for a few rows, and once for all rows of a chunk.
+const DenseKernels* dense_neon();
+const DenseKernels* dense_neon_chunk();
+const DenseKernels* dense_neon_dot();        // with dot products
+const DenseKernels* dense_neon_dot_chunk();
+const DenseKernels* dense_neon_i8mm_chunk();  // with products of 8-bit matrices
 const DenseKernels* dense_portable();  // nothing special, and slow
 
 // Calls task(context, i) for each i in [0, count), in parallel where that pays.
@@ -48,8 +54,8 @@ struct Fork {
     void* pool;
 };
 
-// Names of the kernels that are used here, "avx512" or "avx512 amx"; empty where there are none that are worth it, or
-// where EDGEKV_ISA names another instruction set.
+// Names of the kernels that are used here: "avx512", "avx512 amx", "neon", "neon-dot" or "neon-dot neon-i8mm"; empty where
+// there are none that are worth it, or where EDGEKV_ISA names another instruction set.
 const char* dense_names();
 
 // y[rows, n] = x[rows, k] times the transposed weights, plus the bias, with the best kernels there are.
