@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 from edgekv.bundle import Manifest
-from edgekv.cli.inspect import matrices_by_kind
 from edgekv.export import export_model
 from edgekv.export.open_source import opened_source
 from edgekv.runtime.generate import RunOptions
@@ -98,7 +97,7 @@ def row(
 
 def bits_of_matrices(manifest: Manifest) -> str:
     """Return the bits a weight of what products read; nothing where the manifest does not say."""
-    kinds = matrices_by_kind(manifest).values()
+    kinds = manifest.matrices_by_kind().values()
     weights = sum(facts["weights"] for facts in kinds)
     return f"{8 * sum(facts['bytes'] for facts in kinds) / weights:.2f}" if weights else ""
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgekv.cli.inspect import matrices_by_kind
 from edgekv.errors import UsageError
 from edgekv.export import export_model
 from edgekv.export.checkpoint import Checkpoint, open_checkpoint
@@ -55,7 +54,7 @@ def test_mixed_weights_are_int8_where_int4_would_cost_most_for_its_size(tmp_path
     out = tmp_path / "b"
     manifest = export_model(source, out, weights="mixed:6", calibration=write(tmp_path / "text"))
     assert (manifest.engine, manifest.weights) == ("onnx", "int4")
-    kinds = matrices_by_kind(manifest)
+    kinds = manifest.matrices_by_kind()
     assert set(kinds) == {"int4", "int8"}
     bits = 8 * sum(facts["bytes"] for facts in kinds.values()) / sum(facts["weights"] for facts in kinds.values())
     assert 5.7 < bits <= 6
