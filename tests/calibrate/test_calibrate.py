@@ -114,7 +114,7 @@ def test_a_request_that_makes_no_sense_is_refused_before_measuring(
 ) -> None:
     monkeypatch.setattr("edgekv.calibrate.calibration.read_bandwidth", lambda threads: pytest.fail("it measures"))
     (tmp_path / "here").write_text("", encoding="utf-8")
-    arguments = tuple(word.replace("FILE", str(tmp_path / "here"), 1) for word in arguments)
+    arguments = tuple(word.replace("here", str(tmp_path / "here"), 1) for word in arguments)
     with pytest.raises(UsageError, match=message):
         calibrate(*arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["here"]

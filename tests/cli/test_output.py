@@ -99,6 +99,7 @@ def test_json_has_no_number_that_json_does_not_know(capsys: Capture) -> None:
         ([*SWEEP, "nope"], ["no profile is named 'nope'"]),
         ([*SWEEP, "laptop-16gb", "--policies", "fifo"], ["policy must"]),
         ([*SWEEP, "laptop-16gb", "--budgets", "nan%"], ["kv_budget"]),
+        ([*SWEEP, "laptop-16gb", "--page", "/proc/page.html"], ["cannot write --page /proc/page.html"]),
         (["profiles", "calibrate", "--out", "bad name!.toml"], ["'bad name!' is not the name of a profile"]),
         (["profiles", "calibrate", "--name", "Bad"], ["'Bad' is not the name of a profile"]),
         (["profiles", "calibrate", "--bundle", "nothing"], ["there is no nothing"]),

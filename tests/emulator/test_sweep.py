@@ -459,6 +459,16 @@ def test_a_cluster_that_cannot_work_is_named(
             sweep(shape, cases, tmp_path / "sweep.csv", scheduler=address)
 
 
+def test_a_cluster_of_another_edgekv_gives_no_rows(
+    scheduler: Path, shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekv.__version__", "next")
+    refused = pytest.raises(EdgeKVError, match=r"have another edgekv than this one \(next\); install the same")
+    with dask("worker", scheduler, "--nthreads", "1", "--no-nanny"), refused:
+        sweep(shape, one_case(), tmp_path / "sweep.csv", scheduler=listens_at(scheduler))
+    assert [path for path in tmp_path.iterdir() if path.name.startswith("sweep")] == []
+
+
 def listens_at(scheduler: Path) -> str:
     address: str = json.loads(scheduler.read_text(encoding="utf-8"))["address"]
     return address
