@@ -25,7 +25,7 @@ from typing import Any, Generic, NoReturn, SupportsFloat, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.contract import ENGINES, FORMS, IO, MIXED, OPERATORS, STORED
+from edgekv.contract import ENGINES, FORMS, IO, OPERATORS
 from edgekv.contract import WEIGHTS as WEIGHT_KINDS
 from edgekv.errors import UsageError
 from edgekv.schema import shown
@@ -201,32 +201,6 @@ class Choice(Setting[str]):
 
     def _from_value(self, value: object) -> str | None:
         return value if isinstance(value, str) and value in self.words else None
-
-
-@dataclass(frozen=True)
-class ExportedWeights(Setting[str]):
-    """How an export stores weights: a kind, ``stored``, or ``mixed:N`` with N bits a weight."""
-
-    @property
-    def wanted(self) -> str:  # noqa: D102
-        return f"one of {', '.join((*WEIGHT_KINDS, STORED))}, or {MIXED}:N with N bits a weight such as {MIXED}:6"
-
-    @property
-    def metavar(self) -> str:  # noqa: D102
-        return "|".join((*WEIGHT_KINDS, STORED, f"{MIXED}:N"))
-
-    def _from_value(self, value: object) -> str | None:
-        known = isinstance(value, str) and (value in (*WEIGHT_KINDS, STORED) or self.mixed_bits(value) is not None)
-        return str(value) if known else None
-
-    def mixed_bits(self, value: str) -> float | None:
-        """Return N of ``mixed:N``; None: it is another word."""
-        word, colon, bits = value.partition(":")
-        return _MIXED_BITS._from_text(bits) if colon and word == MIXED else None
-
-
-#: From what no int4 has on, to what int8 has with its scales.
-_MIXED_BITS = Real("bits", 4, 9)
 
 
 @dataclass(frozen=True)
@@ -509,7 +483,6 @@ ATTEND = Attend("attend")
 ENGINE = Choice("engine", ENGINES)
 FORM = Choice("form", FORMS)
 WEIGHTS = Choice("weights", WEIGHT_KINDS)
-EXPORTED_WEIGHTS = ExportedWeights("weights")
 OPERATORS_OF = Choice("operators", OPERATORS)
 IO_OF = Choice("io", IO)
 POLICY = Choice("policy", ("lru", "heavy", "window", "random"))

@@ -15,9 +15,9 @@ from edgekv.contract import ENGINES, FORMS, IO, LEAST_ONNXRUNTIME, OPERATORS, ST
 from edgekv.device_profiles import DeviceProfile
 from edgekv.device_profiles.geometry import Geometry
 from edgekv.errors import BudgetError, EdgeKVError, UsageError
+from edgekv.exported_weights import EXPORTED_WEIGHTS
 from edgekv.host import machine_class
 from edgekv.scratch import HIDDEN, ScratchFolder, remove_abandoned
-from edgekv.settings import EXPORTED_WEIGHTS
 
 from .choose_engine import default_engine
 from .matrix_kinds import MatrixKinds, choose_kinds

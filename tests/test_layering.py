@@ -14,7 +14,7 @@ from tools.import_graph import ROOT, circles, graph, imports, modules
 FLOORS = (
     ("edgekv.errors", "edgekv.host", "edgekv.tiers", "edgekv.sizes", "edgekv.spec", "edgekv.codec", "edgekv.seam",
      "edgekv.contract", "edgekv.bundle", "edgekv.jail", "edgekv.model_config", "edgekv.schema", "edgekv.files",
-     "edgekv.scratch", "edgekv.settings", "edgekv.logs", "edgekv.ort"),
+     "edgekv.scratch", "edgekv.settings", "edgekv.exported_weights", "edgekv.logs", "edgekv.ort"),
     ("edgekv.device_profiles",),
     ("edgekv.runtime", "edgekv.export"),
     ("edgekv.verify", "edgekv.plan", "edgekv.emulator", "edgekv.bench", "edgekv.serve", "edgekv.deploy"),

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from edgekv import settings
 from edgekv.contract import STORED
 from edgekv.errors import EdgeKVError, GateFailed
+from edgekv.exported_weights import EXPORTED_WEIGHTS
 from edgekv.model_config import TEXT_PARTS
 from edgekv.sizes import format_bytes
 
@@ -64,7 +65,7 @@ def export_command(
     weights: Annotated[
         str | None,
         option(
-            settings.EXPORTED_WEIGHTS,
+            EXPORTED_WEIGHTS,
             "--weights",
             help="How weights are stored. stored: as a quantised source has them, without rounding again, the default for one"
             " (GGUF). mixed:N: int4, and int8 where it was measured to be worth most, within N bits a weight, scales counted."
