@@ -4,10 +4,10 @@ Rounding that changes the weights of a matrix by R changes the distributions of 
 
     1/2 sum over all weights of E[G^2] R^2,
 
-where G is the gradient, with respect to the weight, of the logarithm of the likelihood of tokens drawn from these distributions: the Fisher
-information, of which errors that know nothing of each other need the diagonal alone. Source: Kim et al., "SqueezeLLM:
-Dense-and-Sparse Quantization", arXiv 2306.07629, section 4.1. A text goes through the decoder segment by segment, and the
-gradient all the way back: memory holds one segment with its gradients, and what the text was before each.
+where G is the gradient, with respect to the weight, of the logarithm of the likelihood of tokens drawn from these
+distributions: the Fisher information, of which errors that know nothing of each other need the diagonal alone. Source: Kim et
+al., "SqueezeLLM: Dense-and-Sparse Quantization", arXiv 2306.07629, section 4.1. A text goes through the decoder segment by
+segment, and the gradient all the way back: memory holds one segment with its gradients, and what the text was before each.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _costs_of(checkpoint: Checkpoint, tokens: list[int]) -> dict[tuple[str, ...]
         inputs = [rows.detach().requires_grad_() for rows in before.pop().rows(slice(None))]
         with torch.enable_grad():
             if index == last:
-                outputs = [_likelihood(segment(*inputs))]
+                outputs = [_loss(segment(*inputs))]
             else:
                 (stream,) = walk.behind(index, segment, [Stream(*inputs)])
                 outputs = stream.rows(slice(None))
@@ -81,8 +81,8 @@ def _cost(weight: Tensor, gradient: Tensor) -> float:
     return 0.5 * float(error.mul_(gradient).square_().sum())
 
 
-def _likelihood(logits: Tensor) -> Tensor:
-    """Return the negative logarithm [] of the likelihood of tokens that are drawn from the distributions of logits [T, vocab_size]."""
+def _loss(logits: Tensor) -> Tensor:
+    """Return the loss [] of tokens that are drawn from the distributions of logits [T, vocab_size]."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator)[:, 0]
     return nn.functional.cross_entropy(logits, drawn, reduction="sum")
