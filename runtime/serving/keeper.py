@@ -81,9 +81,9 @@ class LibraryKeeper:
                 return None
             count, steps = self._cut(in_ram)
         else:
-            self.leave()
+            self.leave()  # which makes room in the library, and what was found may be what goes
             self._cache, self._owner = cache, owner
-            count, steps = self._take(found, len(prompt) - 1)
+            count, steps = self._take(library.find(owner, prompt), len(prompt) - 1)
         self._sequence, self._steps = list(prompt[:count]), steps
         return count, steps
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgekv.bundle import read_manifest
 from edgekv.errors import BudgetError, EdgeKVError, PromptTooLong, SessionMismatch, StoreLocked, TooBusy, UsageError
 from edgekv.runtime.generate import Generator
 from edgekv.runtime.options import RunOptions
@@ -451,6 +452,21 @@ def test_on_a_full_disk_what_was_kept_makes_room_for_what_runs(bundle: Bundle, t
         assert service._library.used_bytes <= 2 * size
     pages = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("pages-*.bin"))
     assert pages <= 2 * size + 64 * 1024, "with the open page of the last one, which came behind"
+
+
+def test_what_makes_room_for_the_sequence_before_is_never_what_the_next_one_goes_on_from(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    folder, first, other = bundle("demo"), tokens(130, 1), tokens(130, 2)  # each leaves 8 pages, and a part of one
+    spec = read_manifest(folder).model.pages(16)
+    limit = 16 * spec.n_layers * spec.record_bytes
+    with serving(folder, cache_dir=tmp_path / "cache", parallel=1, cache_limit_bytes=limit) as service:
+        for turn in range(8):
+            prompt = (other if turn % 2 else first) + tokens(turn, turn)
+            ask(service, prompt, count=4)
+            (seat,) = service._seats
+            held = seat.keeper._path
+            assert all(service._library.owns(record) for node in held for record in node.records), turn
 
 
 @pytest.mark.parametrize("seed", seldom(range(3), but=[0]))
