@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Cross-compile the native kernels and the ExecuTorch shim for aarch64 and run their tests under qemu: what a Raspberry Pi
-# 4 (no dot products) and 5 (with them) would run, and 4-bit products also as with i8mm (qemu's `max`). Checks results, not speed. Needs root and apt-get; where something that
-# it needs cannot be had, it says so in one line and succeeds.
+# 4 (no dot products) and 5 (with them) would run, and 4-bit products also as with i8mm (qemu's `max`). Checks results, not
+# speed. Needs root and apt-get; where something that it needs cannot be had, it says so in one line and succeeds.
 # Usage: tools/arm64.sh [DIR]    (DIR keeps the environment; default build/arm64)
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -50,8 +50,8 @@ def set_up(ours: bool, threads: int, *, own_process: bool, shared_arena: bool = 
     """Set up a process for many small sessions that run in turn.
 
     Products with int4 weights run on our kernels and our threads where the processor has instructions that the kernels
-    use (AVX-512 VNNI, AMX): twice as fast for a token, five times for a chunk, and the weights stay mapped, where
-    ONNX Runtime copies them into another order.
+    use (AVX-512 VNNI, AMX; NEON): with the former twice as fast for a token, five times for a chunk, and the weights stay
+    mapped, where ONNX Runtime copies them into another order.
 
     Args:
         ours: there are graphs of which :func:`our_products` is true.

@@ -132,64 +132,76 @@ inline void group_product(Column (&columns)[C], const RowGroup* const (&x)[R], c
     }
 }
 
-// C columns times R rows.
+// C columns times R rows at a time, while there are C of them; returns where it ends.
 template <ScaleType kType, bool kZeros, int C, int R>
-void columns_product(const Int4Weights& w, const RowGroup* rows, int col, float* y) {
+int columns_product(const Int4Weights& w, const RowGroup* rows, int col, int col1, float* y) {
     constexpr size_t kScale = kType == ScaleType::kFloat ? sizeof(float) : sizeof(uint16_t);
     const size_t n_blocks = dense_blocks(w.k), zeros_stride = (n_blocks + 1) / 2, n_groups = row_groups(w.k);
-    Column columns[C];
-    const RowGroup* x[R];
-    float32x4_t sums[C][R];
+    const size_t rest = n_blocks % kGroup;
     const Zeros zeros = Zeros::make();
+    Column columns[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
         columns[c] = {w.codes + (col + c) * n_blocks * 16,
                       static_cast<const uint8_t*>(w.scales) + (col + c) * n_blocks * kScale,
                       kZeros ? w.zeros + (col + c) * zeros_stride : nullptr};
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[c][r] = vdupq_n_f32(0.f);
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) x[r] = rows + r * n_groups;
-    for (size_t left = n_blocks / kGroup; left; --left) {
-        group_product<kType, kZeros, C, R>(columns, x, zeros, sums);
+    for (; col + C <= col1; col += C) {
+        const RowGroup* x[R];
+        float32x4_t sums[C][R];
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            columns[c].scales += kGroup * kScale;
-            if constexpr (kZeros) columns[c].zeros += kGroup / 2;
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) sums[c][r] = vdupq_n_f32(0.f);
         }
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) ++x[r];
-    }
-    if (const size_t rest = n_blocks % kGroup) {  // as a whole group: rows have zeros there, scales too
-        alignas(16) uint8_t codes[C][kGroup * 16] = {}, scales[C][kGroup * kScale] = {}, zero[C][kGroup / 2] = {};
-        Column copies[C];
+        for (int r = 0; r < R; ++r) x[r] = rows + r * n_groups;
+        for (size_t left = n_blocks / kGroup; left; --left) {
+            group_product<kType, kZeros, C, R>(columns, x, zeros, sums);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) {
+                columns[c].scales += kGroup * kScale;
+                if constexpr (kZeros) columns[c].zeros += kGroup / 2;
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) ++x[r];
+        }
+        if (rest) {  // as a whole group: rows have zeros there, scales too
+            alignas(16) uint8_t codes[C][kGroup * 16] = {}, scales[C][kGroup * kScale] = {}, zero[C][kGroup / 2] = {};
+            Column copies[C];
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) {
+                std::memcpy(codes[c], columns[c].codes, rest * 16);
+                std::memcpy(scales[c], columns[c].scales, rest * kScale);
+                if constexpr (kZeros) std::memcpy(zero[c], columns[c].zeros, (rest + 1) / 2);
+                copies[c] = {codes[c], scales[c], zero[c]};
+            }
+            group_product<kType, kZeros, C, R>(copies, x, zeros, sums);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            float* const to = y + static_cast<size_t>(r) * w.n + col;
+            if constexpr (C == 4) {
+                vst1q_f32(to, vpaddq_f32(vpaddq_f32(sums[0][r], sums[1][r]), vpaddq_f32(sums[2][r], sums[3][r])));
+            } else {
+#pragma GCC unroll 4
+                for (int c = 0; c < C; ++c) to[c] = vaddvq_f32(sums[c][r]);
+            }
+        }
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            std::memcpy(codes[c], columns[c].codes, rest * 16);
-            std::memcpy(scales[c], columns[c].scales, rest * kScale);
-            if constexpr (kZeros) std::memcpy(zero[c], columns[c].zeros, (rest + 1) / 2);
-            copies[c] = {codes[c], scales[c], zero[c]};
-        }
-        group_product<kType, kZeros, C, R>(copies, x, zeros, sums);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-        float* const to = y + static_cast<size_t>(r) * w.n + col;
-        if constexpr (C == 4) {
-            vst1q_f32(to, vpaddq_f32(vpaddq_f32(sums[0][r], sums[1][r]), vpaddq_f32(sums[2][r], sums[3][r])));
-        } else {
-            for (int c = 0; c < C; ++c) to[c] = vaddvq_f32(sums[c][r]);
+            move(columns[c].codes, (C - 1) * n_blocks * 16 + rest * 16);
+            move(columns[c].scales, ((C - 1) * n_blocks + rest) * kScale);
+            if constexpr (kZeros) move(columns[c].zeros, C * zeros_stride - n_blocks / kGroup * (kGroup / 2));
         }
     }
+    return col;
 }
 
 template <ScaleType kType, bool kZeros, int R>
 void rows_product(const Int4Weights& w, const RowGroup* rows, int col0, int col1, float* y) {
-    constexpr int kColumns = columns_at_once(R);
-    int col = col0;
-    for (; col + kColumns <= col1; col += kColumns) columns_product<kType, kZeros, kColumns, R>(w, rows, col, y);
-    for (; col < col1; ++col) columns_product<kType, kZeros, 1, R>(w, rows, col, y);
+    const int rest = columns_product<kType, kZeros, columns_at_once(R), R>(w, rows, col0, col1, y);
+    columns_product<kType, kZeros, 1, R>(w, rows, rest, col1, y);
 }
 
 template <ScaleType kType, bool kZeros>
