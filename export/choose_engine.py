@@ -67,6 +67,15 @@ def measured(machine: str, weights: str) -> Measurement | None:
 
 def has_kernels(machine: str) -> bool:
     """Whether our own 4-bit products have kernels for a machine class; AMX comes with AVX-512 VNNI."""
+    return _has_vnni(machine) or machine.startswith("arm64")
+
+
+def beats_xnnpack(machine: str) -> bool:
+    """Whether our own 4-bit products were measured to be faster than XNNPACK's on a machine class; on Arm nobody did."""
+    return _has_vnni(machine)
+
+
+def _has_vnni(machine: str) -> bool:
     return "AVX-512 VNNI" in machine
 
 
@@ -98,21 +107,22 @@ def slow_on(engine: str, form: str, weights: str, operators: str | None, machine
     Args:
         machine: the class of the only machine that matters; None: any may.
 
-    Our own 4-bit products have kernels for AVX-512 VNNI and AMX; elsewhere the operators run portable code, and in ONNX
+    Our own 4-bit products have kernels for AVX-512 VNNI, AMX and Arm; elsewhere the operators run portable code, and in ONNX
     Runtime the engine's own products take their place (docs/executorch.md has the measurements).
     """
-    if machine is not None and has_kernels(machine) != (engine == "executorch" and operators != "edgekv"):
+    if weights != "int4" or form != "split":
         return None
-    if operators == "edgekv":
-        return "slow without AVX-512 VNNI, so on every Arm device: for those export with --operators xnnpack"
-    if weights == "int4" and form == "split" and engine == "onnx":
-        return (
-            "without AVX-512 VNNI, so on every Arm device, a prompt is read several times slower than with it: compare with"
-            " --engine executorch --operators xnnpack there"
-        )
-    if weights == "int4" and form == "split":
-        return "with AVX-512 VNNI an export with --operators edgekv is faster"
-    return None
+    if engine == "executorch" and operators != "edgekv":
+        faster = machine is None or beats_xnnpack(machine)
+        return "with AVX-512 VNNI an export with --operators edgekv is faster" if faster else None
+    if machine is not None and has_kernels(machine):
+        return None
+    if engine == "executorch":
+        return "slow on x86-64 without AVX-512 VNNI: for that export with --operators xnnpack"
+    return (
+        "on x86-64 without AVX-512 VNNI a prompt is read several times slower than with it: compare with"
+        " --engine executorch --operators xnnpack there"
+    )
 
 
 def executorch_installed() -> bool:

@@ -17,7 +17,7 @@ from edgekv.errors import BudgetError, UsageError
 from edgekv.host import MACHINES
 from edgekv.spec import RUNTIME_OVERHEAD_BYTES
 
-from .choose_engine import NOT_INSTALLED, EngineChoice, default_engine, executorch_installed, has_kernels, measured
+from .choose_engine import NOT_INSTALLED, EngineChoice, beats_xnnpack, default_engine, executorch_installed, measured
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def choose_for(
                 raise
             continue
         if found.engine == "executorch" and found.operators is None:
-            ours = form == "split" and kind == "int4" and has_kernels(processor)
+            ours = form == "split" and kind == "int4" and beats_xnnpack(processor)
             found = EngineChoice(found.engine, found.reason, "edgekv" if ours else "xnnpack")
         fits = "" if weights is not None or kind == default else f"; {default} weights do not fit its memory"
         with_ = f" with {found.operators} operators" if found.operators is not None else ""

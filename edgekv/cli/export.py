@@ -78,7 +78,7 @@ def export_command(
             settings.OPERATORS_OF,
             "--operators",
             help="What an ExecuTorch program computes with. xnnpack: runs everywhere, also in apps of your own. edgekv:"
-            " int4 only, on our native kernels; faster on x86-64 with AVX-512 VNNI, slow elsewhere.",
+            " int4 only, on our native kernels; faster on x86-64 with AVX-512 VNNI, slow on x86-64 without it.",
         ),
     ] = None,
     calibration: Annotated[
