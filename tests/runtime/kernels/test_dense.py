@@ -103,6 +103,22 @@ def test_a_product_is_that_of_the_decoded_weights(
     assert np.all(np.abs(y - truth) <= bound)
 
 
+def rounded_rows(x: Float) -> Float:
+    """The rows [rows, k] as 8-bit numbers with a scale per block."""
+    blocks = x.reshape(len(x), -1, BLOCK)
+    peaks = np.abs(blocks).max(axis=-1, keepdims=True)
+    return (np.rint(blocks * (127 / peaks)) * (peaks / 127)).reshape(x.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def test_a_few_rows_are_numbers_of_8_bits(rows: int) -> None:
+    matrix = Matrix(97, 352, zeros=True, seed=rows)
+    x = np.random.default_rng(0).standard_normal((rows, 352)).astype(np.float32)
+    (y,) = open_session(matrix.model(), ours=True).run(None, {"x": x})
+    assert relative_error(y, rounded_rows(x) @ matrix.decoded().T) < 1e-5
+
+
+@pytest.mark.skipif(kernels.dense_names() == "neon", reason="ONNX Runtime does not round rows without dot products")
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
 def test_a_few_rows_give_what_onnx_runtime_gives(rows: int) -> None:
     matrix = Matrix(96, 352, zeros=True, seed=rows)
@@ -112,12 +128,12 @@ def test_a_few_rows_give_what_onnx_runtime_gives(rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [20, 100, 256])
-def test_many_rows_are_no_further_from_the_truth_than_onnx_runtime(rows: int) -> None:
+def test_many_rows_are_no_further_from_the_truth_than_numbers_of_8_bits(rows: int) -> None:
     matrix = Matrix(96, 1024, zeros=True, seed=rows)
     x = np.random.default_rng(0).standard_normal((rows, 1024)).astype(np.float32)
     truth = x @ matrix.decoded().T
-    (ours,), (theirs,) = (open_session(matrix.model(), ours=ours).run(None, {"x": x}) for ours in (True, False))
-    assert relative_error(ours, truth) <= relative_error(theirs, truth) * 1.01
+    (y,) = open_session(matrix.model(), ours=True).run(None, {"x": x})
+    assert relative_error(y, truth) <= relative_error(rounded_rows(x) @ matrix.decoded().T, truth) * 1.01
 
 
 @pytest.mark.parametrize("rows", [1, 40])
