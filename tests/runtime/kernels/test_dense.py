@@ -107,7 +107,8 @@ def rounded_rows(x: Float) -> Float:
     """The rows [rows, k] as 8-bit numbers with a scale per block."""
     blocks = x.reshape(len(x), -1, BLOCK)
     peaks = np.abs(blocks).max(axis=-1, keepdims=True)
-    return (np.rint(blocks * (127 / peaks)) * (peaks / 127)).reshape(x.shape).astype(np.float32)
+    rounded: Float = (np.rint(blocks * (127 / peaks)) * (peaks / 127)).reshape(x.shape).astype(np.float32)
+    return rounded
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
