@@ -31,8 +31,9 @@ OTHERS = {
 
 def mixed(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, form: str, head: str) -> Manifest:
     others = {**OTHERS, open_checkpoint(source).head: head}
-    monkeypatch.setattr(bundle_writer, "choose_kinds", lambda checkpoint, weights: MatrixKinds(weights, others))
-    return export_model(source, out, engine="onnx", form=form, weights="int8", calibration=None)
+    with monkeypatch.context() as patch:  # no bundle that other tests share is made so
+        patch.setattr(bundle_writer, "choose_kinds", lambda checkpoint, weights: MatrixKinds(weights, others))
+        return export_model(source, out, engine="onnx", form=form, weights="int8", calibration=None)
 
 
 @pytest.mark.parametrize(("form", "head"), [("split", "int8"), ("split", "int4"), ("inline", "int8")])

@@ -65,7 +65,7 @@ def test_weights_are_chosen_by_size_when_not_given(checkpoint: Checkpoint, tmp_p
     [
         ({"engine": "tensorrt"}, "engine 'tensorrt' is not known"),
         ({"form": "whole"}, "form 'whole' is not known"),
-        ({"weights": "int3"}, "weights 'int3' is not known"),
+        ({"weights": "int3"}, "weights must be one of int4, .* not 'int3'"),
         ({"page_size": 33}, "page_size 33"),
     ],
 )
