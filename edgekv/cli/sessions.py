@@ -170,7 +170,7 @@ def fork(
     key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
-    """Make a session that begins as another one; their pages are shared, or copied to a place that they cannot be shared with."""
+    """Make a session that begins as another one; their pages are shared, or copied to another file system."""
     from edgekv.runtime.sessions import tools as session_tools
 
     secret = _secret(encrypt, key_file)

@@ -345,7 +345,7 @@ class Session:
         """Make another session that begins as the last checkpoint of this one.
 
         Returns:
-            whether the two share their pages; else the file system has no hard links there, and they were copied.
+            whether the two share their pages; else no hard link could be made there, and they were copied.
 
         Raises:
             UsageError: ``path`` exists. SessionError: it cannot be written.
