@@ -266,7 +266,7 @@ class Session:
         Args:
             tokens: whose keys and values the cache holds. pending: tokens after them, without any yet.
             steps: in which they were computed, and pending ones will be.
-            gone: positions of pending tokens, in order, that are to be pruned once they are computed.
+            gone: positions of pending tokens that are to be pruned once they are computed.
             whole: store the open page too, so that resuming computes nothing again. Without it the tokens of the last steps
                 that reach into it are, to the same bits; one that has pruned tokens is always stored.
 
@@ -308,7 +308,7 @@ class Session:
                 records=tuple(opened),
                 checks=tuple(map(self.store.check_of, opened)),
                 chain=rows[-1].chain.hex() if rows else "",
-                pruned=to_ranges([*pruned, *gone]),
+                pruned=to_ranges(sorted({*pruned, *gone})),
                 steps=steps.lengths(),
             )
             state = State(self._meta, self.notes, rows, tail)
