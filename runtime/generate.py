@@ -385,12 +385,9 @@ class Generator(Chats, OneSequence):
         tokens = self._some(tokens)
         with self._turns:
             self._turns.begin()
-            sequence, steps = self._sequence, self._steps
-            self.prepare(len(sequence) + len(tokens), 0)
-            if (
-                self._sequence is not sequence
-            ):  # a longer cache is a new one: what was in the sequence is computed again
-                self._sequence, self._steps = sequence, steps
+            steps = self._steps
+            self.prepare(len(self._sequence) + len(tokens), 0)
+            self._steps = steps  # a longer cache is a new one: what was in the sequence is computed again, in these
             self._catch_up()
             return np.concatenate(self._extend(tokens, "all"))
 
@@ -472,7 +469,8 @@ class Generator(Chats, OneSequence):
     def prepare(self, prompt_tokens: int, max_tokens: int) -> BudgetPlan:
         """Make a cache for a prompt and what follows it, unless there is one that is long enough; return its budget.
 
-        A sequence that becomes longer than its cache was made for starts over with a new one (or from its session).
+        A sequence that becomes longer than its cache was made for starts over with a new one (or from its session); what was
+        pruned stays pruned.
 
         Raises:
             PromptTooLong: the prompt leaves no room in it. BudgetError, StoreError: see :func:`prepare_cache`.
@@ -489,7 +487,9 @@ class Generator(Chats, OneSequence):
                     return self.prepared.plan
                 self._turns.begin()
                 self._save(whole=True)
+                sequence, pruned = self._sequence, self._pruned_from(0)
                 self._drop_cache()
+                self._sequence, self._gone = sequence, pruned
             self.prepared = prepare_cache(
                 self.manifest,
                 self._dense,

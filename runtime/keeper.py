@@ -1,8 +1,4 @@
-"""Between a generator and its session: when to save, and what to restore.
-
-Tokens of the open page, which a checkpoint does not store, are computed again in the same steps. Those among them that were
-pruned are pruned again.
-"""
+"""Between a generator and its session: when to save, and what to restore."""
 
 from __future__ import annotations
 
@@ -23,12 +19,13 @@ from edgekv.tiers import KVMode
 from .machine import HOST, Machine
 from .options import RunOptions, SessionOptions
 from .pages.cache import KVCache
-from .sessions.index import from_ranges
 from .sessions.prefixes import open_prefix
-from .sessions.restore import common_prefix
+from .sessions.restore import Restored
 from .sessions.session import Session
 from .sessions.steps import Steps
 from .storage.interface import Kept
+
+Int = NDArray[np.int64]
 
 
 class Keeper(Protocol):
@@ -39,7 +36,7 @@ class Keeper(Protocol):
         """Where pages are kept."""
         ...
 
-    def restore(self, cache: KVCache, prompt: Sequence[int], sequence: Sequence[int]) -> tuple[int, Steps] | None:
+    def restore(self, cache: KVCache, prompt: Sequence[int]) -> Restored | None:
         """Bring what is kept of a prompt into the cache; None: what is in it stays."""
         ...
 
@@ -47,11 +44,11 @@ class Keeper(Protocol):
         """A prompt begins."""
         ...
 
-    def stepped(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps) -> None:
+    def stepped(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps, gone: Int) -> None:
         """A step is done."""
         ...
 
-    def save(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps, *, whole: bool) -> None:
+    def save(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps, gone: Int, *, whole: bool) -> None:
         """Keep what the cache holds."""
         ...
 
@@ -93,8 +90,6 @@ class SessionKeeper:
         self.session = session
         self.options = options.session or SessionOptions(session.path, 0)
         self._cache: KVCache | None = None
-        #: Positions that are computed again, and were pruned.
-        self._gone: NDArray[np.int64] = np.empty(0, np.int64)
         self._saved = (0, self._now())
 
     @property
@@ -102,50 +97,43 @@ class SessionKeeper:
         """The session."""
         return self.session
 
-    def restore(self, cache: KVCache, prompt: Sequence[int], sequence: Sequence[int]) -> tuple[int, Steps] | None:
-        """Fill a new cache from the session; returns how many tokens of the prompt it holds now and in which steps.
-
-        Args:
-            sequence: what the prompt replaces; nothing is restored, and None returned, where the cache is in use.
+    def restore(self, cache: KVCache, prompt: Sequence[int]) -> Restored | None:
+        """Fill a new cache from the session; None, with nothing restored, where the cache is in use.
 
         Raises:
             StoreError: the medium refused.
         """
-        known = sequence if cache is self._cache else self.session.tokens
-        gone = self._gone if cache is self._cache else from_ranges(self.session.state.tail.pruned)
-        self._gone = gone[gone < common_prefix(known, prompt)]
         if cache is self._cache:
             return None
-        count, steps = self.session.restore(cache, prompt)
-        self._gone = self._gone[self._gone >= count]
-        self._saved = (count, self._now())
-        return count, steps
+        restored = self.session.restore(cache, prompt)
+        self._saved = (restored.count, self._now())
+        return restored
 
     def began(self, cache: KVCache, reused: int, total: int) -> None:
         """A cache holds ``reused`` tokens of a prompt of ``total``: from now on it is what is saved."""
         self._cache = cache
         self.session.reused_tokens, self.session.computed_tokens = reused, total - reused
 
-    def stepped(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps) -> None:
-        """A step is done, and the cache holds ``n_kv`` tokens: prune again what was pruned, and save if it is time to."""
-        if self._gone.size:
-            cache.prune(self._gone[self._gone < n_kv])
-            self._gone = self._gone[self._gone >= n_kv]
+    def stepped(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps, gone: Int) -> None:
+        """A step is done, and the cache holds ``n_kv`` tokens: save if it is time to."""
         every, seconds = self.options.checkpoint_tokens, self.options.checkpoint_seconds
         if (every and n_kv - self._saved[0] >= every) or (seconds and self._now() - self._saved[1] >= seconds):
-            self.save(cache, n_kv, sequence, steps, whole=False)
+            self.save(cache, n_kv, sequence, steps, gone, whole=False)
 
-    def save(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps, *, whole: bool) -> None:
+    def save(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps, gone: Int, *, whole: bool) -> None:
         """Write a checkpoint of a sequence whose first ``n_kv`` tokens are in the cache; a failure is remembered, the run
         goes on.
 
-        While a cache is not restored, or tokens are still to be pruned again, the last checkpoint stays: it says what was there.
+        While a cache is not restored, the last checkpoint stays: it says what was there.
+
+        Args:
+            gone: which positions behind ``n_kv`` are to be pruned again when they are computed.
         """
-        if self._gone.size or cache is not self._cache:
+        if cache is not self._cache:
             return
         self._saved = (n_kv, self._now())
         try:
-            self.session.checkpoint(cache, sequence[:n_kv], sequence[n_kv:], steps, whole=whole)
+            self.session.checkpoint(cache, sequence[:n_kv], sequence[n_kv:], steps, gone.tolist(), whole=whole)
             self.session.failure = None
         except StoreError as error:
             self.session.failure = str(error)

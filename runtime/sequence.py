@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.bundle import Manifest, check_files
 from edgekv.errors import KeysOverflow, NotFinite, OutOfPages, PromptTooLong
@@ -42,10 +43,13 @@ class OneSequence:
         self._tokens: list[int] = []  # whose keys and values are in the cache
         self._sequence: list[int] = []  # those in the cache, and what was asked for or generated after them
         self._steps = Steps(self.manifest.page_size)
+        # Positions of the sequence behind the cache whose tokens were pruned before they were cut off.
+        self._gone: NDArray[np.int64] = np.empty(0, np.int64)
 
     def _save(self, *, whole: bool = False) -> None:
         if self._keeper is not None and self.prepared is not None:
-            self._keeper.save(self.prepared.cache, len(self._tokens), self._sequence, self._steps, whole=whole)
+            cache, n_kv = self.prepared.cache, len(self._tokens)
+            self._keeper.save(cache, n_kv, self._sequence, self._steps, self._gone, whole=whole)
 
     def _run(self, tokens: Sequence[int], rows: Rows) -> Float:
         """Add tokens to the sequence in one step, and return their logits, valid until the next one."""
@@ -89,9 +93,10 @@ class OneSequence:
         if self._sequence[start : len(self._tokens)] != self._tokens[start:]:
             self._sequence[start:] = self._tokens[start:]
         self._steps.add(start, len(self._tokens))
+        self._prune_again()
         if self._keeper is not None:
             assert self.prepared is not None
-            self._keeper.stepped(self.prepared.cache, len(self._tokens), self._sequence, self._steps)
+            self._keeper.stepped(self.prepared.cache, len(self._tokens), self._sequence, self._steps, self._gone)
 
     @property
     def may_step_together(self) -> bool:
@@ -135,10 +140,13 @@ class OneSequence:
         """Cut the cache to what the prompt begins with alike; at least the last token is computed again, for its logits."""
         assert self.prepared is not None
         if self._keeper is not None:
-            restored = self._keeper.restore(self.prepared.cache, prompt, self._sequence)
+            restored = self._keeper.restore(self.prepared.cache, prompt)
             if restored is not None:
-                count, self._steps = restored
-                self._tokens, self._sequence = list(prompt[:count]), list(prompt)
+                self._gone = self._gone[self._gone < common_prefix(self._sequence, prompt)]
+                self._gone = np.union1d(self._gone, restored.gone)
+                self._tokens, self._sequence = list(prompt[: restored.count]), list(prompt)
+                self._steps = restored.steps
+                self._prune_again()
         self._follow(prompt)
         if len(self._tokens) == len(prompt):
             self._shorten(self._steps.keep(len(prompt) - 1, len(prompt)))
@@ -153,6 +161,7 @@ class OneSequence:
                 self._shorten(self._steps.end)
                 if not self._tokens:  # it could not be cut: all is read as in a fresh run
                     self._steps.cut(0)
+        self._gone = self._gone[self._gone < common]
         self._sequence = list(sequence)
 
     def _shorten(self, count: int) -> None:
@@ -161,7 +170,22 @@ class OneSequence:
         with signals_held():
             while (held := self.prepared.cache.truncate(count)) < count:
                 count = self._steps.keep(held, -1)
+            self._gone = self._pruned_from(count)
             del self._tokens[count:]
+
+    def _pruned_from(self, count: int) -> NDArray[np.int64]:
+        """Return which positions from ``count`` on were pruned, in the cache or before they were cut off."""
+        assert self.prepared is not None
+        pruned = self.prepared.cache.pruned()
+        return np.union1d(self._gone, pruned[(pruned >= count) & (pruned < len(self._tokens))])
+
+    def _prune_again(self) -> None:
+        """Prune what the cache holds again of the tokens that were pruned before they were cut off."""
+        again = self._gone < len(self._tokens)
+        if again.any():
+            assert self.prepared is not None
+            self.prepared.cache.prune(self._gone[again])
+            self._gone = self._gone[~again]
 
 
 def _check_finite(logits: Float, first: int) -> None:

@@ -170,15 +170,15 @@ def fork(
     key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
-    """Make a session that begins as another one; their pages are shared, not copied."""
+    """Make a session that begins as another one; their pages are shared, or copied to another file system."""
     from edgekv.runtime.sessions import tools as session_tools
 
     secret = _secret(encrypt, key_file)
-    session_tools.fork(session, target, secret)
+    shared = session_tools.fork(session, target, secret)
     if as_json:
         print_json(session_tools.describe(target, secret))
     else:
-        typer.echo(f"{target} begins as {session} and shares its pages")
+        typer.echo(f"{target} begins as {session} and {'shares' if shared else 'holds a copy of'} its pages")
 
 
 @app.command("rm", epilog="Examples:  edgekv sessions rm chat.kv  |  edgekv sessions rm old-*.kv --json")

@@ -316,11 +316,11 @@ class KVCache:
         removed = 0
         for layer in range(self.spec.n_layers):
             chosen = tokens[held[layer]]
+            table.pruned[layer].update(tokens[held[layer] | (tokens < int(table.passed[layer]) * page_size)].tolist())
             if not chosen.size:
                 continue
             slots = table.find(layer, chosen)
             table.tokens[layer, slots] = NOTHING
-            table.pruned[layer].update(chosen.tolist())
             removed += len(slots)
             for slot in slots.tolist():
                 table.set_live(layer, slot // page_size, slot % page_size, slot % page_size + 1, live=False)
@@ -330,6 +330,11 @@ class KVCache:
             merge_pages(self.manager, layer)
         self.manager.counters.tokens_pruned += removed
         return removed
+
+    def pruned(self) -> Int:
+        """Return the tokens [n] that were pruned, in order; those among them that :meth:`truncate` forgot too."""
+        tokens: Int = np.array(sorted(set().union(*self.table.pruned)), np.int64)
+        return tokens
 
     def truncate(self, n_slots: int) -> int:
         """Keep the first ``n_slots`` slots of every layer and forget the rest.

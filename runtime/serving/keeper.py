@@ -5,15 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
+
 from edgekv.errors import StoreError, StoreFull, WriteLimit
 from edgekv.spec import PageSpec
 from edgekv.tiers import Tier
 
 from ..kernels.interface import RecordStreams
 from ..pages.cache import KVCache
-from ..pages.table import NOTHING
+from ..pages.table import NOTHING, Int
 from ..sessions.index import FORMAT, Row
-from ..sessions.restore import check_unseen, common_prefix, records_of, restore_open, restore_pages, store_open
+from ..sessions.restore import (
+    Restored,
+    check_unseen,
+    common_prefix,
+    records_of,
+    restore_open,
+    restore_pages,
+    store_open,
+)
 from ..sessions.steps import Steps
 from ..storage.interface import Bytes, Landing, StoreCounters
 from ..storage.record import Wanted
@@ -68,7 +78,7 @@ class LibraryKeeper:
         whole = self._sequence
         return self._turn is not None and not self._library.exact and list(prompt[: len(whole)]) == whole
 
-    def restore(self, cache: KVCache, prompt: Sequence[int], sequence: Sequence[int]) -> tuple[int, Steps] | None:
+    def restore(self, cache: KVCache, prompt: Sequence[int]) -> Restored | None:
         """Let the cache hold what may be gone on from: what is in it, or what the library has, if that is more.
 
         Raises:
@@ -85,7 +95,7 @@ class LibraryKeeper:
             self._cache, self._owner = cache, owner
             count, steps = self._take(library.find(owner, prompt), len(prompt) - 1)
         self._sequence, self._steps = list(prompt[:count]), steps
-        return count, steps
+        return Restored(count, steps, np.empty(0, np.int64))
 
     def _cut(self, count: int) -> tuple[int, Steps]:
         """Keep the first tokens in the cache, which a fresh run computes alike."""
@@ -138,10 +148,10 @@ class LibraryKeeper:
         """A prompt begins: the sequence is not a turn until its answer is over."""
         self._turn = None
 
-    def stepped(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps) -> None:
+    def stepped(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps, gone: Int) -> None:
         """A step is done: nothing is kept before its time."""
 
-    def save(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps, *, whole: bool) -> None:
+    def save(self, cache: KVCache, n_kv: int, sequence: Sequence[int], steps: Steps, gone: Int, *, whole: bool) -> None:
         """Keep the sealed pages of the sequence; a failure is told in the log, and the sequence goes on.
 
         While a cache is not restored there is nothing to keep.

@@ -374,16 +374,20 @@ def _short(value: object) -> str:
     return text[:12] if len(text) == 64 else text
 
 
-def share_segments(source: Path, target: Path, wear: WearLedger | None = None) -> None:
+def share_segments(source: Path, target: Path, wear: WearLedger | None = None) -> bool:
     """Give ``target`` the page files of ``source``: by hard links, whose number the file system counts, or as copies.
 
     Args:
         wear: counts what is copied, and may refuse it.
 
+    Returns:
+        whether none had to be copied.
+
     Raises:
         WriteLimit, OSError: they cannot be shared; ``target`` has none of them.
     """
     made: list[Path] = []
+    shared = True
     try:
         for path in segment_paths(source).values():
             made.append(target / path.name)
@@ -391,10 +395,12 @@ def share_segments(source: Path, target: Path, wear: WearLedger | None = None) -
                 os.link(path, made[-1])
             except OSError:
                 _copy(path, made[-1], wear)
+                shared = False
     except BaseException:
         for path in made:
             path.unlink(missing_ok=True)
         raise
+    return shared
 
 
 def _copy(source: Path, target: Path, wear: WearLedger | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..storage.record import OPEN_KEYS, OPEN_VALUES
 from ..storage.segments import SegmentStore
 from ..system.buffers import aligned_rows
 from .index import Row
+from .steps import Steps
 
 Bytes = NDArray[np.uint8]
 _BATCH_BYTES = 4 * 1024 * 1024
@@ -30,6 +32,21 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
         if one != other:
             return count
     return min(len(first), len(second))
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a cache holds of a prompt, and how to go on.
+
+    Attributes:
+        count: tokens in the cache.
+        steps: of these and of those that are computed again, so that they get the same bits as before.
+        gone: [n] int64, positions behind ``count`` that were pruned: so they are again, once they are computed.
+    """
+
+    count: int
+    steps: Steps
+    gone: NDArray[np.int64]
 
 
 class Restorable(Protocol):

@@ -47,7 +47,16 @@ from .folder import (
     write_backup,
 )
 from .index import FORMAT, INDEX, Meta, Row, SessionIndex, State, Tail, chain, from_ranges, to_ranges
-from .restore import check_unseen, common_prefix, open_tags, records_of, restore_open, restore_pages, store_open
+from .restore import (
+    Restored,
+    check_unseen,
+    common_prefix,
+    open_tags,
+    records_of,
+    restore_open,
+    restore_pages,
+    store_open,
+)
 from .steps import Steps
 
 Part = TypeVar("Part", Row, Tail)
@@ -206,12 +215,8 @@ class Session:
         tail = self._state.tail
         return tail.n_kv or len(self._state.rows) * self._spec.page_size
 
-    def restore(self, cache: KVCache, prompt: Sequence[int]) -> tuple[int, Steps]:
+    def restore(self, cache: KVCache, prompt: Sequence[int]) -> Restored:
         """Fill an empty cache with what the session and a prompt begin with alike, all but the prompt's last token.
-
-        Returns:
-            how many tokens the cache holds now, and the steps of these and of those that must be computed again, so that they
-            get the same bits as before.
 
         Raises:
             StoreError: the medium refused.
@@ -242,18 +247,26 @@ class Session:
             self.store.free(record)
         self._rows = state.rows[: count // size]
         self.discarded_tokens = len(held) - common
-        return count, steps
+        return Restored(count, steps, pruned[(pruned >= count) & (pruned < common)])
 
     # -- saving ------------------------------------------------------------------------------------------------
 
     def checkpoint(
-        self, cache: KVCache, tokens: Sequence[int], pending: Sequence[int], steps: Steps, *, whole: bool
+        self,
+        cache: KVCache,
+        tokens: Sequence[int],
+        pending: Sequence[int],
+        steps: Steps,
+        gone: Sequence[int] = (),
+        *,
+        whole: bool,
     ) -> bool:
         """Save what is new.
 
         Args:
             tokens: whose keys and values the cache holds. pending: tokens after them, without any yet.
             steps: in which they were computed, and pending ones will be.
+            gone: positions of pending tokens that are to be pruned once they are computed.
             whole: store the open page too, so that resuming computes nothing again. Without it the tokens of the last steps
                 that reach into it are, to the same bits; one that has pruned tokens is always stored.
 
@@ -277,7 +290,7 @@ class Session:
             layers = range(self._spec.n_layers)
             missing = [(layer, page) for page in range(kept, sealed) for layer in layers]
             cache.manager.persist([page for page in missing if table.tier[page] != Tier.FREE])
-            pruned = sorted(token for token in table.pruned[0] if token < len(tokens))
+            pruned = [token for token in cache.pruned().tolist() if token < len(tokens)]
             whole = whole or bool(pruned and pruned[-1] >= sealed * size)
             rows = self._rows[:kept]
             for page in range(kept, sealed):
@@ -295,7 +308,7 @@ class Session:
                 records=tuple(opened),
                 checks=tuple(map(self.store.check_of, opened)),
                 chain=rows[-1].chain.hex() if rows else "",
-                pruned=to_ranges(pruned),
+                pruned=to_ranges(sorted({*pruned, *gone})),
                 steps=steps.lengths(),
             )
             state = State(self._meta, self.notes, rows, tail)
@@ -328,8 +341,11 @@ class Session:
             self._held.index.commit(state, len(state.rows), len(state.rows))
             self._state = state
 
-    def fork(self, path: Path) -> None:
-        """Make another session that begins as the last checkpoint of this one; the pages are shared, not copied.
+    def fork(self, path: Path) -> bool:
+        """Make another session that begins as the last checkpoint of this one.
+
+        Returns:
+            whether the two share their pages; else no hard link could be made there, and they were copied.
 
         Raises:
             UsageError: ``path`` exists. SessionError: it cannot be written.
@@ -341,7 +357,7 @@ class Session:
             with ScratchFolder(path.parent, HIDDEN) as scratch:
                 made = scratch.path / path.name
                 made.mkdir(mode=0o700)
-                share_segments(self.path, made)
+                shared = share_segments(self.path, made)
                 index = SessionIndex(made / INDEX, create=True)
                 assert self._state.meta is not None
                 index.begin(replace(self._state.meta, created=time.time()))
@@ -353,6 +369,7 @@ class Session:
                 sync_folder(path.parent)
         except OSError as error:
             raise SessionError(f"cannot make the session {path}: {error.strerror}") from error
+        return shared
 
     def rewrite(self) -> None:
         """Write all records that are in use, in order, into one new file, commit, and remove the old files.

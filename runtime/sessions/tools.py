@@ -185,11 +185,11 @@ def copy(path: Path, target: Path, secret: bytes | None = None) -> None:
         raise SessionError(f"cannot make the session {target}: {error.strerror}; choose another place") from error
 
 
-def fork(path: Path, target: Path, secret: bytes | None = None) -> None:
-    """Make another session that begins as this one; pages are shared. See :meth:`Session.fork`."""
+def fork(path: Path, target: Path, secret: bytes | None = None) -> bool:
+    """Make another session that begins as this one; returns whether they share their pages. See :meth:`Session.fork`."""
     session = Session.open(SessionOptions(path, secret=secret), None)
     try:
-        session.fork(target)
+        return session.fork(target)
     finally:
         session.close()
 

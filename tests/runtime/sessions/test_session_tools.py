@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from edgekv.cli.main import app
 from edgekv.errors import CorruptPage, SessionError, SessionMismatch, StoreError, StoreLocked, UsageError
 from edgekv.runtime.options import RunOptions
 from edgekv.runtime.sessions import tools as tools
@@ -60,6 +63,26 @@ def test_a_fork_shares_its_pages_and_the_two_never_disturb_each_other(tmp_path: 
         assert resumed(second, right) >= 40
     tools.remove(first)
     assert resumed(second, right) == len(right)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one file system", "two"])
+def test_a_fork_says_whether_the_pages_were_shared_or_copied(
+    same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, first, second = some_tokens(40), tmp_path / "a.kv", tmp_path / "b.kv"
+    make(first, tokens)
+    size = flash_bytes(first)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    if not same:
+        monkeypatch.setattr(os, "link", refuse)
+    result = CliRunner().invoke(app, ["sessions", "fork", str(first), str(second)])
+    did = "shares" if same else "holds a copy of"
+    assert result.output.replace("\n", " ").strip() == f"{second} begins as {first} and {did} its pages"
+    assert flash_bytes(first, second) == (size if same else 2 * size)
+    assert resumed(second, tokens) == 40
 
 
 def test_a_fork_while_the_session_is_open_is_the_last_checkpoint(tmp_path: Path) -> None:

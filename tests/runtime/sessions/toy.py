@@ -50,7 +50,7 @@ class Chat:
     def start(self, prompt: Sequence[int]) -> int:
         """Restore what the session has of a prompt, compute the rest; returns how much was restored."""
         assert self.session is not None
-        count, _ = self.session.restore(self.cache, [*prompt, -1])  # the last token is never restored
+        count = self.session.restore(self.cache, [*prompt, -1]).count  # the last token is never restored
         self.tokens = list(prompt[:count])
         self.extend(prompt[count:])
         return count
