@@ -26,17 +26,15 @@ from tests.conftest import MODEL_TYPES, OWN_OPERATORS, VARIANTS
 Bundle = Callable[..., Path]
 #: Root mean square of the logit error over that of the logits; stated in docs/executorch.md.
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-3, "int8": 0.03, "int4": 0.03}
-#: The architecture that every run of the tests takes through ExecuTorch, with int4 weights and our operators: a program of the
-#: delegate takes a minute to export.
+#: The architecture that is taken through more weights and forms than the others.
 ALWAYS = "qwen3-qk-norm"
 
 #: The programs of ExecuTorch's delegate that CI exports, a minute or two each: every kind, but not every pair. Rotation and
-#: windows are outside the programs of the split form.
+#: windows are outside the programs of the split form; the inline form of the bundled model is exported for other tests.
 OFTEN = {
     ("split", "fp32", "qwen2-bias"),
     ("split", "int8", ALWAYS),
     ("split", "int4", ALWAYS),
-    ("inline", "fp32", "mistral-window"),
 }
 
 
@@ -58,9 +56,8 @@ def cases() -> Iterator[Any]:
         seldom = pytest.mark.slow if (form, weights, architecture) in OFTEN else pytest.mark.exhaustive
         yield pytest.param(engine, form, weights, None, architecture, marks=[needs, seldom])
         if (form, weights) == ("split", "int4"):
-            seldom = pytest.mark.slow if architecture in OWN_OPERATORS else seldom
-            marks = [needs] if architecture == ALWAYS else [needs, seldom]
-            yield pytest.param(engine, form, weights, "edgekv", architecture, marks=marks)
+            seldom = pytest.mark.slow if architecture in (ALWAYS, *OWN_OPERATORS) else seldom
+            yield pytest.param(engine, form, weights, "edgekv", architecture, marks=[needs, seldom])
 
 
 def prompt(count: int) -> list[int]:

@@ -277,7 +277,11 @@ def test_a_callback_that_gives_the_generator_another_text_ends_the_one_it_was_ca
 
         with pytest.raises(UsageError, match=r"this text cannot go on|closed in the middle of a call"):
             OUTER[outer](generator, progress)
-        assert generator.prepared is None or generator.sequence[:256] != LONG[:256] or nested in ("step", "score", "prepare")
+        assert (
+            generator.prepared is None
+            or generator.sequence[:256] != LONG[:256]
+            or nested in ("step", "score", "prepare")
+        )
 
 
 def test_a_session_holds_the_text_that_a_callback_began_and_nothing_of_the_one_that_it_ended(
